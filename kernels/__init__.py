@@ -1,0 +1,31 @@
+"""The mathematics of mHC: `kernels.reference` defines it, the operations here are what to call."""
+
+from . import reference
+from .backend import TRITON_STREAMS, use_backend, why_not_triton
+from .backend import resolve as resolve_backend
+from .functional import (
+    aggregate,
+    coefficients,
+    combine,
+    combine_pre,
+    hc_coefficients,
+    head,
+    pre,
+    sinkhorn,
+)
+
+__all__ = [
+    "TRITON_STREAMS",
+    "aggregate",
+    "coefficients",
+    "combine",
+    "combine_pre",
+    "hc_coefficients",
+    "head",
+    "pre",
+    "reference",
+    "resolve_backend",
+    "sinkhorn",
+    "use_backend",
+    "why_not_triton",
+]

@@ -1,0 +1,73 @@
+"""Which implementation runs: "triton", "torch" (the reference) or "auto"."""
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "torch"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+TRITON_STREAMS = (1, 2, 4, 8)
+"""The numbers of streams that have Triton kernels."""
+
+_default: contextvars.ContextVar[str] = contextvars.ContextVar("mhc_backend", default="auto")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless backend is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Within this context, operations called without `backend=` use this one.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    check_backend(backend)
+    token = _default.set(backend)
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+def why_not_triton(num_streams: int, device: torch.device) -> str | None:
+    """Why Triton cannot serve n streams on this device, in a sentence; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if num_streams not in TRITON_STREAMS:
+        served = ", ".join(map(str, TRITON_STREAMS))
+        return f"there is no Triton kernel for {num_streams} streams (there is for {served})"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs a CUDA device and the tensors are on {device.type!r}"
+    return None
+
+
+def resolve(
+    backend: str | None, num_streams: int, device: torch.device
+) -> Literal["triton", "torch"]:
+    """The implementation to run: `backend`, else the one of `use_backend`, else "auto".
+
+    "auto" is Triton where it can serve these streams on a CUDA device, and the reference elsewhere
+    (on a CPU too under Triton's interpreter, which is for tests alone).
+
+    Raises:
+        ValueError: unknown backend, or "triton" where Triton cannot run (says why and what to do).
+    """
+    backend = _default.get() if backend is None else backend
+    check_backend(backend)
+    if backend == "torch":
+        return "torch"
+    reason = why_not_triton(num_streams, device)
+    if backend == "triton":
+        if reason is not None:
+            raise ValueError(f"backend is 'triton', but {reason}; use 'auto' or 'torch'")
+        return "triton"
+    return "triton" if reason is None and device.type == "cuda" else "torch"

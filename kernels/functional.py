@@ -1,0 +1,213 @@
+"""The public operations: they check their arguments, then hand them to Triton or the reference.
+
+Shapes, dtypes and equations: `reference`, under the same names. Every operation takes `backend=`
+(`backend.resolve` says what it means) and raises ValueError naming the argument that does not fit,
+what came and what was wanted.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import resolve
+from .checks import check_iterations, check_parameter, check_shape, check_streams, check_tokens
+
+
+def _run(
+    operation: str, backend: str | None, n: int, device: torch.device, *args: Any, **kw: Any
+) -> Any:
+    """Call `operation` of the Triton implementation or of the reference."""
+    if resolve(backend, n, device) == "torch":
+        return getattr(reference, operation)(*args, **kw)
+    from . import triton_operations  # imports triton: only where it is wanted
+
+    return getattr(triton_operations, operation)(*args, **kw)
+
+
+def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int) -> None:
+    n, width = x.shape[-2:]
+    rows = n * n + 2 * n
+    check_parameter("phi", phi, (rows, n * width), x)
+    check_parameter("alpha", alpha, (3,), x)
+    check_parameter("bias", bias, (rows,), x)
+    check_iterations(iterations)
+
+
+def _check_combine(
+    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None
+) -> None:
+    n, width = x.shape[-2:]
+    check_tokens("f", f, x, (width,), x.dtype)
+    check_tokens("h_post", h_post, x, (n,), reference.accumulation_dtype(x))
+    check_tokens("h_res", h_res, x, (n, n), reference.accumulation_dtype(x))
+    if f_bias is not None:
+        check_shape("f_bias", f_bias, (width,), x)
+
+
+def sinkhorn(
+    logits: Tensor, iterations: int = 20, eps: float = 0.0, *, backend: str | None = None
+) -> Tensor:
+    """See `reference.sinkhorn`."""
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., n, n]")
+    check_iterations(iterations)
+    return _run("sinkhorn", backend, logits.shape[-1], logits.device, logits, iterations, eps)
+
+
+def coefficients(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.coefficients`."""
+    check_streams("x", x)
+    _check_projection(x, phi, alpha, bias, iterations)
+    return _run(
+        "coefficients",
+        backend,
+        x.shape[-2],
+        x.device,
+        x,
+        phi,
+        alpha,
+        bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+
+
+def aggregate(x: Tensor, h_pre: Tensor, *, backend: str | None = None) -> Tensor:
+    """See `reference.aggregate`."""
+    check_streams("x", x)
+    check_tokens("h_pre", h_pre, x, (x.shape[-2],), reference.accumulation_dtype(x))
+    return _run("aggregate", backend, x.shape[-2], x.device, x, h_pre)
+
+
+def pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.pre`."""
+    check_streams("x", x)
+    _check_projection(x, phi, alpha, bias, iterations)
+    return _run(
+        "pre",
+        backend,
+        x.shape[-2],
+        x.device,
+        x,
+        phi,
+        alpha,
+        bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+
+
+def combine(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    f_bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """See `reference.combine`."""
+    check_streams("x", x)
+    _check_combine(x, f, h_post, h_res, f_bias)
+    return _run("combine", backend, x.shape[-2], x.device, x, f, h_post, h_res, f_bias)
+
+
+def combine_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.combine_pre`."""
+    check_streams("x", x)
+    _check_combine(x, f, h_post, h_res, f_bias)
+    _check_projection(x, phi, alpha, bias, iterations)
+    return _run(
+        "combine_pre",
+        backend,
+        x.shape[-2],
+        x.device,
+        x,
+        f,
+        h_post,
+        h_res,
+        phi,
+        alpha,
+        bias,
+        f_bias=f_bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+
+
+def head(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """See `reference.head`."""
+    check_streams("x", x)
+    n, width = x.shape[-2:]
+    check_parameter("fn", fn, (n, n * width), x)
+    check_parameter("scale", scale, (1,), x)
+    check_parameter("base", base, (n,), x)
+    return _run(
+        "head", backend, n, x.device, x, fn, scale, base, norm_eps=norm_eps, pre_eps=pre_eps
+    )
+
+
+def hc_coefficients(
+    x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.hc_coefficients`; the reference serves every backend."""
+    check_streams("x", x)
+    n, width = x.shape[-2:]
+    check_parameter("theta", theta, (n + 2, width), x)
+    check_parameter("alpha", alpha, (3,), x)
+    check_parameter("bias", bias, (n * n + 2 * n,), x)
+    return reference.hc_coefficients(x, theta, alpha, bias)

@@ -1,0 +1,237 @@
+"""The definition of mHC in plain PyTorch: any device, any dtype, float64 included.
+
+Every faster path must equal what stands here. Sources: "the paper" is Xie et al., mHC, arXiv
+2512.24880; "HC" is Zhu et al., Hyper-Connections, arXiv 2409.19606.
+
+Shapes: `...` are token dimensions, n the number of streams, C the width of one stream.
+    x [..., n, C] the residual streams      f [..., C] what the sublayer wrote      u [..., C] what it reads
+H_res[dst, src] mixes stream src into stream dst. Coefficients are computed and returned in fp32
+(float64 where x is float64); u and y come back in the dtype of x.
+"""
+
+import torch
+from torch import Tensor
+
+HC_NORM_EPS = 1e-6
+"""eps of the RMS norm that HC applies to each stream (`hc_coefficients`)."""
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of coefficients and sums for streams x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
+    """Project exp(logits) onto the doubly stochastic matrices (paper eq. 9, Sinkhorn-Knopp).
+
+    An iteration divides the columns (sums over dst) and then the rows (sums over src). With eps = 0
+    the first one runs in the log domain, so that no logit is too large. With eps > 0 (`deepseek_v4`)
+    it is a softmax over dst, plus eps, then a division by (row sum + eps); every later division adds
+    eps to the sum too.
+
+    Args:
+        logits: [..., n, n], indexed [dst, src].
+        iterations: number of (columns, rows) divisions, at least 1.
+        eps: 0 for the paper's convention, 1e-6 for `deepseek_v4`.
+
+    Returns:
+        [..., n, n] in fp32 (float64 for float64 logits): rows sum to 1, columns nearly.
+    """
+    logits = logits.to(accumulation_dtype(logits))
+    if eps == 0.0:
+        logits = logits - logits.logsumexp(-2, keepdim=True)
+        matrix = (logits - logits.logsumexp(-1, keepdim=True)).exp()
+    else:
+        matrix = logits.softmax(-2) + eps
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+    return matrix
+
+
+def coefficients(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre, H_post and H_res of every token (paper eq. 7, 8 and 14 to 19).
+
+    Args:
+        x: [..., n, C].
+        phi: [n*n + 2n, n*C]; rows: n for H_pre, n for H_post, n*n for H_res (row dst*n + src).
+        alpha: [3], the scales of the three groups of rows.
+        bias: [n*n + 2n].
+        iterations, sinkhorn_eps: see `sinkhorn`.
+        norm_eps: added to the mean square of the n*C values before the root.
+        pre_eps: added to H_pre after the sigmoid.
+
+    Returns:
+        h_pre [..., n], h_post [..., n], h_res [..., n, n] (dst, src), fp32 (or float64).
+    """
+    n = x.shape[-2]
+    v = x.to(accumulation_dtype(x)).flatten(-2)
+    # dividing by the norm after the projection lets one pass over x give both (eq. 14-16)
+    inverse_norm = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
+    z = v @ phi.t() * inverse_norm
+    logits_pre, logits_post, logits_res = z.split([n, n, n * n], dim=-1)
+    bias_pre, bias_post, bias_res = bias.split([n, n, n * n])
+    h_pre = torch.sigmoid(alpha[0] * logits_pre + bias_pre) + pre_eps
+    h_post = 2 * torch.sigmoid(alpha[1] * logits_post + bias_post)
+    logits_res = (alpha[2] * logits_res + bias_res).unflatten(-1, (n, n))
+    return h_pre, h_post, sinkhorn(logits_res, iterations, sinkhorn_eps)
+
+
+def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
+    """u = H_pre x: what the sublayer reads (paper eq. 3, F's argument).
+
+    Args:
+        x: [..., n, C].
+        h_pre: [..., n].
+
+    Returns:
+        u [..., C] in the dtype of x.
+    """
+    return (h_pre.unsqueeze(-1) * x.to(h_pre.dtype)).sum(-2).to(x.dtype)
+
+
+def pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`coefficients` and `aggregate` together: all that happens in front of a sublayer.
+
+    Returns:
+        u [..., C] in the dtype of x, h_post [..., n], h_res [..., n, n].
+    """
+    h_pre, h_post, h_res = coefficients(
+        x,
+        phi,
+        alpha,
+        bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+    return aggregate(x, h_pre), h_post, h_res
+
+
+def combine(
+    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None = None
+) -> Tensor:
+    """y = H_res x + H_post^T (f + f_bias): the next streams (paper eq. 3).
+
+    Args:
+        x: [..., n, C], the streams that the site's `pre` read.
+        f: [..., C], the sublayer's output; f_bias: [C], the bias it left for the residual, or None.
+        h_post: [..., n].
+        h_res: [..., n, n], indexed [dst, src].
+
+    Returns:
+        y [..., n, C] in the dtype of x.
+    """
+    f = f.to(h_res.dtype)
+    if f_bias is not None:
+        f = f + f_bias.to(h_res.dtype)
+    y = h_res @ x.to(h_res.dtype) + h_post.unsqueeze(-1) * f.unsqueeze(-2)
+    return y.to(x.dtype)
+
+
+def combine_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One site's `combine` and the next site's `pre`: the boundary between two sites.
+
+    x, f, h_post, h_res and f_bias belong to the site that ends; phi, alpha and bias to the next.
+
+    Returns:
+        y [..., n, C]; u [..., C], h_post [..., n] and h_res [..., n, n] of the next site.
+    """
+    y = combine(x, f, h_post, h_res, f_bias)
+    u, h_post, h_res = pre(
+        y,
+        phi,
+        alpha,
+        bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+    return y, u, h_post, h_res
+
+
+def head(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+) -> Tensor:
+    """The learned end of a `deepseek_v4` model: a weighted sum of the streams.
+
+    Args:
+        x: [..., n, C].
+        fn: [n, n*C]; scale: [1]; base: [n].
+        norm_eps, pre_eps: as in `coefficients`.
+
+    Returns:
+        [..., C] in the dtype of x.
+    """
+    v = x.to(accumulation_dtype(x)).flatten(-2)
+    inverse_norm = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
+    weights = torch.sigmoid(scale * (v @ fn.t()) * inverse_norm + base) + pre_eps
+    return aggregate(x, weights)
+
+
+def hc_coefficients(
+    x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The coefficients of unconstrained hyper-connections (paper eq. 5).
+
+    Args:
+        x: [..., n, C].
+        theta: [n + 2, C]; rows: one for H_pre, one for H_post, n for H_res (one for each dst).
+        alpha: [3].
+        bias: [n*n + 2n], ordered as in `coefficients`.
+
+    Returns:
+        h_pre [..., n], h_post [..., n], h_res [..., n, n] (dst, src): any sign, any size.
+    """
+    n = x.shape[-2]
+    v = x.to(accumulation_dtype(x))
+    v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + HC_NORM_EPS)
+    mixed = torch.tanh(v @ theta.t()).transpose(-1, -2)  # [..., n + 2, n (the stream it came from)]
+    bias_pre, bias_post, bias_res = bias.split([n, n, n * n])
+    h_pre = alpha[0] * mixed[..., 0, :] + bias_pre
+    h_post = alpha[1] * mixed[..., 1, :] + bias_post
+    h_res = alpha[2] * mixed[..., 2:, :] + bias_res.view(n, n)
+    return h_pre, h_post, h_res

@@ -1,0 +1,20 @@
+"""DeepSeek's mHC (manifold-constrained hyper-connections, arXiv 2512.24880) for Megatron-Core."""
+
+from typing import TYPE_CHECKING, Any
+
+from .config import MHCConfig
+
+if TYPE_CHECKING:
+    from .spec import with_mhc
+
+__version__ = "0.1.0"
+__all__ = ["MHCConfig", "with_mhc"]
+
+
+def __getattr__(name: str) -> Any:
+    # on first use, so that `import megatron_mhc` (and the stand-in for CUDA) comes before Megatron
+    if name == "with_mhc":
+        from .spec import with_mhc
+
+        return with_mhc
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,65 @@
+"""Turning mHC on in a training script: the plugin's patches, composed and applied."""
+
+import argparse
+
+import torch
+
+from megatron_mhc.patches import Patch, registry
+from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+from megatron_mhc.patches.parameter_groups import parameter_group_patches
+from megatron_mhc.patches.training import (
+    arguments_patch,
+    built_model_patches,
+    validation_patch,
+)
+
+from . import arguments, parameters, report
+
+
+class _Seen:
+    """What happened in this process, for the runner's last word."""
+
+    parser = False
+    banner: str | None = None
+
+
+seen = _Seen()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    seen.parser = True
+    arguments.add_mhc_arguments(parser)
+
+
+def _check_built_model(chunks: list[torch.nn.Module]) -> None:
+    """Raise if mHC was asked for and is not there; print the banner once."""
+    from megatron.training.global_vars import get_args
+
+    if not getattr(get_args(), "mhc", False):
+        return
+    config, source = arguments.active_config()
+    sites, count = report.check_model(chunks, config)
+    device = next(p.device for chunk in chunks for p in chunk.parameters())
+    if seen.banner is None:
+        seen.banner = report.banner(config, source, sites, count, device)
+        report.print_banner(seen.banner)
+
+
+def plugin_patches() -> tuple[Patch, ...]:
+    """Every patch that `activate` applies, in order."""
+    return (
+        arguments_patch(_add_arguments),
+        validation_patch(arguments.prepare_arguments, arguments.check_arguments),
+        *built_model_patches(_check_built_model),
+        *parameter_group_patches(parameters.MARK),
+        SHIPPED_HELPERS,
+    )
+
+
+def activate() -> None:
+    """Teach this process's Megatron the `--mhc*` flags. Once is enough; again changes nothing.
+
+    Raises:
+        PatchError: Megatron-Core is missing or of a version that the plugin does not know.
+    """
+    registry.apply(*plugin_patches())

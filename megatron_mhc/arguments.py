@@ -1,0 +1,163 @@
+"""The `--mhc*` flags and MHC_* environment variables, and MHCConfig from either."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from megatron_mhc.kernels.backend import BACKENDS
+
+from .compatibility import check_transformer_config
+from .config import Convention, Init, MHCConfig, Variant
+
+SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
+"""What `--spec` must name for a model with mHC."""
+
+
+def _recompute(text: str) -> int | str | None:
+    if text == "off":
+        return None
+    return text if text == "auto" else int(text)
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return text.lower() in ("1", "true")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    parse: Callable[[str], Any]
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+SETTINGS: Mapping[str, _Setting] = {
+    "num_streams": _Setting(int, "residual streams (n; kernels exist for 1, 2, 4 and 8)"),
+    "sinkhorn_iterations": _Setting(int, "Sinkhorn-Knopp steps that make H_res doubly stochastic"),
+    "convention": _Setting(
+        str,
+        "'paper', or 'deepseek_v4' for the eps values and the learned head of the V4 checkpoints",
+        get_args(Convention),
+    ),
+    "init": _Setting(
+        str,
+        "'residual' starts as the ordinary network's function, 'zero' with every bias at zero",
+        get_args(Init),
+    ),
+    "variant": _Setting(
+        str, "'mhc', or 'hc' for unconstrained hyper-connections", get_args(Variant)
+    ),
+    "backend": _Setting(
+        str, "'triton' kernels, the 'torch' reference, or 'auto' for what can run", BACKENDS
+    ),
+    "recompute": _Setting(_recompute, "selective recompute of the streams: off, auto or layers"),
+    "overlap_p2p": _Setting(_switch, "overlap pipeline communication with the MLP's combine"),
+}
+"""A row a field of MHCConfig."""
+
+
+def add_mhc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--mhc` and a flag for every field of MHCConfig, with its default in the help."""
+    group = parser.add_argument_group(
+        "mHC", "manifold-constrained hyper-connections (arXiv 2512.24880) by megatron_mhc"
+    )
+    group.add_argument("--mhc", action="store_true", help="replace residual connections by mHC")
+    for field in dataclasses.fields(MHCConfig):
+        setting = SETTINGS[field.name]
+        flag = "--mhc-" + field.name.replace("_", "-")
+        default = "off" if field.default in (None, False) else field.default
+        text = f"{setting.help} (default: {default})"
+        if setting.parse is _switch:
+            group.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            group.add_argument(flag, type=setting.parse, choices=setting.choices, help=text)
+    return parser
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    values = {f.name: getattr(args, f"mhc_{f.name}", None) for f in dataclasses.fields(MHCConfig)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
+    """MHCConfig from parsed flags; what was not given has its default.
+
+    Raises:
+        ValueError: a value that MHCConfig refuses.
+    """
+    return MHCConfig(**_given(args))
+
+
+def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfig:
+    """MHCConfig from MHC_NUM_STREAMS, MHC_CONVENTION, ...; what is not set has its default.
+
+    Raises:
+        ValueError: an MHC_* variable that does not exist, or a value that does not fit.
+    """
+    values = {}
+    known = {f"MHC_{name.upper()}": name for name in SETTINGS}
+    for variable in sorted(v for v in environ if v.startswith("MHC_")):
+        if variable not in known:
+            raise ValueError(f"{variable} is set; known are {', '.join(sorted(known))}")
+        name = known[variable]
+        try:
+            values[name] = SETTINGS[name].parse(environ[variable])
+        except ValueError as error:
+            raise ValueError(f"{variable} is {environ[variable]!r}: {error}") from error
+    return MHCConfig(**values)
+
+
+def prepare_arguments(args: argparse.Namespace) -> None:
+    """Before Megatron validates its arguments: point `--spec` at mHC where `--mhc` asks for it.
+
+    Raises:
+        ValueError: an mHC setting without `--mhc`, or one that MHCConfig refuses.
+    """
+    if list(args.spec or []) == SPEC:
+        args.mhc = True
+    if not args.mhc:
+        if given := _given(args):
+            flags = ", ".join("--mhc-" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{flags} given without --mhc: add --mhc, or drop them")
+        return
+    config = config_from_arguments(args)
+    for name, value in dataclasses.asdict(config).items():
+        setattr(args, f"mhc_{name}", value)
+    if list(args.spec or []) != SPEC:
+        args.mhc_base_spec, args.spec = args.spec, list(SPEC)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """After Megatron validated its arguments: refuse what mHC cannot work with.
+
+    Raises:
+        ValueError: names every such flag and what to do about it.
+    """
+    if args.mhc:
+        check_transformer_config(args)
+
+
+def active_config() -> tuple[MHCConfig, str]:
+    """The settings of this process, and where they come from: "flags" or "environment"."""
+    from megatron.training.global_vars import get_args as megatron_args
+
+    try:
+        args = megatron_args()
+    except AssertionError:  # Megatron's arguments are not initialised: a library user's process
+        args = argparse.Namespace()
+    if getattr(args, "mhc", False):
+        return config_from_arguments(args), "flags"
+    return config_from_environment(), "environment"
+
+
+def base_spec() -> list[str] | None:
+    """The user's own `--spec MODULE NAME` that mHC goes around, or None."""
+    from megatron.training.global_vars import get_args as megatron_args
+
+    try:
+        return getattr(megatron_args(), "mhc_base_spec", None)
+    except AssertionError:
+        return None

@@ -1,0 +1,106 @@
+"""What mHC cannot work with, each with a sentence that says what to change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A setting that mHC refuses.
+
+    Attributes:
+        flag: what the user gave.
+        given: from the settings (a TransformerConfig or Megatron's parsed arguments), whether.
+        advice: why not, and what to do.
+    """
+
+    flag: str
+    given: Callable[[Any], bool]
+    advice: str
+
+
+def _is_set(name: str, *off: Any) -> Callable[[Any], bool]:
+    return lambda settings: getattr(settings, name, None) not in (None, False, *off)
+
+
+CONFLICTS = (
+    Conflict(
+        "--enable-hyper-connections",
+        _is_set("enable_hyper_connections"),
+        "this Megatron has hyper-connections of its own and they are on; use one of the two",
+    ),
+    Conflict(
+        "--fp32-residual-connection",
+        _is_set("fp32_residual_connection"),
+        "the streams are kept in the model's dtype; drop the flag",
+    ),
+    Conflict(
+        "--fused-residual-rmsnorm",
+        _is_set("fused_residual_rmsnorm"),
+        "it fuses an addition that mHC replaces; drop the flag",
+    ),
+    Conflict(
+        "--recompute-modules layernorm",
+        lambda s: (
+            "layernorm" in (getattr(s, "recompute_modules", None) or ())
+            and getattr(s, "recompute_granularity", None) == "selective"
+        ),
+        "the norm slot reads the streams; take layernorm off the list",
+    ),
+    Conflict(
+        "--pipeline-model-parallel-size > 1",
+        lambda s: (getattr(s, "pipeline_model_parallel_size", None) or 1) > 1,
+        "streams between stages are not built yet; use one stage",
+    ),
+    Conflict(
+        "--mtp-num-layers",
+        _is_set("mtp_num_layers", 0),
+        "multi-token prediction is not built yet; drop the flag",
+    ),
+    Conflict(
+        "--cuda-graph-impl",
+        _is_set("cuda_graph_impl", "none"),
+        "CUDA graphs are not tried yet; use --cuda-graph-impl none",
+    ),
+    Conflict(
+        "--cpu-offloading-num-layers",
+        _is_set("cpu_offloading"),
+        "activation offloading is not tried yet; drop the flag",
+    ),
+    Conflict(
+        "--fine-grained-activation-offloading",
+        _is_set("fine_grained_activation_offloading"),
+        "it replaces the residual between the slots; drop the flag",
+    ),
+    Conflict(
+        "--overlap-moe-expert-parallel-comm",
+        _is_set("overlap_moe_expert_parallel_comm"),
+        "its schedule splits a layer in a way not tried yet; drop the flag",
+    ),
+    Conflict(
+        "--use-megatron-fsdp",
+        _is_set("use_megatron_fsdp"),
+        "FSDP is not tried yet; use DDP or the distributed optimizer",
+    ),
+    Conflict(
+        "--use-torch-fsdp2",
+        _is_set("use_torch_fsdp2"),
+        "FSDP is not tried yet; use DDP or the distributed optimizer",
+    ),
+)
+
+
+def check_transformer_config(settings: Any) -> None:
+    """Refuse settings that mHC cannot work with.
+
+    Args:
+        settings: a TransformerConfig, or Megatron's parsed arguments (the names agree).
+
+    Raises:
+        ValueError: names every such setting and what to do about it.
+    """
+    found = [c for c in CONFLICTS if c.given(settings)]
+    if found:
+        lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)
+        raise ValueError(f"mHC does not work with these settings: {lines}")

@@ -1,0 +1,93 @@
+"""MHCConfig: every setting of mHC once, with its check."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from megatron_mhc.kernels.backend import Backend, check_backend
+
+Convention = Literal["paper", "deepseek_v4"]
+Init = Literal["residual", "zero"]
+Variant = Literal["mhc", "hc"]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class MHCConfig:
+    """The settings of mHC.
+
+    Attributes:
+        num_streams: n, the number of residual streams (the paper's expansion rate; 4 there).
+        sinkhorn_iterations: (columns, rows) divisions of Sinkhorn-Knopp (paper eq. 9; 20 there).
+        convention: "paper", or "deepseek_v4" as the V4 checkpoints have it: eps 1e-6 in Sinkhorn
+            and on H_pre, and a learned head instead of the mean at the end of the model.
+        init: "residual" starts as the ordinary residual network's function; "zero" starts with
+            every bias at zero (H_pre 1/2, H_post 1, H_res uniform).
+        variant: "mhc", or "hc" for the unconstrained hyper-connections it descends from.
+        backend: "triton", "torch" (the reference) or "auto"; see `kernels.backend.resolve`.
+        recompute: selective recompute of the streams; None is off, the only choice so far.
+        overlap_p2p: pipeline overlap; False is the only choice so far.
+
+    Raises:
+        ValueError: a value that is unknown, out of range or cannot work with another.
+    """
+
+    num_streams: int = 4
+    sinkhorn_iterations: int = 20
+    convention: Convention = "paper"
+    init: Init = "residual"
+    variant: Variant = "mhc"
+    backend: Backend = "auto"
+    recompute: None | Literal["auto"] | int = None
+    overlap_p2p: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_streams < 1:
+            raise ValueError(f"num_streams is {self.num_streams}; expected at least 1")
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(
+                f"sinkhorn_iterations is {self.sinkhorn_iterations}; expected at least 1"
+            )
+        _check_choice("convention", self.convention, get_args(Convention))
+        _check_choice("init", self.init, get_args(Init))
+        _check_choice("variant", self.variant, get_args(Variant))
+        check_backend(self.backend)
+        if self.variant == "hc" and (self.convention, self.init) != ("paper", "residual"):
+            raise ValueError(
+                f"variant 'hc' knows neither conventions nor other starts; convention is"
+                f" {self.convention!r} and init {self.init!r}: leave both at their defaults"
+            )
+        if self.variant == "hc" and self.backend == "triton":
+            raise ValueError("backend is 'triton', but variant 'hc' has the reference only")
+        if self.recompute is not None:
+            raise ValueError(
+                f"recompute is {self.recompute!r}, but selective recompute is not built yet; leave"
+                " it off (Megatron's own --recompute-granularity full works)"
+            )
+        if self.overlap_p2p:
+            raise ValueError(
+                "overlap_p2p is on, but pipeline overlap is not built yet; leave it off"
+            )
+
+    @property
+    def norm_eps(self) -> float:
+        """Added to the mean square of the streams before the root (both conventions)."""
+        return 1e-6
+
+    @property
+    def pre_eps(self) -> float:
+        """Added to H_pre after the sigmoid."""
+        return 1e-6 if self.convention == "deepseek_v4" else 0.0
+
+    @property
+    def sinkhorn_eps(self) -> float:
+        """Added to the sums that Sinkhorn divides by."""
+        return 1e-6 if self.convention == "deepseek_v4" else 0.0
+
+    @property
+    def learned_head(self) -> bool:
+        """Whether a learned head ends the model; else the mean of the streams does."""
+        return self.convention == "deepseek_v4"

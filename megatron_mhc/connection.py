@@ -1,0 +1,142 @@
+"""HyperConnection: phi, alpha and bias of one site, and the head that may end a model."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_mhc import kernels
+
+from .config import MHCConfig
+from .parameters import Fp32Module
+
+ALPHA_START = 0.01
+"""alpha at the start (paper, appendix A.1)."""
+HOME_LOGIT = 3.0
+"""b_pre of a site's home stream under init "residual": sigmoid(3) = 0.953 of u comes from there."""
+IDENTITY_LOGIT = 3.0
+"""b_res is +3 on the diagonal and -3 off it under init "residual": H_res starts near the identity."""
+ONE_STREAM_LOGIT = 30.0
+"""b_pre where there is one stream: sigmoid(30) is 1 to fp32's rounding."""
+
+
+def _home_logits(n: int, site: int) -> Tensor:
+    """b_pre of init "residual": the weights of a site's streams sum to one, most on one of them."""
+    if n == 1:
+        return torch.tensor([ONE_STREAM_LOGIT])
+    home_weight = 1 / (1 + math.exp(-HOME_LOGIT))
+    weights = torch.full((n,), (1 - home_weight) / (n - 1), dtype=torch.float64)
+    weights[site % n] = home_weight
+    return torch.logit(weights)
+
+
+def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
+    """[n*n + 2n]: b_pre, b_post and b_res of a site at the start (`MHCConfig.init`).
+
+    Under "residual" the network computes the ordinary residual network's function at step 0: H_pre
+    sums to one over streams that are still equal, H_post is 1, and H_res keeps their mean.
+    """
+    n = mhc.num_streams
+    if mhc.variant == "hc":
+        home = torch.zeros(n)
+        home[site % n] = 1.0
+        return torch.cat([home, torch.ones(n), torch.eye(n).flatten()])
+    if mhc.init == "zero":
+        return torch.zeros(n * n + 2 * n)
+    near_identity = IDENTITY_LOGIT * (2 * torch.eye(n) - 1)
+    return torch.cat([_home_logits(n, site), torch.zeros(n), near_identity.flatten()])
+
+
+class HyperConnection(Fp32Module):
+    """The hyper-connection of one site: how a sublayer reads the streams and writes to them.
+
+    Args:
+        mhc: the settings.
+        hidden_size: C, the width of one stream.
+        site: the site's index from the model's start (two a layer); picks its home stream.
+        sequence_parallel: whether tensor-parallel ranks see different tokens.
+
+    Parameters (fp32 whatever the model is in; replicated over all ranks):
+        phi [n*n + 2n, n*C] (variant "hc": theta [n + 2, C]), alpha [3], bias [n*n + 2n].
+    """
+
+    def __init__(
+        self, mhc: MHCConfig, hidden_size: int, site: int, *, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.mhc = mhc
+        self.hidden_size = hidden_size
+        n = mhc.num_streams
+        if mhc.variant == "hc":
+            self.projection_name, shape = "theta", (n + 2, hidden_size)
+        else:
+            self.projection_name, shape = "phi", (n * n + 2 * n, n * hidden_size)
+        for name, value in (
+            (self.projection_name, torch.zeros(shape)),
+            ("alpha", torch.full((3,), ALPHA_START)),
+            ("bias", initial_bias(mhc, site)),
+        ):
+            self._add_parameter(name, value, sequence_parallel=sequence_parallel)
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(model)`."""
+        return f"{self.mhc.variant}, num_streams={self.mhc.num_streams}, C={self.hidden_size}"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What stands in front of the sublayer (`kernels.pre`).
+
+        Args:
+            x: [..., n, C], the streams.
+
+        Returns:
+            u [..., C] for the sublayer; h_post [..., n] and h_res [..., n, n] for `combine`.
+        """
+        mhc = self.mhc
+        if mhc.variant == "hc":
+            h_pre, h_post, h_res = kernels.hc_coefficients(x, self.theta, self.alpha, self.bias)
+            return kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res
+        return kernels.pre(
+            x,
+            self.phi,
+            self.alpha,
+            self.bias,
+            iterations=mhc.sinkhorn_iterations,
+            norm_eps=mhc.norm_eps,
+            pre_eps=mhc.pre_eps,
+            sinkhorn_eps=mhc.sinkhorn_eps,
+            backend=mhc.backend,
+        )
+
+
+class Head(Fp32Module):
+    """The learned end of a model in the `deepseek_v4` convention (`kernels.head`).
+
+    Parameters (fp32): fn [n, n*C], scale [1], base [n]. It starts as the mean of the streams.
+    """
+
+    def __init__(
+        self, mhc: MHCConfig, hidden_size: int, *, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.mhc = mhc
+        n = mhc.num_streams
+        mean_logit = torch.logit(torch.tensor(1 / n)) if n > 1 else torch.tensor(ONE_STREAM_LOGIT)
+        for name, value in (
+            ("fn", torch.zeros(n, n * hidden_size)),
+            ("scale", torch.ones(1)),
+            ("base", mean_logit.expand(n).clone()),
+        ):
+            self._add_parameter(name, value, sequence_parallel=sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n, C] -> [..., C]."""
+        mhc = self.mhc
+        return kernels.head(
+            x,
+            self.fn,
+            self.scale,
+            self.base,
+            norm_eps=mhc.norm_eps,
+            pre_eps=mhc.pre_eps,
+            backend=mhc.backend,
+        )

@@ -1,0 +1,67 @@
+"""`python -m megatron_mhc doctor`: what is installed, which hooks are there, which patches are on."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from megatron_mhc.patches import PatchError, registry
+from megatron_mhc.patches.cpu import CPU_PATCHES
+from megatron_mhc.patches.registry import locate
+
+PACKAGES = ("megatron_mhc", "megatron-core", "torch", "triton", "transformer-engine", "apex")
+HOOKS = (
+    ("megatron.core.transformer.transformer_layer:TransformerLayer", "the layer that gets sites"),
+    ("megatron.core.transformer.transformer_layer:TransformerLayerSubmodules", "its slots"),
+    ("megatron.core.transformer.transformer_block:TransformerBlockSubmodules", "a block's spec"),
+    ("megatron.core.fusions.fused_bias_dropout:get_bias_dropout_add", "what mHC replaces"),
+    ("megatron.training.models.gpt:default_layer_spec", "the spec that --mhc goes around"),
+)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _hook_state(target: str) -> str:
+    try:
+        locate(target)
+    except (ImportError, AttributeError) as error:
+        return f"MISSING ({error})"
+    return "found"
+
+
+def _patch_lines() -> list[str]:
+    from .activate import plugin_patches
+
+    lines = []
+    for title, patches, tried in (
+        ("Patches of a training run (applied now, to try them)", plugin_patches(), True),
+        ("Patches for --cpu (not applied)", CPU_PATCHES, False),
+    ):
+        lines.append(f"{title}:")
+        if tried:
+            try:
+                registry.apply(*patches)
+            except PatchError as error:
+                lines.append(f"  ERROR {error}")
+        for status in registry.status(*patches):
+            reason = f" ({status.reason})" if status.reason else ""
+            lines.append(f"  {status.patch.id:26} {status.state}{reason}")
+            lines.append(f"  {'':26} {status.patch.target}: {status.patch.why}")
+        if tried:
+            registry.undo(*(patch.id for patch in patches))
+    return lines
+
+
+def report() -> str:
+    """The doctor's whole page."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (use --cpu)"
+    lines = [f"Python {platform.python_version()}, CUDA device: {device}", "Versions:"]
+    lines += [f"  {package:26} {_version(package)}" for package in PACKAGES]
+    lines.append("Hooks:")
+    lines += [f"  {_hook_state(target):26} {target}: {why}" for target, why in HOOKS]
+    return "\n".join(lines + _patch_lines())

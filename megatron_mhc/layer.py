@@ -1,0 +1,148 @@
+"""A Transformer layer whose residual is n streams, through Megatron's own slots.
+
+The way of a token: the first layer replicates the embedding into n streams (entry); each site reads
+them in front of its norm (`Site.read`) and writes to them where the residual was added
+(`Site.write`); the last layer contracts them (exit). Between layers they are one tensor
+[s, b, n*C], stream-major: index j*C + c.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_mhc import kernels
+
+from .compatibility import check_transformer_config
+from .config import MHCConfig
+from .connection import Head, HyperConnection
+
+
+class Site:
+    """What one sublayer's norm slot and residual slot share: a connection and the streams it read."""
+
+    def __init__(self, connection: HyperConnection) -> None:
+        self.connection = connection
+        self._pending: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def read(self, norm: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A forward pre-hook of the norm slot: streams [s, b, n*C] become u [s, b, C].
+
+        Raises:
+            ValueError: the streams do not have n*C channels.
+        """
+        streams, *rest = inputs
+        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
+        if streams.shape[-1] != n * width:
+            raise ValueError(
+                f"a site got hidden states of width {streams.shape[-1]}; expected"
+                f" {n} streams of {width} = {n * width} channels"
+            )
+        x = streams.unflatten(-1, (n, width))
+        u, h_post, h_res = self.connection(x)
+        self._pending = (streams, x, h_post, h_res)
+        return (u, *rest)
+
+    def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
+
+        def combine(
+            output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
+        ) -> Tensor:
+            """(f, bias), the streams and F's dropout -> the next streams [s, b, n*C].
+
+            Raises:
+                RuntimeError: the residual is not the streams that `read` saw.
+            """
+            if self._pending is None or self._pending[0] is not residual:
+                raise RuntimeError(
+                    "a residual slot got other streams than its norm slot read: something between"
+                    " the two (a norm that returns its own residual, offloading) replaced them"
+                )
+            (_, x, h_post, h_res), self._pending = self._pending, None
+            f, bias = output_with_bias
+            if training and dropout > 0:
+                f = f if bias is None else f + bias
+                f, bias = torch.nn.functional.dropout(f, dropout), None
+            y = kernels.combine(x, f, h_post, h_res, bias, backend=self.connection.mhc.backend)
+            return y.flatten(-2)
+
+        return combine
+
+
+class MHCLayer:
+    """Mixed into a TransformerLayer class by `mhc_layer`: two sites, and entry and exit by position.
+
+    Args:
+        mhc: the settings; the rest as for the TransformerLayer class.
+
+    Raises:
+        ValueError: the model's configuration has something that mHC cannot work with.
+    """
+
+    def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
+        check_transformer_config(config)
+        super().__init__(config, *args, **kwargs)
+        self.mhc = mhc
+        first_site = 2 * (self.layer_number - 1)
+        build = functools.partial(
+            HyperConnection, mhc, config.hidden_size, sequence_parallel=config.sequence_parallel
+        )
+        self.attention_connection = build(first_site)
+        self.mlp_connection = build(first_site + 1)
+        self.self_attn_bda = _fill_slots(self.input_layernorm, self.attention_connection)
+        self.mlp_bda = _fill_slots(self.pre_mlp_layernorm, self.mlp_connection)
+        self.is_entry = self.layer_number == 1
+        self.is_exit = self.layer_number == config.num_layers
+        if self.is_exit and mhc.learned_head:
+            self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """As TransformerLayer.forward, on [s, b, n*C] ([s, b, C] into the first, out of the last)."""
+        n = self.mhc.num_streams
+        if self.is_entry:
+            hidden_states = hidden_states.repeat(1, 1, n)
+        streams, context = super().forward(hidden_states, *args, **kwargs)
+        if not self.is_exit:
+            return streams, context
+        x = streams.unflatten(-1, (n, -1))
+        return (self.head(x) if self.mhc.learned_head else x.mean(-2)), context
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The layer's, but the head (of the last layer alone) is no slice of a stack of layers."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if hasattr(self, "head"):
+            from megatron.core.transformer.utils import sharded_state_dict_default
+
+            head_prefix = f"{prefix}head."
+            state = {key: value for key, value in state.items() if not key.startswith(head_prefix)}
+            state |= sharded_state_dict_default(self.head, head_prefix, (), metadata, self.tp_group)
+        return state
+
+
+def _fill_slots(
+    norm: torch.nn.Module, connection: HyperConnection
+) -> Callable[[bool, bool], Callable[..., Tensor]]:
+    """Put a site in front of the norm; return what fills the residual slot."""
+    site = Site(connection)
+    norm.register_forward_pre_hook(site.read)
+    return site.write
+
+
+@functools.cache
+def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
+    """The class `MHC<base>`: `base` with the sites of mHC.
+
+    Raises:
+        ValueError: base is no TransformerLayer, or has mHC already.
+    """
+    if not (isinstance(base, type) and issubclass(base, TransformerLayer)):
+        raise ValueError(f"mHC needs a TransformerLayer and the spec has {base!r}")
+    if issubclass(base, MHCLayer):
+        raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
+    return type(f"MHC{base.__name__}", (MHCLayer, base), {"__module__": __name__})

@@ -1,0 +1,89 @@
+"""What the plugin says at start: one banner line, or why the model is not what was asked for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from megatron_mhc import kernels
+
+from .config import MHCConfig
+from .parameters import is_hyper_connection
+
+
+class DenseModelError(RuntimeError):
+    """mHC was asked for and a layer of the model came out with ordinary residual connections."""
+
+
+def sites_and_parameters(mhc: MHCConfig, num_layers: int, hidden_size: int) -> tuple[int, int]:
+    """How many sites a model of these sizes has, and how many parameters mHC adds to it."""
+    n, sites = mhc.num_streams, 2 * num_layers
+    rows = n * n + 2 * n
+    projection = (n + 2) * hidden_size if mhc.variant == "hc" else rows * n * hidden_size
+    head = n * n * hidden_size + n + 1 if mhc.learned_head else 0
+    return sites, sites * (projection + 3 + rows) + head
+
+
+def banner(mhc: MHCConfig, source: str, sites: int, parameters: int, device: torch.device) -> str:
+    """The line that says how mHC is on."""
+    backend: str = mhc.backend
+    if backend == "auto":
+        reason = kernels.why_not_triton(mhc.num_streams, device)
+        if mhc.variant == "hc":
+            reason = "variant hc has the reference only"
+        backend = "triton" if reason is None else f"torch, because {reason}"
+    steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
+    return (
+        f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
+        f" {mhc.convention}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
+        f" {parameters:,} extra parameters (settings from {source})"
+    )
+
+
+def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig) -> tuple[int, int]:
+    """Check that every Transformer layer of the model has its two sites.
+
+    Args:
+        chunks: the model chunks of this rank, wrapped or not.
+        mhc: the settings that were asked for.
+
+    Returns:
+        The sites and the parameters of mHC on this rank.
+
+    Raises:
+        DenseModelError: a layer without sites, or no layer at all.
+        ValueError: the backend cannot run on the device that the model is on.
+    """
+    from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+
+    from .layer import MHCLayer
+
+    modules = [(name, m) for chunk in chunks for name, m in chunk.named_modules()]
+    layers = [(name, m) for name, m in modules if isinstance(m, BaseTransformerLayer)]
+    dense = [name for name, layer in layers if not isinstance(layer, MHCLayer)]
+    if dense or not layers:
+        raise DenseModelError(
+            "mHC was asked for, but "
+            + (f"these layers have none: {', '.join(dense)}" if dense else "no layer has a site")
+            + ". The script builds its model without args.spec: use a GPT script that honours"
+            " --spec, or put with_mhc around the spec where the script makes it"
+        )
+    parameters = {p for chunk in chunks for p in chunk.parameters() if is_hyper_connection(p)}
+    kernels.resolve_backend(mhc.backend, mhc.num_streams, next(iter(parameters)).device)
+    return 2 * len(layers), sum(p.numel() for p in parameters)
+
+
+def print_banner(line: str) -> None:
+    """Print on the first rank alone (the only one where nothing is distributed)."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        print(line, flush=True)
+
+
+def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
+    """Print the banner before a model is built, from its sizes: on the `--spec` route alone."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = sites_and_parameters(
+        mhc, transformer_config.num_layers, transformer_config.hidden_size
+    )
+    print_banner(banner(mhc, source, *counts, device))

@@ -1,0 +1,94 @@
+"""Run a Megatron training script with the --mhc flags: `python -m megatron_mhc.run SCRIPT ...`."""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+import torch
+
+USAGE = (
+    "[torchrun ...] -m megatron_mhc.run [--cpu] SCRIPT [the script's and Megatron's flags] --mhc"
+)
+DESCRIPTION = """\
+Runs an unmodified Megatron script (pretrain_gpt.py, say) that has learnt the flag --mhc:
+
+  torchrun --nproc-per-node 8 -m megatron_mhc.run pretrain_gpt.py <flags> --mhc
+  python -m megatron_mhc.run --cpu pretrain_gpt.py <flags> --mhc
+
+Without --mhc the script runs as it always does. `SCRIPT --help` lists the --mhc flags."""
+
+
+class NotMegatronError(RuntimeError):
+    """The script ended without ever asking Megatron for its arguments."""
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="megatron_mhc.run",
+        usage=USAGE,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="train on the CPU, over gloo: slow, for trying and testing",
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="the training script")
+    own = list(argv)
+    # what follows the script is the script's: argparse must not look at it
+    cut = next((i for i, word in enumerate(own) if not word.startswith("-")), len(own) - 1) + 1
+    options = parser.parse_args(own[:cut])
+    if not os.path.isfile(options.script):
+        parser.error(f"there is no file {options.script!r}")
+    return options, own[cut:]
+
+
+def _alone() -> None:
+    """Without torchrun: a group of one, so that `python -m megatron_mhc.run` is enough."""
+    if "RANK" not in os.environ:
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m megatron_mhc.run`.
+
+    Raises:
+        SystemExit: bad usage, or no GPU and no --cpu.
+        NotMegatronError: the script is not one of Megatron's.
+    """
+    options, rest = _parse(sys.argv[1:] if argv is None else argv)
+    if options.cpu:
+        # before Megatron is imported: it decides what to compile at import
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        from megatron_mhc.patches import cpu
+
+        cpu.enter()
+    elif not torch.cuda.is_available():
+        sys.exit("megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU")
+    from .activate import activate, seen
+
+    activate()
+    _alone()
+    sys.argv = [options.script, *rest]
+    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
+    runpy.run_path(options.script, run_name="__main__")
+    if not seen.parser:
+        raise NotMegatronError(
+            f"{options.script} ended without asking Megatron for its arguments"
+            " (megatron.training.arguments.add_megatron_arguments): no mHC was in it. Give a script"
+            " that calls megatron.training, or use with_mhc in the script itself"
+        )
+
+
+if __name__ == "__main__":
+    main()

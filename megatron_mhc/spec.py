@@ -1,0 +1,104 @@
+"""mHC as a layer spec: `with_mhc` for any spec of Megatron's, `gpt_layer_spec` for `--spec`."""
+
+import copy
+import inspect
+from typing import Any, TypeVar
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+from .arguments import active_config, base_spec
+from .config import MHCConfig
+from .layer import mhc_layer
+from .report import announce_spec
+
+Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])
+
+
+def with_mhc(spec: Spec, config: MHCConfig | None = None) -> Spec:
+    """The same spec with mHC instead of residual connections; the argument is left as it was.
+
+    Args:
+        spec: what Megatron's spec functions return: a layer's ModuleSpec, a list of them, a
+            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock.
+        config: the settings, the defaults if None.
+
+    Returns:
+        A spec of the same kind.
+
+    Raises:
+        ValueError: a layer that is no TransformerLayer, has mHC already, fills its residual slots
+            with something else than Megatron's bias-dropout-add, or has cross attention.
+    """
+    config = MHCConfig() if config is None else config
+    if isinstance(spec, list):
+        return [_layer_with_mhc(layer, config) for layer in spec]
+    if isinstance(spec, TransformerBlockSubmodules):
+        wide = copy.copy(spec)
+        wide.layer_specs = [_layer_with_mhc(layer, config) for layer in spec.layer_specs or []]
+        return wide
+    if not isinstance(spec, ModuleSpec):
+        raise ValueError(
+            f"spec is {spec!r}; expected a layer's ModuleSpec, a list of them or a"
+            " TransformerBlockSubmodules (call a spec function before with_mhc)"
+        )
+    if isinstance(spec.module, type) and issubclass(spec.module, TransformerBlock):
+        wide = copy.copy(spec)
+        wide.submodules = with_mhc(spec.submodules, config)
+        return wide
+    return _layer_with_mhc(spec, config)
+
+
+def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
+    layer_class = mhc_layer(spec.module)
+    for slot in ("self_attn_bda", "mlp_bda"):
+        filler = getattr(spec.submodules, slot)
+        if filler is not get_bias_dropout_add:
+            raise ValueError(
+                f"the spec's residual slot {slot} holds {filler!r}; mHC replaces"
+                " get_bias_dropout_add and nothing else"
+            )
+    if spec.submodules.cross_attention is not IdentityOp:
+        raise ValueError("the spec has cross attention, for which mHC has no site")
+    wide = copy.copy(spec)
+    wide.module = layer_class
+    # build_module hands the params of a spec to the class
+    wide.params = {**spec.params, "mhc": config}
+    # TransformerLayer rewrites entries of its submodules while it is built
+    wide.submodules = copy.copy(spec.submodules)
+    return wide
+
+
+def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
+    """The layer spec that Megatron would choose, with mHC: `--spec megatron_mhc.spec gpt_layer_spec`.
+
+    Args:
+        model_config: Megatron's GPTModelConfig.
+        vp_stage: the virtual pipeline stage.
+
+    Returns:
+        A spec for GPTModel. Settings come from the `--mhc*` flags where the runner or
+        `megatron_mhc.auto` added them, else from MHC_* environment variables, else the defaults.
+    """
+    config, source = active_config()
+    if source == "environment":
+        announce_spec(config, source, model_config.transformer)
+    return with_mhc(_base_layer_spec(model_config, vp_stage), config)
+
+
+def _base_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
+    """The spec that `--spec` named beside `--mhc`, else the one that Megatron chooses by itself."""
+    named = base_spec()
+    if named is None:
+        from megatron.training.models.gpt import default_layer_spec
+
+        return default_layer_spec(model_config, vp_stage)
+    spec = import_module(named)
+    if spec is None:
+        raise ValueError(f"--spec {' '.join(named)} could not be imported")
+    if isinstance(spec, ModuleSpec) or not callable(spec):
+        return spec
+    takes_stage = "vp_stage" in inspect.signature(spec).parameters
+    return spec(model_config, vp_stage=vp_stage) if takes_stage else spec(model_config)
