@@ -1,0 +1,206 @@
+"""Megatron on a CPU: what it needs changed, and the way in and out."""
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron_mhc.patches.registry import Patch, registry
+from megatron_mhc.patches.torch_cuda import cuda_is_cpu
+
+
+def _skip_if_shipped(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def compile_helpers() -> None:
+        try:
+            import megatron.core.datasets.helpers_cpp  # noqa: F401
+        except ImportError:
+            original()
+
+    return compile_helpers
+
+
+def _cpu_rng_state(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
+    def get(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        if graph_safe:
+            raise NotImplementedError("CUDA graphs have no CPU stand-in")
+        return torch.get_rng_state()
+
+    return get
+
+
+def _set_cpu_rng_state(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def set_(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        if graph_safe:
+            raise NotImplementedError("CUDA graphs have no CPU stand-in")
+        torch.set_rng_state(new_state)
+
+    return set_
+
+
+def _mark_sequence_parallel(original: Any) -> Any:
+    make = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(make)
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        without = copy.copy(config)
+        without.sequence_parallel = False
+        norm: torch.nn.Module = make(cls, without, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+    return staticmethod(new)
+
+
+def _head_dimensions(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        original(self, config, *args, **kwargs)
+        if k_channels is not None and kwargs.get("softmax_scale") is None:
+            self.softmax_scale *= (self.hidden_size_per_attention_head / k_channels) ** 0.5
+        if v_channels is not None:
+            # the width of the result, the only place where the values' width is asked for
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return init
+
+
+def _splits_as_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    return move
+
+
+def _never(original: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(original)
+    def never(*args: Any, **kwargs: Any) -> bool:
+        return False
+
+    return never
+
+
+SHIPPED_HELPERS = Patch(
+    "shipped-dataset-helpers",
+    "megatron.core.datasets.utils:compile_helpers",
+    _skip_if_shipped,
+    "the wheel has the dataset helpers compiled, and not the Makefile to compile them with",
+)
+
+CPU_PATCHES: tuple[Patch, ...] = (
+    SHIPPED_HELPERS,
+    Patch(
+        "cpu-rng-get",
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        _cpu_rng_state,
+        "the state of the generator that a CPU's dropout draws from",
+    ),
+    Patch(
+        "cpu-rng-set",
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        _set_cpu_rng_state,
+        "the original waits for CUDA to start, which it never does",
+    ),
+    Patch(
+        "cpu-sequence-parallel-norm",
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        _mark_sequence_parallel,
+        "torch's norms under sequence parallelism, their parameters marked for the reduction",
+    ),
+    Patch(
+        "cpu-attention-head-dimensions",
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
+        _head_dimensions,
+        "the local attention for MLA, whose queries and values have different widths",
+    ),
+    Patch(
+        "cpu-all-to-all-splits",
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        _splits_as_numbers,
+        "split sizes that look like a CPU's tensors already must become numbers all the same",
+    ),
+    Patch(
+        "cpu-softmax",
+        "megatron.core.fusions.fused_softmax:FusedScaleMaskSoftmax.is_kernel_available",
+        _never,
+        "the fused softmax is a CUDA kernel; Megatron's own torch formula takes its place",
+    ),
+)
+"""The changes to Megatron; those to torch are `torch_cuda`'s."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Megatron warns at each dropout: with one generator for both, it can only be so
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def _without_generator_warning() -> Iterator[None]:
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_news)
+
+
+_inside: contextlib.ExitStack | None = None
+
+
+def active() -> bool:
+    """Whether the CPU stands in for CUDA."""
+    return _inside is not None
+
+
+def enter() -> None:
+    """Let the CPU stand in for CUDA, until `leave`; inside already, nothing changes."""
+    global _inside
+    if _inside is not None:
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cuda_is_cpu())
+        stack.enter_context(_without_generator_warning())
+        statuses = registry.status(*CPU_PATCHES)
+        # what somebody else applied is theirs to undo
+        mine = [status.patch for status in statuses if status.state != "applied"]
+        registry.apply(*mine)
+        for patch in mine:
+            stack.callback(registry.undo, patch.id)
+        _inside = stack.pop_all()
+
+
+def leave() -> None:
+    """Put everything back; outside already, nothing changes."""
+    global _inside
+    if _inside is not None:
+        stack, _inside = _inside, None
+        stack.close()
+
+
+@contextlib.contextmanager
+def cpu_stand_in() -> Iterator[None]:
+    """The CPU stands in for CUDA inside; within another one, the outer one ends it."""
+    if active():
+        yield
+        return
+    enter()
+    try:
+        yield
+    finally:
+        leave()
