@@ -1,4 +1,4 @@
-"""Argument checks of the public operations: each raises ValueError with what came and was wanted."""
+"""Argument checks of the public operations: ValueError with what came and what was wanted."""
 
 import torch
 from torch import Tensor

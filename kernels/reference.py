@@ -4,7 +4,8 @@ Every faster path must equal what stands here. Sources: "the paper" is Xie et al
 2512.24880; "HC" is Zhu et al., Hyper-Connections, arXiv 2409.19606.
 
 Shapes: `...` are token dimensions, n the number of streams, C the width of one stream.
-    x [..., n, C] the residual streams      f [..., C] what the sublayer wrote      u [..., C] what it reads
+    x [..., n, C] the residual streams
+    u [..., C] what a sublayer F reads, f [..., C] what it writes
 H_res[dst, src] mixes stream src into stream dst. Coefficients are computed and returned in fp32
 (float64 where x is float64); u and y come back in the dtype of x.
 """
@@ -25,9 +26,9 @@ def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
     """Project exp(logits) onto the doubly stochastic matrices (paper eq. 9, Sinkhorn-Knopp).
 
     An iteration divides the columns (sums over dst) and then the rows (sums over src). With eps = 0
-    the first one runs in the log domain, so that no logit is too large. With eps > 0 (`deepseek_v4`)
-    it is a softmax over dst, plus eps, then a division by (row sum + eps); every later division adds
-    eps to the sum too.
+    the first one runs in the log domain, so that no logit is too large. With eps > 0, the
+    convention `deepseek_v4`, it is a softmax over dst, plus eps, then a division by
+    (row sum + eps); every later division adds eps to the sum too.
 
     Args:
         logits: [..., n, n], indexed [dst, src].
@@ -185,6 +186,18 @@ def combine_pre(
         sinkhorn_eps=sinkhorn_eps,
     )
     return y, u, h_post, h_res
+
+
+def transpose_res_rows(parameter: Tensor, n: int) -> Tensor:
+    """phi or bias with the n*n res rows reordered from [src, dst] to [dst, src], or back.
+
+    DeepSeek-V4's checkpoints (and TileKernels) order them the other way round.
+
+    Args:
+        parameter: [n*n + 2n, ...].
+    """
+    gates, res = parameter.split([2 * n, n * n])
+    return torch.cat([gates, res.unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)])
 
 
 def head(

@@ -41,7 +41,7 @@ class MHCConfig:
     init: Init = "residual"
     variant: Variant = "mhc"
     backend: Backend = "auto"
-    recompute: None | Literal["auto"] | int = None
+    recompute: Literal["auto"] | int | None = None
     overlap_p2p: bool = False
 
     def __post_init__(self) -> None:

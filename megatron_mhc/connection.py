@@ -15,7 +15,7 @@ ALPHA_START = 0.01
 HOME_LOGIT = 3.0
 """b_pre of a site's home stream under init "residual": sigmoid(3) = 0.953 of u comes from there."""
 IDENTITY_LOGIT = 3.0
-"""b_res is +3 on the diagonal and -3 off it under init "residual": H_res starts near the identity."""
+"""b_res under init "residual": +3 on the diagonal, -3 off it; H_res starts near the identity."""
 ONE_STREAM_LOGIT = 30.0
 """b_pre where there is one stream: sigmoid(30) is 1 to fp32's rounding."""
 
@@ -60,6 +60,11 @@ class HyperConnection(Fp32Module):
         phi [n*n + 2n, n*C] (variant "hc": theta [n + 2, C]), alpha [3], bias [n*n + 2n].
     """
 
+    phi: torch.nn.Parameter
+    theta: torch.nn.Parameter
+    alpha: torch.nn.Parameter
+    bias: torch.nn.Parameter
+
     def __init__(
         self, mhc: MHCConfig, hidden_size: int, site: int, *, sequence_parallel: bool = False
     ) -> None:
@@ -67,12 +72,11 @@ class HyperConnection(Fp32Module):
         self.mhc = mhc
         self.hidden_size = hidden_size
         n = mhc.num_streams
+        projection = ("phi", torch.zeros(n * n + 2 * n, n * hidden_size))
         if mhc.variant == "hc":
-            self.projection_name, shape = "theta", (n + 2, hidden_size)
-        else:
-            self.projection_name, shape = "phi", (n * n + 2 * n, n * hidden_size)
+            projection = ("theta", torch.zeros(n + 2, hidden_size))
         for name, value in (
-            (self.projection_name, torch.zeros(shape)),
+            projection,
             ("alpha", torch.full((3,), ALPHA_START)),
             ("bias", initial_bias(mhc, site)),
         ):
@@ -113,6 +117,10 @@ class Head(Fp32Module):
 
     Parameters (fp32): fn [n, n*C], scale [1], base [n]. It starts as the mean of the streams.
     """
+
+    fn: torch.nn.Parameter
+    scale: torch.nn.Parameter
+    base: torch.nn.Parameter
 
     def __init__(
         self, mhc: MHCConfig, hidden_size: int, *, sequence_parallel: bool = False

@@ -1,4 +1,4 @@
-"""`python -m megatron_mhc doctor`: what is installed, which hooks are there, which patches are on."""
+"""`python -m megatron_mhc doctor`: what is installed, which hooks exist, which patches apply."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

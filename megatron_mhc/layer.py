@@ -22,7 +22,7 @@ from .connection import Head, HyperConnection
 
 
 class Site:
-    """What one sublayer's norm slot and residual slot share: a connection and the streams it read."""
+    """What a sublayer's norm slot and residual slot share: a connection and the streams it read."""
 
     def __init__(self, connection: HyperConnection) -> None:
         self.connection = connection
@@ -73,8 +73,8 @@ class Site:
         return combine
 
 
-class MHCLayer:
-    """Mixed into a TransformerLayer class by `mhc_layer`: two sites, and entry and exit by position.
+class MHCLayer(TransformerLayer):
+    """Mixed into a TransformerLayer class by `mhc_layer`: two sites; entry and exit by position.
 
     Args:
         mhc: the settings; the rest as for the TransformerLayer class.
@@ -101,7 +101,7 @@ class MHCLayer:
             self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """As TransformerLayer.forward, on [s, b, n*C] ([s, b, C] into the first, out of the last)."""
+        """TransformerLayer.forward on [s, b, n*C]; [s, b, C] into the first layer, out of the last."""
         n = self.mhc.num_streams
         if self.is_entry:
             hidden_states = hidden_states.repeat(1, 1, n)

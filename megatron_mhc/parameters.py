@@ -21,7 +21,7 @@ class Fp32Module(torch.nn.Module):
     def _add_parameter(self, name: str, value: Tensor, *, sequence_parallel: bool) -> None:
         parameter = torch.nn.Parameter(value.to(torch.float32))
         setattr(parameter, MARK, True)
-        # replicated over tensor-parallel ranks that see different tokens: Megatron sums its gradient
+        # tensor-parallel ranks see different tokens then: Megatron sums the gradient over them
         parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityOp
@@ -14,10 +14,10 @@ from .config import MHCConfig
 from .layer import mhc_layer
 from .report import announce_spec
 
-Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])
 
-
-def with_mhc(spec: Spec, config: MHCConfig | None = None) -> Spec:
+def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
+    spec: Spec, config: MHCConfig | None = None
+) -> Spec:
     """The same spec with mHC instead of residual connections; the argument is left as it was.
 
     Args:
@@ -72,7 +72,7 @@ def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
 
 
 def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """The layer spec that Megatron would choose, with mHC: `--spec megatron_mhc.spec gpt_layer_spec`.
+    """The spec that Megatron would choose, with mHC: `--spec megatron_mhc.spec gpt_layer_spec`.
 
     Args:
         model_config: Megatron's GPTModelConfig.

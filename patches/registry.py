@@ -10,7 +10,7 @@ from typing import Any, Literal
 from packaging.specifiers import SpecifierSet
 
 ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
-"""Turns single patches off: a comma-separated list of ids with a minus, e.g. `-cpu-rng,-arguments`."""
+"""Turns single patches off: comma-separated ids with a minus in front, `-cpu-rng,-arguments`."""
 
 
 class PatchError(RuntimeError):

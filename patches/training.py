@@ -1,4 +1,4 @@
-"""Patches of megatron.training: the flags, their check, and a look at the model once it is built."""
+"""Patches of megatron.training: the flags, their check, and a look at the finished model."""
 
 import argparse
 import functools

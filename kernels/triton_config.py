@@ -1,0 +1,76 @@
+"""Tile sizes of the Triton kernels: fixed for (n, C, dtype), so a new token count changes nothing.
+
+A kernel's configuration never depends on the token count: the same inputs give the same bits
+whatever batch they are part of, and nothing is compiled or tuned again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a kernel works on.
+
+    Attributes:
+        tokens, channels: the tile that it holds in registers; powers of two.
+        splits: programs that share one tile's long dimension (channels forward, tokens backward).
+        warps, stages: Triton's num_warps and num_stages.
+    """
+
+    tokens: int
+    channels: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+
+def rows(n: int) -> int:
+    """Rows of phi: n for H_pre, n for H_post, n*n for H_res."""
+    return n * n + 2 * n
+
+
+def padded(count: int) -> int:
+    """The smallest power of two that holds `count` rows and that the matrix units accept."""
+    size = 16
+    while size < count:
+        size *= 2
+    return size
+
+
+def project(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`triton_projection.project_kernel`: the streams once, in tiles of tokens and channels."""
+    if n == 8:
+        return Tile(tokens=16, channels=32, splits=4, warps=4, stages=1)
+    if dtype == torch.float32:
+        return Tile(tokens=32, channels=32, splits=4, warps=4, stages=1)
+    return Tile(tokens=64, channels=32, splits=4, warps=4, stages=3)
+
+
+def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`triton_projection.finish_kernel`: a few tokens a program, all channels in turn."""
+    return Tile(tokens=8, channels=512 if n <= 4 else 128, warps=4, stages=2)
+
+
+def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`triton_gradients.coefficients_kernel`: as `finish`, with n sums over channels in registers."""
+    return Tile(tokens=8, channels=256 if n <= 4 else 64, warps=4, stages=2)
+
+
+def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`triton_gradients.streams_kernel`: a block of channels a program, a share of the tokens in turn."""
+    if n == 8:
+        return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
+    if dtype == torch.float32:
+        return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
+    return Tile(tokens=32, channels=64, splits=8, warps=8, stages=2)
+
+
+def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """The two kernels of `aggregate` alone."""
+    return Tile(tokens=4, channels=512 if n <= 4 else 256, warps=4, stages=2)
+
+
+SINKHORN_TOKENS = 8
+"""Matrices a program of `sinkhorn` alone; one value a thread at n = 4 and four warps."""

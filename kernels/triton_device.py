@@ -1,0 +1,111 @@
+"""Device functions that several kernels share, so that they round alike.
+
+Tiles of one stream are [BT, BC]; a tuple holds one tile a stream. Triton indexes a tuple at compile
+time, so every stream stays in registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr):
+    """The N tiles [BT, BC] of the streams at `offsets` (of stream 0), in their own dtype."""
+    tiles = ()
+    for j in tl.static_range(N):
+        tiles = tiles + (tl.load(ptr + offsets + j * C, mask, 0.0),)
+    return tiles
+
+
+@triton.jit
+def load_columns(ptr, t64, mask, COUNT: tl.constexpr):
+    """The COUNT columns of a [T, COUNT] fp32 matrix at tokens t64, each [BT]."""
+    columns = ()
+    for j in tl.static_range(COUNT):
+        columns = columns + (tl.load(ptr + t64 * COUNT + j, mask, 0.0),)
+    return columns
+
+
+@triton.jit
+def sum_splits(ptr, offsets, mask, stride, SPLITS: tl.constexpr):
+    """Sum of SPLITS partial results `stride` elements apart, in a fixed order."""
+    total = tl.load(ptr + offsets, mask, 0.0)
+    for s in tl.static_range(1, SPLITS):
+        total += tl.load(ptr + offsets + s * stride, mask, 0.0)
+    return total
+
+
+@triton.jit
+def mixed_stream(xs, f, h_res, h_post, i: tl.constexpr, N: tl.constexpr):
+    """Stream i of y = H_res x + H_post^T f in fp32 [BT, BC]: one chain of fused multiply-adds."""
+    y = h_post[i][:, None] * f
+    for j in tl.static_range(N):
+        y = tl.fma(h_res[i * N + j][:, None], xs[j].to(tl.float32), y)
+    return y
+
+
+@triton.jit
+def sinkhorn_first(logits, EPS: tl.constexpr):
+    """The first Sinkhorn iteration: logits [BT, N, N] (dst, src) -> P, M, both [BT, N, N].
+
+    P is the softmax over dst, M the matrix after the division by row sums. At EPS 0 the rows are
+    normalised in the log domain too, where no sum can underflow.
+    """
+    shifted = logits - tl.max(logits, axis=1, keep_dims=True)
+    exponentials = tl.exp(shifted)
+    sums = tl.sum(exponentials, axis=1, keep_dims=True)
+    softmax = exponentials / sums
+    if EPS == 0.0:
+        shifted = shifted - tl.log(sums)
+        shifted = shifted - tl.max(shifted, axis=2, keep_dims=True)
+        exponentials = tl.exp(shifted)
+        matrix = exponentials / tl.sum(exponentials, axis=2, keep_dims=True)
+    else:
+        matrix = softmax + EPS
+        matrix = matrix / (tl.sum(matrix, axis=2, keep_dims=True) + EPS)
+    return softmax, matrix
+
+
+@triton.jit
+def divide_columns(matrix, EPS: tl.constexpr):
+    """[BT, N, N] (dst, src) over its sums over dst."""
+    return matrix / (tl.sum(matrix, axis=1, keep_dims=True) + EPS)
+
+
+@triton.jit
+def divide_rows(matrix, EPS: tl.constexpr):
+    """[BT, N, N] (dst, src) over its sums over src."""
+    return matrix / (tl.sum(matrix, axis=2, keep_dims=True) + EPS)
+
+
+@triton.jit
+def sinkhorn_forward(logits, ITERATIONS: tl.constexpr, EPS: tl.constexpr):
+    """`reference.sinkhorn` of logits [BT, N, N]: one matrix over N*N lanes of a warp."""
+    _, matrix = sinkhorn_first(logits, EPS)
+    for _ in range(ITERATIONS - 1):
+        matrix = divide_rows(divide_columns(matrix, EPS), EPS)
+    return matrix
+
+
+@triton.jit
+def sinkhorn_backward(logits, gradient, ITERATIONS: tl.constexpr, EPS: tl.constexpr):
+    """Gradient of the logits [BT, N, N] from the gradient of `sinkhorn_forward`'s result.
+
+    In log space a division M = A / (sum(A) + EPS) has the backward G_A = G_M - M sum(G_M), with
+    G = dL/dlog: no division, nothing of A. The matrices are kept after each iteration, in registers.
+    """
+    softmax, matrix = sinkhorn_first(logits, EPS)
+    matrices = (matrix,)
+    for _ in tl.static_range(ITERATIONS - 1):
+        matrix = divide_rows(divide_columns(matrix, EPS), EPS)
+        matrices = matrices + (matrix,)
+    log_gradient = gradient * matrix
+    for step in tl.static_range(ITERATIONS - 1):
+        rows = matrices[ITERATIONS - 1 - step]
+        log_gradient -= rows * tl.sum(log_gradient, axis=2, keep_dims=True)
+        columns = divide_columns(matrices[ITERATIONS - 2 - step], EPS)
+        log_gradient -= columns * tl.sum(log_gradient, axis=1, keep_dims=True)
+    log_gradient -= matrices[0] * tl.sum(log_gradient, axis=2, keep_dims=True)
+    if EPS != 0.0:  # the first matrix was softmax + EPS
+        log_gradient *= softmax / (softmax + EPS)
+    return log_gradient - softmax * tl.sum(log_gradient, axis=1, keep_dims=True)

@@ -1,0 +1,82 @@
+"""What every launcher needs: the device, dense arguments, packed weights."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_config import padded
+
+PHI_TERMS = 3
+"""bf16 terms that phi is split into for bf16 streams: 3 hold all 24 bits of an fp32 value."""
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Launch on the device of this tensor, whichever one is current."""
+    if tensor.device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for float64, which only the reference computes."""
+    if tensor.dtype == torch.float64:
+        raise ValueError(
+            f"{name} is torch.float64; the Triton kernels take bfloat16, float16 or float32: use"
+            " backend='torch'"
+        )
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself where it is contiguous, else a copy that is; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+@triton.jit
+def pack_kernel(
+    phi_ptr,
+    packed_ptr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """packed[term, c, row] with sum over terms = phi[row, c]; rows past ROWS are zero."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    row = tl.arange(0, R)
+    mask = (row < ROWS)[:, None] & (c < WIDTH)[None, :]
+    rest = tl.load(phi_ptr + row[:, None] * WIDTH + c[None, :], mask, 0.0)  # [R, BC]
+    rest = tl.trans(rest)  # [BC, R]
+    out = packed_ptr + c[:, None] * R + row[None, :]
+    for _ in tl.static_range(TERMS):
+        term = rest.to(packed_ptr.dtype.element_ty)
+        tl.store(out, term, (c < WIDTH)[:, None])
+        rest -= term.to(tl.float32)
+        out += WIDTH * R
+
+
+def pack_weights(phi: Tensor, dtype: torch.dtype) -> Tensor:
+    """phi [rows, n*C] fp32 -> [terms, n*C, padded rows], ready for products with streams in `dtype`.
+
+    bf16 streams are exact in bf16, so phi as a sum of bf16 terms gives an exact product at the bf16
+    rate. Other streams meet phi in fp32 (three TF32 products).
+    """
+    rows, width = phi.shape
+    terms = PHI_TERMS if dtype == torch.bfloat16 else 1
+    packed = torch.empty(
+        terms,
+        width,
+        padded(rows),
+        device=phi.device,
+        dtype=torch.bfloat16 if terms > 1 else torch.float32,
+    )
+    tile = 64
+    with on_device(phi):
+        pack_kernel[(triton.cdiv(width, tile),)](
+            phi, packed, width, rows, padded(rows), terms, tile, num_warps=4
+        )
+    return packed
