@@ -38,25 +38,32 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _default.reset(token)
 
 
-def why_not_triton(num_streams: int, device: torch.device) -> str | None:
-    """Why Triton cannot serve n streams on this device, in a sentence; None when it can."""
+def why_not_triton(
+    num_streams: int, device: torch.device, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why Triton cannot serve n streams (of this dtype) on this device; None when it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if num_streams not in TRITON_STREAMS:
         served = ", ".join(map(str, TRITON_STREAMS))
         return f"there is no Triton kernel for {num_streams} streams (there is for {served})"
+    if dtype == torch.float64:
+        return "there is no Triton kernel for torch.float64 (the reference computes it)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a CUDA device and the tensors are on {device.type!r}"
     return None
 
 
 def resolve(
-    backend: str | None, num_streams: int, device: torch.device
+    backend: str | None,
+    num_streams: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Literal["triton", "torch"]:
     """The implementation to run: `backend`, else the one of `use_backend`, else "auto".
 
-    "auto" is Triton where it can serve these streams on a CUDA device, and the reference elsewhere
-    (on a CPU too under Triton's interpreter, which is for tests alone).
+    "auto" is Triton where it can serve these streams, in this dtype, on a CUDA device, and the
+    reference elsewhere (on a CPU too under Triton's interpreter, which is for tests alone).
 
     Raises:
         ValueError: unknown backend, or "triton" where Triton cannot run (says why and what to do).
@@ -65,7 +72,7 @@ def resolve(
     check_backend(backend)
     if backend == "torch":
         return "torch"
-    reason = why_not_triton(num_streams, device)
+    reason = why_not_triton(num_streams, device, dtype)
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend is 'triton', but {reason}; use 'auto' or 'torch'")

@@ -7,7 +7,6 @@ what came and what was wanted.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import reference
@@ -15,15 +14,13 @@ from .backend import resolve
 from .checks import check_iterations, check_parameter, check_shape, check_streams, check_tokens
 
 
-def _run(
-    operation: str, backend: str | None, n: int, device: torch.device, *args: Any, **kw: Any
-) -> Any:
-    """Call `operation` of the Triton implementation or of the reference."""
-    if resolve(backend, n, device) == "torch":
-        return getattr(reference, operation)(*args, **kw)
+def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
+    """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
+    if resolve(backend, n, x.device, x.dtype) == "torch":
+        return getattr(reference, operation)(x, *args, **kw)
     from . import triton_operations  # imports triton: only where it is wanted
 
-    return getattr(triton_operations, operation)(*args, **kw)
+    return getattr(triton_operations, operation)(x, *args, **kw)
 
 
 def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int) -> None:
@@ -53,7 +50,7 @@ def sinkhorn(
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., n, n]")
     check_iterations(iterations)
-    return _run("sinkhorn", backend, logits.shape[-1], logits.device, logits, iterations, eps)
+    return _run("sinkhorn", backend, logits.shape[-1], logits, iterations, eps)
 
 
 def coefficients(
@@ -75,7 +72,6 @@ def coefficients(
         "coefficients",
         backend,
         x.shape[-2],
-        x.device,
         x,
         phi,
         alpha,
@@ -91,7 +87,7 @@ def aggregate(x: Tensor, h_pre: Tensor, *, backend: str | None = None) -> Tensor
     """See `reference.aggregate`."""
     check_streams("x", x)
     check_tokens("h_pre", h_pre, x, (x.shape[-2],), reference.accumulation_dtype(x))
-    return _run("aggregate", backend, x.shape[-2], x.device, x, h_pre)
+    return _run("aggregate", backend, x.shape[-2], x, h_pre)
 
 
 def pre(
@@ -113,7 +109,6 @@ def pre(
         "pre",
         backend,
         x.shape[-2],
-        x.device,
         x,
         phi,
         alpha,
@@ -137,7 +132,7 @@ def combine(
     """See `reference.combine`."""
     check_streams("x", x)
     _check_combine(x, f, h_post, h_res, f_bias)
-    return _run("combine", backend, x.shape[-2], x.device, x, f, h_post, h_res, f_bias)
+    return _run("combine", backend, x.shape[-2], x, f, h_post, h_res, f_bias)
 
 
 def combine_pre(
@@ -164,7 +159,6 @@ def combine_pre(
         "combine_pre",
         backend,
         x.shape[-2],
-        x.device,
         x,
         f,
         h_post,
@@ -196,9 +190,7 @@ def head(
     check_parameter("fn", fn, (n, n * width), x)
     check_parameter("scale", scale, (1,), x)
     check_parameter("base", base, (n,), x)
-    return _run(
-        "head", backend, n, x.device, x, fn, scale, base, norm_eps=norm_eps, pre_eps=pre_eps
-    )
+    return _run("head", backend, n, x, fn, scale, base, norm_eps=norm_eps, pre_eps=pre_eps)
 
 
 def hc_coefficients(

@@ -54,12 +54,12 @@ def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_gradients.coefficients_kernel`: as `finish`, with n sums over channels in registers."""
+    """`triton_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
     return Tile(tokens=8, channels=256 if n <= 4 else 64, warps=4, stages=2)
 
 
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_gradients.streams_kernel`: a block of channels a program, a share of the tokens in turn."""
+    """`triton_gradients.streams_kernel`: a block of channels, a share of the tokens in turn."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
     if dtype == torch.float32:

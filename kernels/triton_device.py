@@ -4,8 +4,23 @@ Tiles of one stream are [BT, BC]; a tuple holds one tile a stream. Triton indexe
 time, so every stream stays in registers.
 """
 
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
+
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def product(a, b, accumulator):
+    """accumulator + a b for bf16 a and b (the interpreter multiplies bf16 only after a cast)."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    else:
+        return tl.dot(a, b, accumulator)
 
 
 @triton.jit
@@ -92,7 +107,7 @@ def sinkhorn_backward(logits, gradient, ITERATIONS: tl.constexpr, EPS: tl.conste
     """Gradient of the logits [BT, N, N] from the gradient of `sinkhorn_forward`'s result.
 
     In log space a division M = A / (sum(A) + EPS) has the backward G_A = G_M - M sum(G_M), with
-    G = dL/dlog: no division, nothing of A. The matrices are kept after each iteration, in registers.
+    G = dL/dlog: no division, nothing of A. Each iteration's matrix stays in registers.
     """
     softmax, matrix = sinkhorn_first(logits, EPS)
     matrices = (matrix,)

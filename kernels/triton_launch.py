@@ -60,7 +60,7 @@ def pack_kernel(
 
 
 def pack_weights(phi: Tensor, dtype: torch.dtype) -> Tensor:
-    """phi [rows, n*C] fp32 -> [terms, n*C, padded rows], ready for products with streams in `dtype`.
+    """phi [rows, n*C] fp32 -> [terms, n*C, padded rows], for products with streams in `dtype`.
 
     bf16 streams are exact in bf16, so phi as a sum of bf16 terms gives an exact product at the bf16
     rate. Other streams meet phi in fp32 (three TF32 products).

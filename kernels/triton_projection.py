@@ -6,6 +6,8 @@ the partial projections, makes the coefficients and aggregates. `combine`, `pre`
 `combine_pre` and `head` are these kernels with different flags, so their results agree to the bit.
 """
 
+# ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
+
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_device import load_columns, load_streams, mixed_stream, sinkhorn_forward, sum_splits
+from .triton_device import (
+    load_columns,
+    load_streams,
+    mixed_stream,
+    product,
+    sinkhorn_forward,
+    sum_splits,
+)
 from .triton_launch import on_device, pack_weights
 
 
@@ -89,7 +98,7 @@ def project_kernel(
                     if TERMS == 1:
                         z = tl.dot(y32, weight, z, input_precision="tf32x3")
                     else:
-                        z = tl.dot(y, weight, z)
+                        z = product(y, weight, z)
 
     if PROJECT:
         base = split.to(tl.int64) * T + t64

@@ -1,0 +1,142 @@
+"""`aggregate` in Triton, alone: u = H_pre x with given weights."""
+
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_config as config
+from .triton_device import load_columns, load_streams
+from .triton_launch import check_dtype, dense, on_device
+
+
+@triton.jit(do_not_specialize=["T"])
+def aggregate_kernel(
+    x_ptr,
+    h_pre_ptr,
+    u_ptr,
+    T,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """u [T, C] of x [T, N, C] and h_pre [T, N], one tile a program."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t64 = t.to(tl.int64)
+    mask = (t < T)[:, None] & (c < C)[None, :]
+    h_pre = load_columns(h_pre_ptr, t64, t < T, N)
+    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+    u = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(N):
+        u = tl.fma(h_pre[j][:, None], streams[j].to(tl.float32), u)
+    tl.store(u_ptr + t64[:, None] * C + c[None, :], u.to(u_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def aggregate_backward_kernel(
+    x_ptr,
+    h_pre_ptr,
+    du_ptr,
+    dx_ptr,
+    d_pre_ptr,
+    T,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dx = H_pre^T du and d_h_pre = <du, x_j>, whole rows of BT tokens a program."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    t_mask = t < T
+    h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+    d_pre = ()
+    for _ in tl.static_range(N):
+        d_pre = d_pre + (tl.zeros((BT, BC), tl.float32),)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        mask = t_mask[:, None] & (c < C)[None, :]
+        offsets = t64[:, None] * (N * C) + c[None, :]
+        streams = load_streams(x_ptr, offsets, mask, C, N)
+        du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
+        longer = ()
+        for j in tl.static_range(N):
+            longer = longer + (tl.fma(streams[j].to(tl.float32), du, d_pre[j]),)
+            dx = h_pre[j][:, None] * du
+            tl.store(dx_ptr + offsets + j * C, dx.to(dx_ptr.dtype.element_ty), mask)
+        d_pre = longer
+    for j in tl.static_range(N):
+        tl.store(d_pre_ptr + t64 * N + j, tl.sum(d_pre[j], axis=1), t_mask)
+
+
+@torch.library.custom_op("megatron_mhc::aggregate", mutates_args=())
+def _aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
+    """x [T, n, C], h_pre [T, n] -> u [T, C]."""
+    tokens, n, width = x.shape
+    u = x.new_empty(tokens, width)
+    tile = config.aggregate(n, width, x.dtype)
+    if tokens > 0:
+        grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels))
+        with on_device(x):
+            aggregate_kernel[grid](
+                x, h_pre, u, tokens, n, width, tile.tokens, tile.channels, num_warps=tile.warps
+            )
+    return u
+
+
+@_aggregate.register_fake
+def _(x, h_pre):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[2])
+
+
+@torch.library.custom_op("megatron_mhc::aggregate_backward", mutates_args=())
+def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and h_pre."""
+    tokens, n, width = x.shape
+    dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
+    tile = config.aggregate(n, width, x.dtype)
+    if tokens > 0:
+        with on_device(x):
+            aggregate_backward_kernel[(triton.cdiv(tokens, tile.tokens),)](
+                x,
+                h_pre,
+                dense(du),
+                dx,
+                d_pre,
+                tokens,
+                n,
+                width,
+                tile.tokens,
+                tile.channels,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+    return dx, d_pre
+
+
+@_aggregate_backward.register_fake
+def _(x, h_pre, du):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(h_pre)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, du):  # type: ignore[no-untyped-def]
+    return _aggregate_backward(*ctx.saved_tensors, du)
+
+
+_aggregate.register_autograd(_backward, setup_context=_setup)
+
+
+def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
+    """See `reference.aggregate`."""
+    check_dtype("x", x)
+    n, width = x.shape[-2:]
+    u = _aggregate(x.reshape(-1, n, width).contiguous(), h_pre.reshape(-1, n).contiguous())
+    return u.view(*x.shape[:-2], width)

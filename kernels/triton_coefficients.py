@@ -1,0 +1,123 @@
+"""`coefficients` in Triton: H_pre, H_post and H_res of every token."""
+
+import torch
+from torch import Tensor
+
+from .triton_gradients import coefficients_gradients, streams_gradients
+from .triton_launch import check_dtype
+from .triton_projection import finish, project
+
+
+@torch.library.custom_op("megatron_mhc::coefficients", mutates_args=())
+def _coefficients(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [T, n, C] -> h_pre, h_post, h_res, and for the backward z / r [T, rows] and 1 / r [T]."""
+    _, partial = project(x, phi, None)
+    out = finish(
+        x,
+        partial,
+        alpha,
+        bias,
+        aggregate=False,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+    return out.h_pre, out.h_post, out.h_res, out.normed, out.inverse
+
+
+@_coefficients.register_fake
+def _(x, phi, alpha, bias, iterations, norm_eps, pre_eps, sinkhorn_eps):  # type: ignore[no-untyped-def]
+    tokens, n, _ = x.shape
+    shapes = ((tokens, n), (tokens, n), (tokens, n, n), (tokens, phi.shape[0]), (tokens,))
+    return tuple(alpha.new_empty(shape) for shape in shapes)
+
+
+@torch.library.custom_op("megatron_mhc::coefficients_backward", mutates_args=())
+def _coefficients_backward(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    normed: Tensor,
+    inverse: Tensor,
+    d_pre: Tensor | None,
+    d_post: Tensor | None,
+    d_res: Tensor | None,
+    iterations: int,
+    pre_eps: float,
+    sinkhorn_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, phi, alpha and bias."""
+    token = coefficients_gradients(
+        x,
+        normed,
+        inverse,
+        alpha,
+        bias,
+        d_pre=d_pre,
+        d_post=d_post,
+        d_res=d_res,
+        iterations=iterations,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )
+    out = streams_gradients(x, phi=phi, token=token)
+    return out.dx, out.d_phi, token.d_alpha, token.d_bias
+
+
+@_coefficients_backward.register_fake
+def _(x, phi, alpha, bias, *rest):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(tensor) for tensor in (x, phi, alpha, bias))
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, phi, alpha, bias, ctx.iterations, _, ctx.pre_eps, ctx.sinkhorn_eps = inputs
+    ctx.save_for_backward(x, phi, alpha, bias, *output[-2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_pre, d_post, d_res, *_):  # type: ignore[no-untyped-def]
+    gradients = _coefficients_backward(
+        *ctx.saved_tensors, d_pre, d_post, d_res, ctx.iterations, ctx.pre_eps, ctx.sinkhorn_eps
+    )
+    return (*gradients, None, None, None, None)
+
+
+_coefficients.register_autograd(_backward, setup_context=_setup)
+
+
+def coefficients(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.coefficients`."""
+    check_dtype("x", x)
+    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
+    h_pre, h_post, h_res, _, _ = _coefficients(
+        x.reshape(-1, n, width).contiguous(),
+        phi.contiguous(),
+        alpha.contiguous(),
+        bias.contiguous(),
+        iterations,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+    )
+    return h_pre.view(*tokens, n), h_post.view(*tokens, n), h_res.view(*tokens, n, n)

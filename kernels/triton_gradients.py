@@ -1,0 +1,507 @@
+"""The backward: two kernels over the streams, whichever operation asks.
+
+`coefficients_kernel` (B2) goes from the gradients of u, h_post and h_res through Sinkhorn, sigmoid
+and the norm to what the streams' gradient needs of a token: d_z [rows], k and h_pre.
+`streams_kernel` (B31) builds the whole gradient of the projected streams y on chip,
+    dY = dy + h_pre^T du + d_z phi + k y,
+and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
+once. Sums over tokens or channels are partial sums, added up in a fixed order: no atomics.
+"""
+
+# ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_config as config
+from .triton_device import load_columns, load_streams, product, sinkhorn_backward
+from .triton_launch import dense, on_device, pack_weights
+
+
+@triton.jit(do_not_specialize=["T"])
+def coefficients_kernel(
+    x_ptr,
+    du_ptr,
+    d_pre_ptr,
+    d_post_ptr,
+    d_res_ptr,
+    normed_ptr,
+    inverse_ptr,
+    alpha_ptr,
+    bias_ptr,
+    d_z_ptr,
+    k_ptr,
+    h_pre_ptr,
+    d_bias_ptr,
+    d_alpha_ptr,
+    T,
+    pre_eps,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    MIXING: tl.constexpr,
+    HAS_POST: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Gradients of u (AGGREGATE) or h_pre, of h_post and of h_res -> a token's d_z, k, h_pre.
+
+    With l = alpha z / r + b and m = z / r: d_z = alpha d_l / r; k = -sum(alpha d_l m) / (r^2 N C),
+    the factor of y in the gradient through r. d_bias [programs, ROWS] and d_alpha [programs, 3
+    or 1] are sums over this program's tokens of d_l and of d_l m.
+    """
+    ALPHAS: tl.constexpr = 3 if MIXING else 1
+    program = tl.program_id(0)
+    t = program * BT + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    t_mask = t < T
+    inverse = tl.load(inverse_ptr + t64, t_mask, 0.0)
+
+    if AGGREGATE:
+        products = ()
+        for _ in tl.static_range(N):
+            products = products + (tl.zeros((BT, BC), tl.float32),)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            mask = t_mask[:, None] & (c < C)[None, :]
+            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+            du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
+            longer = ()
+            for j in tl.static_range(N):
+                longer = longer + (tl.fma(streams[j].to(tl.float32), du, products[j]),)
+            products = longer
+
+    through_norm = tl.zeros((BT,), tl.float32)  # sum of alpha d_l m
+    alpha = tl.load(alpha_ptr)
+    d_alpha = tl.zeros((BT,), tl.float32)
+    for j in tl.static_range(N):
+        if AGGREGATE:
+            d_weight = tl.sum(products[j], axis=1)
+        else:
+            d_weight = tl.load(d_pre_ptr + t64 * N + j, t_mask, 0.0)
+        normed = tl.load(normed_ptr + t64 * ROWS + j, t_mask, 0.0)
+        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j)))
+        tl.store(h_pre_ptr + t64 * N + j, weight + pre_eps, t_mask)
+        d_logit = tl.where(t_mask, d_weight * weight * (1.0 - weight), 0.0)
+        tl.store(d_z_ptr + t64 * ROWS + j, alpha * d_logit * inverse, t_mask)
+        tl.store(d_bias_ptr + program * ROWS + j, tl.sum(d_logit, axis=0))
+        d_alpha = tl.fma(d_logit, normed, d_alpha)
+    through_norm = tl.fma(d_alpha, alpha, through_norm)
+    tl.store(d_alpha_ptr + program * ALPHAS, tl.sum(d_alpha, axis=0))
+
+    if MIXING:
+        j = tl.arange(0, N)
+        offsets = t64[:, None] * ROWS + N + j[None, :]  # [BT, N]
+        mask = t_mask[:, None] & (j >= 0)[None, :]
+        alpha = tl.load(alpha_ptr + 1)
+        normed = tl.load(normed_ptr + offsets, mask, 0.0)
+        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + N + j)[None, :]))
+        d_logits = tl.zeros((BT, N), tl.float32)
+        if HAS_POST:
+            d_weight = tl.load(d_post_ptr + t64[:, None] * N + j[None, :], mask, 0.0)
+            d_logits = 2.0 * d_weight * weight * (1.0 - weight)
+        d_logits = tl.where(mask, d_logits, 0.0)
+        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None], mask)
+        tl.store(d_bias_ptr + program * ROWS + N + j, tl.sum(d_logits, axis=0))
+        d_alpha = tl.sum(d_logits * normed, axis=1)
+        through_norm = tl.fma(d_alpha, alpha, through_norm)
+        tl.store(d_alpha_ptr + program * ALPHAS + 1, tl.sum(d_alpha, axis=0))
+
+        entry = j[:, None] * N + j[None, :]  # [N, N] (dst, src)
+        offsets = t64[:, None, None] * ROWS + 2 * N + entry[None, :, :]
+        mask = t_mask[:, None, None] & (entry >= 0)[None, :, :]
+        alpha = tl.load(alpha_ptr + 2)
+        normed = tl.load(normed_ptr + offsets, mask, 0.0)
+        d_logits = tl.zeros((BT, N, N), tl.float32)
+        if HAS_RES:
+            logits = tl.fma(normed, alpha, tl.load(bias_ptr + 2 * N + entry)[None, :, :])
+            d_matrix_offsets = t64[:, None, None] * (N * N) + entry[None, :, :]
+            d_matrix = tl.load(d_res_ptr + d_matrix_offsets, mask, 0.0)
+            d_logits = sinkhorn_backward(logits, d_matrix, ITERATIONS, SINKHORN_EPS)
+        d_logits = tl.where(mask, d_logits, 0.0)
+        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None, None], mask)
+        tl.store(d_bias_ptr + program * ROWS + 2 * N + entry, tl.sum(d_logits, axis=0))
+        d_alpha = tl.sum(tl.sum(d_logits * normed, axis=2), axis=1)
+        through_norm = tl.fma(d_alpha, alpha, through_norm)
+        tl.store(d_alpha_ptr + program * ALPHAS + 2, tl.sum(d_alpha, axis=0))
+
+    tl.store(k_ptr + t64, -through_norm * inverse * inverse / (N * C), t_mask)
+
+
+@triton.jit(do_not_specialize=["T", "share"])
+def streams_kernel(
+    y_ptr,
+    dy_ptr,
+    du_ptr,
+    d_z_ptr,
+    k_ptr,
+    h_pre_ptr,
+    weights_ptr,
+    x_ptr,
+    f_ptr,
+    f_bias_ptr,
+    h_post_ptr,
+    h_res_ptr,
+    dx_ptr,
+    df_ptr,
+    d_mixing_ptr,
+    d_phi_ptr,
+    d_f_bias_ptr,
+    T,
+    share,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+    PROJECT: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    HAS_DU: tl.constexpr,
+    COMBINE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
+
+    y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, N*C, R]. Partial sums: d_mixing
+    [channel blocks, N + N*N, T] of d_h_post and d_h_res; d_phi [token shares, ROWS, N*C];
+    d_f_bias [token shares, C].
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    c = block * BC + tl.arange(0, BC)
+    c_mask = c < C
+    row = tl.arange(0, R)
+    first = part * share
+    last = tl.minimum(first + share, T)
+
+    d_phi = ()
+    if PROJECT:
+        for _ in tl.static_range(N):
+            d_phi = d_phi + (tl.zeros((R, BC), tl.float32),)
+    d_f_bias = tl.zeros((BT, BC), tl.float32)
+    if HAS_BIAS:
+        f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
+
+    for t0 in range(first, last, BT):
+        t = t0 + tl.arange(0, BT)
+        t64 = t.to(tl.int64)
+        t_mask = t < last
+        if C % BC == 0:
+            mask = t_mask[:, None]
+        else:
+            mask = t_mask[:, None] & c_mask[None, :]
+        narrow = t64[:, None] * C + c[None, :]
+        offsets = t64[:, None] * (N * C) + c[None, :]
+
+        if HAS_DU:
+            du = tl.load(du_ptr + narrow, mask, 0.0).to(tl.float32)
+            h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+        if PROJECT:
+            k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+            z_mask = t_mask[:, None] & (row < ROWS)[None, :]
+            d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
+            if TERMS > 1:
+                d_z_high = d_z.to(tl.bfloat16)
+                d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
+        streams_dy = ()
+        longer = ()
+        for i in tl.static_range(N):
+            if HAS_DY:
+                dy = tl.load(dy_ptr + offsets + i * C, mask, 0.0).to(tl.float32)
+            else:
+                dy = tl.zeros((BT, BC), tl.float32)
+            if HAS_DU:
+                dy = tl.fma(h_pre[i][:, None], du, dy)
+            if PROJECT:
+                y = tl.load(y_ptr + offsets + i * C, mask, 0.0)
+                dy = tl.fma(k, y.to(tl.float32), dy)
+                w = weights_ptr + (i * C + c)[None, :] * R + row[:, None]
+                weight = tl.load(w, c_mask[None, :], 0.0)  # [R, BC]
+                if TERMS == 1:
+                    y32 = y.to(tl.float32)
+                    dy = tl.dot(d_z, weight, dy, input_precision="tf32x3")
+                    longer = longer + (
+                        tl.dot(tl.trans(d_z), y32, d_phi[i], input_precision="tf32x3"),
+                    )
+                else:  # both factors as two bf16 terms; low times low is below fp32's last bits
+                    weight_low = tl.load(w + N * C * R, c_mask[None, :], 0.0)
+                    dy = product(d_z_high, weight, dy)
+                    dy = product(d_z_low, weight, dy)
+                    dy = product(d_z_high, weight_low, dy)
+                    d_phi_i = product(tl.trans(d_z_high), y, d_phi[i])
+                    longer = longer + (product(tl.trans(d_z_low), y, d_phi_i),)
+            streams_dy = streams_dy + (dy,)
+        d_phi = longer
+
+        if COMBINE:
+            h_post = load_columns(h_post_ptr, t64, t_mask, N)
+            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+            f = tl.load(f_ptr + narrow, mask, 0.0).to(tl.float32)
+            if HAS_BIAS:
+                f += f_bias[None, :]
+            out = d_mixing_ptr + (block * (N + N * N)).to(tl.int64) * T + t64
+            df = tl.zeros((BT, BC), tl.float32)
+            for i in tl.static_range(N):
+                df = tl.fma(h_post[i][:, None], streams_dy[i], df)
+                tl.store(out, tl.sum(streams_dy[i] * f, axis=1), t_mask)
+                out += T
+            tl.store(df_ptr + narrow, df.to(df_ptr.dtype.element_ty), mask)
+            if HAS_BIAS:
+                d_f_bias += df
+            for j in tl.static_range(N):
+                x = tl.load(x_ptr + offsets + j * C, mask, 0.0).to(tl.float32)
+                dx = tl.zeros((BT, BC), tl.float32)
+                for i in tl.static_range(N):
+                    dx = tl.fma(h_res[i * N + j][:, None], streams_dy[i], dx)
+                    d_entry = tl.sum(streams_dy[i] * x, axis=1)
+                    tl.store(out + (i * N + j) * T.to(tl.int64), d_entry, t_mask)
+                tl.store(dx_ptr + offsets + j * C, dx.to(dx_ptr.dtype.element_ty), mask)
+        else:
+            for i in tl.static_range(N):
+                dx = streams_dy[i].to(dx_ptr.dtype.element_ty)
+                tl.store(dx_ptr + offsets + i * C, dx, mask)
+
+    if PROJECT:
+        for i in tl.static_range(N):
+            rows_out = (part * ROWS + row)[:, None] * (N * C) + (i * C + c)[None, :]
+            tl.store(d_phi_ptr + rows_out, d_phi[i], (row < ROWS)[:, None] & c_mask[None, :])
+    if HAS_BIAS:
+        tl.store(d_f_bias_ptr + part * C + c, tl.sum(d_f_bias, axis=0), c_mask)
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def sum_rows_kernel(
+    in_ptr, out_ptr, COUNT, WIDTH: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+):
+    """out [WIDTH] = the sum of the COUNT rows of in [COUNT, WIDTH], in a fixed order."""
+    column = tl.program_id(0) * BW + tl.arange(0, BW)
+    total = tl.zeros((BR, BW), tl.float32)
+    for first in range(0, COUNT, BR):
+        row = first + tl.arange(0, BR)
+        mask = (row < COUNT)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(in_ptr + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask, 0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0), column < WIDTH)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sum_mixing_kernel(
+    in_ptr,
+    d_post_ptr,
+    d_res_ptr,
+    T,
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BB: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Add up d_mixing [BLOCKS, N + N*N, T] over channel blocks -> d_h_post [T, N], d_h_res."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    entry = tl.program_id(1)
+    total = tl.zeros((BB, BT), tl.float32)
+    for first in range(0, BLOCKS, BB):
+        block = first + tl.arange(0, BB)
+        mask = (block < BLOCKS)[:, None] & (t < T)[None, :]
+        offsets = (block * (N + N * N) + entry).to(tl.int64)[:, None] * T + t64[None, :]
+        total += tl.load(in_ptr + offsets, mask, 0.0)
+    result = tl.sum(total, axis=0)
+    if entry < N:
+        tl.store(d_post_ptr + t64 * N + entry, result, t < T)
+    else:
+        tl.store(d_res_ptr + t64 * (N * N) + entry - N, result, t < T)
+
+
+def sum_rows(partial: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The sum over the first dimension of `partial`, viewed as `shape`."""
+    count = partial.shape[0]
+    width = partial[0].numel()
+    out = partial.new_empty(shape)
+    few = width < 1024  # few columns: many rows a step, else many columns a program
+    block_rows, block_columns = (64, 32) if few else (1, 512)
+    with on_device(partial):
+        sum_rows_kernel[(triton.cdiv(width, block_columns),)](
+            partial, out, count, width, block_rows, block_columns, num_warps=4
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """What `coefficients_gradients` returns: d_z [T, rows], k [T], h_pre [T, n], parameters'."""
+
+    d_z: Tensor
+    k: Tensor
+    h_pre: Tensor
+    d_alpha: Tensor
+    d_bias: Tensor
+
+
+def coefficients_gradients(
+    y: Tensor,
+    normed: Tensor,
+    inverse: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    du: Tensor | None = None,
+    d_pre: Tensor | None = None,
+    d_post: Tensor | None = None,
+    d_res: Tensor | None = None,
+    iterations: int = 1,
+    pre_eps: float,
+    sinkhorn_eps: float = 0.0,
+) -> TokenGradients:
+    """Launch B2. du or d_pre is the gradient of what H_pre became; an absent one is zero."""
+    tokens, n, width = y.shape
+    rows = normed.shape[1]
+    if du is None and d_pre is None:
+        d_pre = inverse.new_zeros(tokens, n)
+    tile = config.coefficients_backward(n, width, y.dtype)
+    programs = triton.cdiv(tokens, tile.tokens)
+    d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
+    h_pre = inverse.new_empty(tokens, n)
+    d_bias = inverse.new_empty(programs, rows)
+    d_alpha = inverse.new_empty(programs, alpha.numel())
+    if tokens == 0:
+        zeros = torch.zeros_like
+        return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
+    with on_device(y):
+        coefficients_kernel[(programs,)](
+            y,
+            dense(du),
+            dense(d_pre),
+            dense(d_post),
+            dense(d_res),
+            normed,
+            inverse,
+            alpha,
+            bias,
+            d_z,
+            k,
+            h_pre,
+            d_bias,
+            d_alpha,
+            tokens,
+            pre_eps,
+            N=n,
+            C=width,
+            ROWS=rows,
+            AGGREGATE=du is not None,
+            MIXING=rows > n,
+            HAS_POST=d_post is not None,
+            HAS_RES=d_res is not None,
+            ITERATIONS=iterations,
+            SINKHORN_EPS=sinkhorn_eps,
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return TokenGradients(
+        d_z, k, h_pre, sum_rows(d_alpha, tuple(alpha.shape)), sum_rows(d_bias, (rows,))
+    )
+
+
+@dataclass(frozen=True)
+class StreamsGradients:
+    """What `streams_gradients` returns; None where the operation has no such argument."""
+
+    dx: Tensor
+    df: Tensor | None
+    d_post: Tensor | None
+    d_res: Tensor | None
+    d_f_bias: Tensor | None
+    d_phi: Tensor | None
+
+
+def streams_gradients(
+    y: Tensor,
+    *,
+    dy: Tensor | None = None,
+    du: Tensor | None = None,
+    phi: Tensor | None = None,
+    token: TokenGradients | None = None,
+    mixing: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
+) -> StreamsGradients:
+    """Launch B31.
+
+    Args:
+        y: [T, n, C], the streams that were projected (any tensor of that shape without phi).
+        dy, du: gradients of y and u; an absent one is zero.
+        phi, token: the projection and what B2 returned, or None where nothing was projected.
+        mixing: (x, f, h_post, h_res, f_bias) of the combine that made y, or None: dx is dY.
+    """
+    tokens, n, width = y.shape
+    tile = config.streams_backward(n, width, y.dtype)
+    blocks = triton.cdiv(width, tile.channels)
+    x, f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 5
+    rows = n if phi is None else phi.shape[0]
+    new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
+    weights = None if phi is None else pack_weights(phi, y.dtype)
+    d_phi = None if phi is None else new(tile.splits, rows, n * width)
+    d_f_bias = None if f_bias is None else new(tile.splits, width)
+    d_mixing = None if mixing is None else new(blocks, n + n * n, tokens)
+    dx = torch.empty_like(y)
+    df = None if f is None else torch.empty_like(f)
+    d_post = None if h_post is None else torch.empty_like(h_post)
+    d_res = None if h_res is None else torch.empty_like(h_res)
+    if tokens == 0:
+        no_phi = None if phi is None else torch.zeros_like(phi)
+        no_bias = None if f_bias is None else torch.zeros_like(f_bias)
+        return StreamsGradients(dx, df, d_post, d_res, no_bias, no_phi)
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
+    with on_device(y):
+        streams_kernel[(blocks, tile.splits)](
+            y,
+            dense(dy),
+            dense(du),
+            None if token is None else token.d_z,
+            None if token is None else token.k,
+            None if token is None else token.h_pre,
+            weights,
+            x,
+            f,
+            f_bias,
+            h_post,
+            h_res,
+            dx,
+            df,
+            d_mixing,
+            d_phi,
+            d_f_bias,
+            tokens,
+            share,
+            N=n,
+            C=width,
+            ROWS=rows,
+            R=config.padded(rows),
+            TERMS=1 if weights is None else weights.shape[0],
+            PROJECT=phi is not None,
+            HAS_DY=dy is not None,
+            HAS_DU=du is not None,
+            COMBINE=mixing is not None,
+            HAS_BIAS=f_bias is not None,
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if d_mixing is not None:
+            sum_mixing_kernel[(triton.cdiv(tokens, 128), n + n * n)](
+                d_mixing, d_post, d_res, tokens, n, blocks, 8, 128, num_warps=4
+            )
+    if d_f_bias is not None:
+        d_f_bias = sum_rows(d_f_bias, (width,)).to(f_bias.dtype)
+    if d_phi is not None:
+        d_phi = sum_rows(d_phi, tuple(phi.shape))
+    return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)

@@ -1,0 +1,146 @@
+"""Inputs of the operations and their judgement against float64, for the CPU and the GPU tests.
+
+Every error is a relative RMSE, |got - wanted| / |wanted|, of one named tensor.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mhc import kernels
+from megatron_mhc.kernels import reference
+
+OPERATIONS = ("sinkhorn", "coefficients", "aggregate", "pre", "combine", "combine_pre", "head")
+PAPER: dict[str, float] = {"pre_eps": 0.0, "sinkhorn_eps": 0.0}
+DEEPSEEK: dict[str, float] = {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6}
+
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2e-6}
+"""Results in the dtype of x: half a unit in the last place, and for fp32 the sums' own rounding."""
+SMALL = {torch.bfloat16: 2e-5, torch.float16: 1e-5, torch.float32: 1e-5}
+"""fp32 results: fp32 sums, and for bf16 d_z as two bf16 terms (2^-17) in the gradient of phi."""
+
+
+CANCELLING = 2e-4
+"""alpha, scale: a sum over all tokens and rows of terms that largely cancel, in three numbers."""
+
+
+def inputs(
+    operation: str, tokens: int, n: int, width: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> dict[str, Tensor]:
+    """Arguments of an operation by name, at the scale of a trained model; all take gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = n * n + 2 * n
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    x, f = normal(tokens, n, width).to(dtype), normal(tokens, width).to(dtype)
+    h_post = 2 * torch.sigmoid(normal(tokens, n))
+    h_res = reference.sinkhorn(normal(tokens, n, n))
+    projection = {
+        "phi": normal(rows, n * width, scale=(n * width) ** -0.5),
+        "alpha": torch.tensor([0.7, 1.1, 0.9]),
+        "bias": normal(rows),
+    }
+    mixing = {"x": x, "f": f, "h_post": h_post, "h_res": h_res}
+    arguments = {
+        "sinkhorn": {"logits": normal(tokens, n, n, scale=3.0)},
+        "coefficients": {"x": x, **projection},
+        "aggregate": {"x": x, "h_pre": torch.sigmoid(normal(tokens, n))},
+        "pre": {"x": x, **projection},
+        "combine": {**mixing, "f_bias": normal(width)},
+        "combine_pre": {**mixing, **projection, "f_bias": normal(width)},
+        "head": {
+            "x": x,
+            "fn": normal(n, n * width, scale=(n * width) ** -0.5),
+            "scale": torch.tensor([0.8]),
+            "base": normal(n),
+        },
+    }[operation]
+    return {name: tensor.to(device).requires_grad_() for name, tensor in arguments.items()}
+
+
+def settings(operation: str, convention: dict[str, float], iterations: int) -> dict[str, Any]:
+    """The keyword arguments of an operation in this convention."""
+    if operation == "sinkhorn":
+        return {"iterations": iterations, "eps": convention["sinkhorn_eps"]}
+    if operation == "head":
+        return {"pre_eps": convention["pre_eps"]}
+    if operation in ("aggregate", "combine"):
+        return {}
+    return {"iterations": iterations, **convention}
+
+
+def run(
+    function: Callable[..., Any], arguments: dict[str, Tensor], **keywords: Any
+) -> tuple[Tensor, ...]:
+    """The results of an operation, always as a tuple."""
+    out = function(**arguments, **keywords)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _reference(operation: str, y: Tensor | None) -> Callable[..., Any]:
+    """The definition; for `combine_pre` its second half starts from the y that was rounded."""
+    if operation != "combine_pre":
+        return getattr(reference, operation)
+
+    def from_rounded(  # type: ignore[no-untyped-def]
+        x, f, h_post, h_res, phi, alpha, bias, f_bias, **keywords: Any
+    ):
+        exact = reference.combine(x, f, h_post, h_res, f_bias)
+        rounded = exact + (y.detach().double() - exact).detach()
+        return exact, *reference.pre(rounded, phi, alpha, bias, **keywords)
+
+    return from_rounded
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """Relative RMSE; infinite where a value is missing or not finite."""
+    got = got.double()
+    if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    norm = wanted.norm().item()
+    return ((got - wanted).norm().item() / norm) if norm > 0 else got.norm().item()
+
+
+def errors(
+    operation: str, arguments: dict[str, Tensor], keywords: dict[str, Any], seed: int = 1
+) -> dict[str, tuple[float, torch.dtype]]:
+    """Errors against float64 of every result and every gradient, by name, with their dtype."""
+    got = run(getattr(kernels, operation), arguments, backend="triton", **keywords)
+    exact = {k: v.detach().double().requires_grad_() for k, v in arguments.items()}
+    wanted = run(_reference(operation, got[0]), exact, **keywords)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(r.shape, generator=generator).to(r.device, r.dtype) for r in got]
+    torch.autograd.backward(got, weights)
+    torch.autograd.backward(wanted, [weight.double() for weight in weights])
+    table = {
+        f"result {i}": (relative(a.detach(), b.detach()), a.dtype)
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True))
+    }
+    for name, argument in arguments.items():
+        table[f"d_{name}"] = (relative(argument.grad, exact[name].grad), argument.dtype)
+    return table
+
+
+def check(
+    operation: str,
+    tokens: int,
+    n: int,
+    width: int,
+    dtype: torch.dtype,
+    device: str,
+    convention: dict[str, float] = PAPER,
+    iterations: int = 20,
+) -> None:
+    """Assert that every result and gradient of one case is as near float64 as its dtype allows."""
+    arguments = inputs(operation, tokens, n, width, dtype, device)
+    keywords = settings(operation, convention, iterations)
+    for name, (error, result_dtype) in errors(operation, arguments, keywords).items():
+        small = result_dtype == torch.float32 and dtype != torch.float32
+        bound = SMALL[dtype] if small or dtype == torch.float32 else ROUNDING[result_dtype]
+        if name in ("d_alpha", "d_scale"):
+            bound = CANCELLING
+        assert error <= bound, f"{operation}: {name} is off by {error:.2e} > {bound:.1e}"

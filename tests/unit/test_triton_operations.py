@@ -1,0 +1,155 @@
+"""The Triton operations against float64, on the CPU through Triton's interpreter.
+
+The interpreter is chosen when triton is imported, so the tests below run in a process of their own
+with TRITON_INTERPRET=1; in any other process this file has the one test that starts it.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_mhc import kernels
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:
+
+    def test_all_in_an_interpreted_process() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+else:
+    from tests.kernel_cases import DEEPSEEK, OPERATIONS, PAPER, check, inputs, run, settings
+
+    CASES = (
+        # tokens, n, width, convention, iterations: an odd width, several tiles, every n
+        (5, 4, 131, PAPER, 20),
+        (1, 1, 33, DEEPSEEK, 2),
+        (9, 2, 40, DEEPSEEK, 3),
+        (3, 8, 40, PAPER, 1),
+    )
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-n{case[1]}-C{case[2]}")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_results_and_gradients(operation: str, dtype: torch.dtype, case: tuple) -> None:
+        tokens, n, width, convention, iterations = case
+        check(operation, tokens, n, width, dtype, "cpu", convention, iterations)
+
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_no_tokens(operation: str) -> None:
+        arguments = inputs(operation, 0, 4, 24, torch.bfloat16, "cpu")
+        out = run(getattr(kernels, operation), arguments, backend="triton")
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        for name, argument in arguments.items():
+            assert argument.grad.shape == argument.shape, name
+            assert bool((argument.grad == 0).all()), name
+
+    def test_boundary_equals_its_halves_to_the_bit() -> None:
+        arguments = inputs("combine_pre", 7, 4, 72, torch.bfloat16, "cpu")
+        y, *rest = kernels.combine_pre(**arguments, backend="triton")
+        first = {name: arguments[name] for name in ("x", "f", "h_post", "h_res", "f_bias")}
+        assert torch.equal(y, kernels.combine(**first, backend="triton"))
+        second = {name: arguments[name] for name in ("phi", "alpha", "bias")}
+        for got, wanted in zip(rest, kernels.pre(y, **second, backend="triton"), strict=True):
+            assert torch.equal(got, wanted)
+
+    def test_strided_arguments_and_leading_dimensions() -> None:
+        arguments = inputs("combine_pre", 6, 2, 20, torch.float32, "cpu")
+        flat = kernels.combine_pre(**arguments, backend="triton")
+        spread = dict(arguments)
+        for name in ("x", "f", "h_post", "h_res"):
+            tensor = arguments[name].detach()
+            strided = tensor.reshape(2, 3, *tensor.shape[1:]).transpose(0, 1).contiguous()
+            spread[name] = strided.transpose(0, 1)  # [2, 3, ...] over another memory order
+            assert not spread[name].is_contiguous()
+        for got, wanted in zip(kernels.combine_pre(**spread, backend="triton"), flat, strict=True):
+            assert torch.equal(got.reshape(wanted.shape), wanted)
+
+    def test_half_of_the_gradients_is_absent() -> None:
+        for index in range(4):
+            arguments = inputs("combine_pre", 4, 4, 40, torch.float32, "cpu")
+            exact = {k: v.detach().double().requires_grad_() for k, v in arguments.items()}
+            kernels.combine_pre(**arguments, backend="triton")[index].sum().backward()
+            kernels.combine_pre(**exact, backend="torch")[index].sum().backward()
+            for name, argument in arguments.items():
+                if exact[name].grad is None:
+                    continue
+                # fp32 sums; a gradient that is exactly zero is measured absolutely
+                error = (argument.grad - exact[name].grad).norm()
+                assert error <= 1e-5 * (1 + exact[name].grad.norm()), (index, name)
+
+    def test_large_logits_stay_doubly_stochastic() -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = (torch.rand(64, 4, 4, generator=generator) * 160 - 80).requires_grad_()
+        for eps in (0.0, 1e-6):
+            matrix = kernels.sinkhorn(logits, eps=eps, backend="triton")
+            # four fp32 roundings of a row that adds up to one; eps itself in the other convention
+            assert (matrix.sum(-1) - 1).abs().max() < 1e-6 + 5 * eps
+            wanted = kernels.reference.sinkhorn(logits.double(), eps=eps)
+            assert (matrix - wanted).abs().max() < 1e-5
+            matrix.square().sum().backward()
+            assert bool(torch.isfinite(logits.grad).all())
+
+    def test_not_finite_streams_reach_the_result() -> None:
+        for bad in (float("inf"), float("nan")):
+            arguments = inputs("pre", 2, 4, 40, torch.bfloat16, "cpu")
+            x = arguments["x"].detach().clone()
+            x[0, 1, 3] = bad
+            u, h_post, h_res = kernels.pre(**{**arguments, "x": x}, backend="triton")
+            assert not bool(torch.isfinite(u[0]).all())
+            assert bool(h_post[0].isnan().any()) and bool(h_res[0].isnan().any())
+            assert all(bool(torch.isfinite(r[1]).all()) for r in (u, h_post, h_res))
+
+    def test_zero_streams() -> None:
+        arguments = inputs("pre", 3, 4, 40, torch.float32, "cpu")
+        x = torch.zeros_like(arguments["x"], requires_grad=True)
+        u, h_post, h_res = kernels.pre(**{**arguments, "x": x}, backend="triton")
+        (u.sum() + h_post.sum() + h_res.sum()).backward()
+        assert bool((u == 0).all()) and bool(torch.isfinite(x.grad).all())
+
+    def test_float64_is_refused_and_left_to_the_reference() -> None:
+        x, h_pre = torch.randn(2, 4, 8).double(), torch.rand(2, 4).double()
+        with pytest.raises(ValueError, match="float64"):
+            kernels.aggregate(x, h_pre, backend="triton")
+        assert kernels.aggregate(x, h_pre).dtype == torch.float64
+
+    def test_saved_tensors_are_few() -> None:
+        """Beside x, f, y: at most 256 bytes a token, and no fp32 tensor as wide as the streams."""
+        tokens, n, width = 16, 4, 256
+        arguments = inputs("combine_pre", tokens, n, width, torch.bfloat16, "cpu")
+        saved: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y, *_ = kernels.combine_pre(**arguments, backend="triton")
+        streams = {arguments["x"].data_ptr(), arguments["f"].data_ptr(), y.data_ptr()}
+        a_token = [t for p, t in saved.items() if t.shape[:1] == (tokens,) and p not in streams]
+        assert sum(t.nbytes for t in a_token) <= 256 * tokens
+        assert all(t.numel() < tokens * n * width for t in a_token)
+
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_keywords_are_the_references(operation: str) -> None:
+        import inspect
+
+        from megatron_mhc.kernels import reference, triton_operations
+
+        theirs = inspect.signature(getattr(reference, operation)).parameters
+        ours = inspect.signature(getattr(triton_operations, operation)).parameters
+        assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+            (p.name, p.default, p.kind) for p in theirs.values()
+        ]
+        assert set(settings(operation, PAPER, 20)) <= set(ours)
