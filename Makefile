@@ -1,0 +1,53 @@
+# The project's commands; `make` alone lists them. Everything runs in $(VENV), made when needed.
+VENV ?= .venv
+MHC ?= 1
+PYTHON ?= $(shell for p in python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := megatron_mhc kernels patches examples benchmarks tests
+
+.PHONY: help env train test lint style types wheel clean
+
+help:  ## List the commands
+	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+env: $(STAMP)  ## Make the environment in .venv (Python 3.12; PYTHON=... names another interpreter)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 found; name one with PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --progress-bar off -e '.[test]'
+	@touch $@
+
+train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the ordinary model)
+	MHC=$(MHC) PYTHON=$(abspath $(BIN)/python) examples/gpt/train.sh
+
+test: env  ## Run the tests (those that need a GPU are skipped where there is none)
+	$(BIN)/python -m pytest
+
+lint: style types  ## Check style and types
+
+style: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# kernels/ and patches/ are packages of megatron_mhc only once installed: types are checked there.
+types: env
+	@rm -rf build/lib build/types
+	$(PIP) install --quiet --no-deps --target build/types .
+	MYPYPATH=build/types $(BIN)/mypy build/types/megatron_mhc
+
+wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it holds
+	@rm -rf build/lib dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@listed="$$($(BIN)/python -m zipfile -l dist/*.whl | awk 'NR > 1 { print $$1 }')"; \
+	others="$$(echo "$$listed" | grep -vE '^megatron_mhc(-[^/]+\.dist-info)?/')"; \
+	if [ -n "$$others" ]; then echo "make: the wheel also holds: $$others" >&2; exit 1; fi
+	@ls dist/*.whl
+
+clean:  ## Remove what was built and trained, and the environment
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,103 @@
+"""Draws training and validation loss of one or several runs from Megatron's TensorBoard logs.
+
+    python examples/gpt/plot_loss.py mHC=runs/gpt-mhc ordinary=runs/gpt-ordinary \\
+        --entropy-from runs/data/stdlib.json --output loss.png
+
+Each run is `LABEL=FOLDER` or `FOLDER`; the event files may lie anywhere below the folder, also
+those of several processes that resumed one another.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAIN_TAG = "lm loss"
+VALIDATION_TAG = "lm loss validation"
+
+
+class Curve(NamedTuple):
+    """A loss in nats a token by iteration."""
+
+    iterations: list[int]
+    losses: list[float]
+
+
+def read_curve(folder: Path, tag: str) -> Curve:
+    """Reads what `tag` was logged as below `folder`; where runs overlap the later one counts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = sorted(folder.rglob("events.out.tfevents.*"))
+    if not files:
+        raise SystemExit(f"plot_loss: no TensorBoard event files below {folder}")
+    events = []
+    for file in files:
+        log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        if tag in log.Tags()["scalars"]:
+            events += log.Scalars(tag)
+    latest = {event.step: event.value for event in sorted(events, key=lambda e: e.wall_time)}
+    steps = sorted(latest)
+    return Curve(steps, [latest[step] for step in steps])
+
+
+def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
+    """Draws all runs in one figure: a run is a colour, its validation loss the marked line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, folder) in enumerate(runs.items()):
+        train, validation = read_curve(folder, TRAIN_TAG), read_curve(folder, VALIDATION_TAG)
+        if not train.losses:
+            raise SystemExit(f"plot_loss: no '{TRAIN_TAG}' in the event files below {folder}")
+        colour = f"C{number}"
+        axes.plot(*train, color=colour, alpha=0.45, label=f"{label}, training")
+        if validation.losses:
+            name = f"{label}, validation (last {validation.losses[-1]:.3f})"
+            axes.plot(*validation, color=colour, marker="o", linewidth=2, label=name)
+    if entropy is not None:
+        name = f"unigram entropy of the data ({entropy:.3f})"
+        axes.axhline(entropy, color="black", linestyle="--", linewidth=1, label=name)
+    axes.set_xlabel("iteration (optimizer steps)")
+    axes.set_ylabel("loss (nats a byte)")
+    axes.set_title("Byte-level GPT on the Python standard library")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def named_run(text: str) -> tuple[str, Path]:
+    """`LABEL=FOLDER` or `FOLDER` as a label and a folder."""
+    label, separator, folder = text.partition("=")
+    path = Path(folder if separator else text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not a folder")
+    return (label if separator else path.name), path
+
+
+def main() -> None:
+    """Reads the command line and writes the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=named_run, metavar="[LABEL=]FOLDER")
+    parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
+    parser.add_argument(
+        "--entropy-from", type=Path, help="the JSON that prepare_data.py wrote; draws its entropy"
+    )
+    args = parser.parse_args()
+    entropy = None
+    if args.entropy_from:
+        if not args.entropy_from.is_file():
+            parser.error(f"--entropy-from {args.entropy_from} is not a file")
+        entropy = json.loads(args.entropy_from.read_text())["unigram_entropy_nats"]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(dict(args.runs), entropy).savefig(args.output, dpi=150)
+    print(f"plot_loss: wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

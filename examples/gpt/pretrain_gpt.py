@@ -1,0 +1,128 @@
+"""Trains a GPT with Megatron: Megatron's arguments, data, optimizer, checkpoints and logs.
+
+A main script such as every Megatron user has one. Nothing in it knows of mHC; the runner turns
+that on:
+
+    torchrun --nproc-per-node 8 -m megatron_mhc.run examples/gpt/pretrain_gpt.py FLAGS --mhc
+    python -m megatron_mhc.run --cpu examples/gpt/pretrain_gpt.py FLAGS --mhc
+
+FLAGS are Megatron's own (`--help` lists them); `train.sh` beside this file has a complete set.
+Written for Megatron-Core 0.19.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split
+
+Batch = dict[str, torch.Tensor]
+
+
+def datasets_provider(
+    num_samples: list[int], vp_stage: int | None = None
+) -> tuple[GPTDataset | None, ...]:
+    """Builds the training, validation and test datasets that `--data-path` names.
+
+    Args:
+        num_samples: how many samples each of the three must yield.
+        vp_stage: the model chunk that asks; all read the same data.
+    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+    print_rank_0("> building the training, validation and test datasets")
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
+
+
+# Every rank reads its samples itself, from a memory-mapped file: nothing needs broadcasting.
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def get_batch(data_iterator: Iterator[Batch]) -> Batch:
+    """The next micro-batch on this rank's device, cut to this rank's part of the sequence."""
+    batch = next(data_iterator)
+    wanted = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    batch = {key: batch[key].cuda(non_blocking=True) for key in wanted if key in batch}
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=get_context_parallel_group()
+    )
+
+
+def loss_func(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sums the losses of a micro-batch over its unmasked tokens.
+
+    Returns:
+        The sum, the number of tokens to divide it by, and what Megatron logs: both in one tensor.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=lambda value: not torch.isfinite(value),
+            message="the loss of this micro-batch is not finite",
+            tolerance=0.0,
+            fatal=True,
+        )
+    num_tokens = mask.sum().to(torch.int)
+    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+    """Runs the model on one micro-batch; returns its output and the function that makes it a loss.
+
+    On every pipeline stage but the last the output is a hidden state and the loss is not called.
+    """
+    timer = get_timers()("batch-generator", log_level=2)
+    timer.start()
+    batch = get_batch(data_iterator)
+    timer.stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def main() -> None:
+    """Reads Megatron's command line and trains."""
+    args = parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    main()
