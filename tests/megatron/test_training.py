@@ -1,0 +1,271 @@
+"""mHC in real Megatron-Core models: the start, the gradients, and every way to distribute them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.megatron.launch import assert_same_training, relative_error, run_scenarios
+
+START: dict[str, Any] = {"steps": 20, "perturb": False}
+GQA = {"num_query_groups": 2}
+SWIGLU = {"gated_linear_unit": True, "add_bias_linear": False, "normalization": "RMSNorm"}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "gqa": {"config": GQA},
+    "swiglu": {"config": SWIGLU},
+    "moe": {"kind": "moe"},
+    "mla": {"kind": "mla"},
+    "block": {"kind": "block"},
+}
+SGD = {"optimizer": "sgd", "lr": 0.5, "min_lr": 0.5, "sgd_momentum": 0.0}
+"""Updates proportional to gradients: Adam would turn a rounding of a tiny one into a whole step."""
+
+
+UNCLIPPED = {"clip_grad": 0.0}
+"""No gradient norm, whose sum has another order where the parameters are sharded."""
+
+
+def start_scenarios() -> dict[str, dict[str, Any]]:
+    """Every kind of model, ordinary and with mHC, from the same weights."""
+    scenarios: dict[str, dict[str, Any]] = {}
+    for kind, settings in KINDS.items():
+        scenarios[kind] = {**START, **settings, "steps": 1, "mhc": None}
+        scenarios[f"{kind} mhc"] = {**START, **settings}
+    scenarios["dense deepseek_v4"] = {**START, "steps": 1, "mhc": {"convention": "deepseek_v4"}}
+    scenarios["dense one stream"] = {**START, "steps": 1, "mhc": {"num_streams": 1}}
+    scenarios["dense three streams"] = {**START, "steps": 1, "mhc": {"num_streams": 3}}
+    scenarios["dense hc"] = {**START, "steps": 3, "mhc": {"variant": "hc"}}
+    scenarios["dense zero"] = {**START, "steps": 1, "mhc": {"init": "zero"}}
+    scenarios["dense twenty"] = {**START, "mhc": None}
+    return scenarios
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mhc_starts_as_the_ordinary_model(kind: str) -> None:
+    results = run_scenarios(1, start_scenarios())
+    ordinary, wide = results[kind]["losses"][0], results[f"{kind} mhc"]["losses"][0]
+    # weights that sum to one in fp32, over 8 sites: a few roundings of 6e-8
+    assert wide == pytest.approx(ordinary, rel=1e-6)
+    losses = results[f"{kind} mhc"]["losses"]
+    assert losses[-1] < losses[0] - 0.05, "it does not train"
+
+
+@pytest.mark.parametrize("variant", ["one stream", "three streams", "hc"])
+def test_other_settings_start_as_the_ordinary_model(variant: str) -> None:
+    results = run_scenarios(1, start_scenarios())
+    want = results["dense"]["losses"][0]
+    assert results[f"dense {variant}"]["losses"][0] == pytest.approx(want, rel=1e-6)
+
+
+def test_deepseek_v4_starts_within_its_eps() -> None:
+    results = run_scenarios(1, start_scenarios())
+    want = results["dense"]["losses"][0]
+    # 1e-6 on each H_pre and on Sinkhorn's sums, at 8 sites
+    assert results["dense deepseek_v4"]["losses"][0] == pytest.approx(want, rel=1e-5)
+
+
+def test_the_start_of_zeros_is_another_function() -> None:
+    """What the comparisons above would show if init=residual did nothing."""
+    results = run_scenarios(1, start_scenarios())
+    assert abs(results["dense zero"]["losses"][0] - results["dense"]["losses"][0]) > 1e-4
+
+
+def test_mhc_moves_away_from_the_ordinary_model() -> None:
+    results = run_scenarios(1, start_scenarios())
+    ordinary, wide = results["dense twenty"]["losses"], results["dense mhc"]["losses"]
+    assert abs(wide[-1] - ordinary[-1]) > 1e-5 * ordinary[-1]
+    moved = results["dense mhc"]["parameters"]
+    start = results["dense one stream"]["parameters"]
+    same = [k for k, v in start.items() if k in moved and torch.equal(v, moved[k])]
+    assert not same, f"these parameters stayed as they were: {same}"
+
+
+@pytest.mark.parametrize("variant", ["mhc", "hc"])
+def test_every_parameter_gets_a_gradient_from_the_second_step_on(variant: str) -> None:
+    gradients = run_scenarios(1, start_scenarios())[f"dense {variant}"]["gradients"][1]
+    assert len(gradients) == 8 * 3
+    for name, gradient in gradients.items():
+        rows = gradient
+        if name.startswith("decoder.layers.0.attention_connection"):
+            # the streams are still equal there, so no mixing of them matters
+            rows = {
+                "alpha": gradient[:2],
+                "bias": gradient[:8],
+                "phi": gradient[:8],
+                "theta": gradient[:2],
+            }[name.split(".")[-1]]
+        flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(-1)
+        empty = (flat.norm(dim=-1) == 0).nonzero().flatten().tolist()
+        assert not empty, f"{name} has no gradient in rows {empty}"
+
+
+def test_mhc_parameters_have_no_weight_decay() -> None:
+    decay = run_scenarios(1, start_scenarios())["dense mhc"]["weight_decay"]
+    ours = {name: value for name, value in decay.items() if "connection" in name}
+    assert len(ours) == 24 and set(ours.values()) == {0.0}
+    assert decay["decoder.layers.0.mlp.linear_fc1.weight"] == 1.0
+
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+HEAD = {"convention": "deepseek_v4"}
+
+
+def single_scenarios(folder: str) -> dict[str, dict[str, Any]]:
+    """What one process does, for the comparisons below."""
+    return {
+        "sgd": {"optimizer": SGD},
+        "sgd moe": {"optimizer": SGD, "kind": "moe"},
+        "sgd head": {"optimizer": SGD, "mhc": HEAD},
+        "adam": {"optimizer": UNCLIPPED},
+        "dropout": {"config": DROPOUT},
+        "recompute": {"config": {**DROPOUT, **FULL_RECOMPUTE}},
+        "recompute core_attn": {
+            "config": {**DROPOUT, "recompute_granularity": "selective"},
+        },
+        "bf16": {"bf16": True},
+        "first half": {"optimizer": SGD, "mhc": HEAD, "steps": 2, "save": f"{folder}/one"},
+        "second half": {
+            "optimizer": SGD,
+            "mhc": HEAD,
+            "steps": 1,
+            "first_step": 2,
+            "load": f"{folder}/one",
+            "perturb": False,
+        },
+    }
+
+
+TENSOR_PARALLEL = {"tensor_model_parallel_size": 2}
+OVERLAP = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_size": 5000,
+}
+
+
+def pair_scenarios(folder: str) -> dict[str, dict[str, Any]]:
+    """The same training in two processes."""
+    sequence_parallel = {"sequence_parallel": True}
+    one = {"microbatches": 1}
+    return {
+        "tp": {"optimizer": SGD, "parallel": TENSOR_PARALLEL},
+        "tp head": {"optimizer": SGD, "parallel": TENSOR_PARALLEL, "mhc": HEAD},
+        "sp": {"optimizer": SGD, "parallel": TENSOR_PARALLEL, "config": sequence_parallel},
+        "sp head": {
+            "optimizer": SGD,
+            "parallel": TENSOR_PARALLEL,
+            "config": sequence_parallel,
+            "mhc": HEAD,
+        },
+        "dp": {**one, "ddp": OVERLAP, "optimizer": UNCLIPPED},
+        "dp bf16": {**one, "ddp": OVERLAP, "bf16": True},
+        "second half tp": {
+            "optimizer": SGD,
+            "mhc": HEAD,
+            "steps": 1,
+            "first_step": 2,
+            "load": f"{folder}/one",
+            "perturb": False,
+            "parallel": TENSOR_PARALLEL,
+            "config": sequence_parallel,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the checkpoint of "first half" lies."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    (path / "one").mkdir()
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def single(folder: str) -> dict[str, Any]:
+    """Results of one process."""
+    return run_scenarios(1, single_scenarios(folder))
+
+
+@pytest.fixture(scope="module")
+def pair(folder: str, single: dict[str, Any]) -> dict[str, Any]:
+    """Results of two processes (after `single`, whose checkpoint they load)."""
+    return run_scenarios(2, pair_scenarios(folder))
+
+
+# Two ranks sum partial products in another order: fp32's 6e-8, grown through 4 layers and 3 steps
+SUMMATION_ORDER = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("distributed", "alone"),
+    [("tp", "sgd"), ("sp", "sgd"), ("tp head", "sgd head"), ("sp head", "sgd head")],
+)
+def test_tensor_and_sequence_parallel(
+    pair: dict[str, Any], single: dict[str, Any], distributed: str, alone: str
+) -> None:
+    assert_same_training(pair[distributed], single[alone], bound=SUMMATION_ORDER)
+
+
+def test_tensor_parallel_would_be_told_from_another_model(
+    pair: dict[str, Any], single: dict[str, Any]
+) -> None:
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_training(
+            {**pair["tp"], "parameters": single["sgd"]["parameters"]},
+            {**single["sgd"], "losses": [loss + 1e-3 for loss in single["sgd"]["losses"]]},
+            bound=SUMMATION_ORDER,
+        )
+
+
+def test_distributed_optimizer_with_both_overlaps(
+    pair: dict[str, Any], single: dict[str, Any]
+) -> None:
+    """Bit for bit: the two ranks' gradients are added as the two microbatches' are."""
+    assert_same_training(pair["dp"], single["adam"], bound=None)
+
+
+def test_bf16_keeps_mhc_in_fp32(pair: dict[str, Any], single: dict[str, Any]) -> None:
+    for result in (pair["dp bf16"], single["bf16"]):
+        dtypes = result["dtypes"]
+        ours = {dtypes[name] for name in dtypes if "connection" in name}
+        assert ours == {"torch.float32"}
+        assert dtypes["decoder.layers.0.mlp.linear_fc1.weight"] == "torch.bfloat16"
+    # the first loss is before any update: only the batch is split differently
+    assert pair["dp bf16"]["losses"][0] == pytest.approx(single["bf16"]["losses"][0], rel=1e-3)
+    phi = "decoder.layers.1.mlp_connection.phi"
+    got, want = (r["parameters"][phi] for r in (pair["dp bf16"], single["bf16"]))
+    assert relative_error(got, want) < 1e-2
+    # an update of 1e-3 to a value of 0.05 is below bf16's step there in most places: fp32 kept it
+    assert (got.to(torch.bfloat16).float() != got).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["recompute", "recompute core_attn"])
+def test_activation_recompute_is_exact(single: dict[str, Any], kind: str) -> None:
+    assert_same_training(single[kind], single["dropout"], bound=None)
+
+
+def test_dropout_is_on(single: dict[str, Any]) -> None:
+    assert abs(single["dropout"]["losses"][0] - single["adam"]["losses"][0]) > 1e-4
+
+
+def test_a_checkpoint_continues(single: dict[str, Any]) -> None:
+    """Two steps, save, load, one step: bit for bit what three steps give."""
+    whole = single["sgd head"]
+    half = {**single["second half"], "losses": [*single["first half"]["losses"]]}
+    half["losses"] += single["second half"]["losses"]
+    assert_same_training(half, whole, bound=None)
+
+
+def test_a_checkpoint_continues_in_another_tensor_parallel_size(
+    pair: dict[str, Any], single: dict[str, Any]
+) -> None:
+    got = pair["second half tp"]
+    want = {**single["sgd head"], "losses": single["sgd head"]["losses"][2:]}
+    assert_same_training(got, want, bound=SUMMATION_ORDER)
