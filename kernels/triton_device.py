@@ -24,6 +24,20 @@ def product(a, b, accumulator):
 
 
 @triton.jit
+def computed_once(tile):
+    """The same bf16 or fp16 tile, behind a wall that keeps Triton from computing it twice.
+
+    Without it, a tile that is stored and multiplied is computed in two layouts from its loads.
+    """
+    if INTERPRETED:
+        return tile
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit
 def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr):
     """The N tiles [BT, BC] of the streams at `offsets` (of stream 0), in their own dtype."""
     tiles = ()
@@ -57,6 +71,25 @@ def mixed_stream(xs, f, h_res, h_post, i: tl.constexpr, N: tl.constexpr):
     for j in tl.static_range(N):
         y = tl.fma(h_res[i * N + j][:, None], xs[j].to(tl.float32), y)
     return y
+
+
+@triton.jit
+def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def row_sums(tiles, COUNT: tl.constexpr):
+    """The sums over channels of COUNT tiles [BT, BC], four at a time where that many are left."""
+    sums = ()
+    if COUNT % 4 == 0 and not INTERPRETED:  # one exchange between threads serves four tiles
+        for k in tl.static_range(COUNT // 4):
+            four = (tiles[4 * k], tiles[4 * k + 1], tiles[4 * k + 2], tiles[4 * k + 3])
+            sums = sums + tl.reduce(four, 1, _add_four)
+    else:
+        for k in tl.static_range(COUNT):
+            sums = sums + (tl.sum(tiles[k], axis=1),)
+    return sums
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_device import load_columns, load_streams, product, sinkhorn_backward
+from .triton_device import load_columns, load_streams, product, row_sums, sinkhorn_backward
 from .triton_launch import dense, on_device, pack_weights
 
 
@@ -235,9 +235,12 @@ def streams_kernel(
                     )
                 else:  # both factors as two bf16 terms; low times low is below fp32's last bits
                     weight_low = tl.load(w + N * C * R, c_mask[None, :], 0.0)
-                    dy = product(d_z_high, weight, dy)
-                    dy = product(d_z_low, weight, dy)
-                    dy = product(d_z_high, weight_low, dy)
+                    # [BC, BT], so that dy keeps the layout of its load
+                    through = tl.zeros((BC, BT), tl.float32)
+                    through = product(tl.trans(weight), tl.trans(d_z_high), through)
+                    through = product(tl.trans(weight), tl.trans(d_z_low), through)
+                    through = product(tl.trans(weight_low), tl.trans(d_z_high), through)
+                    dy += tl.trans(through)
                     d_phi_i = product(tl.trans(d_z_high), y, d_phi[i])
                     longer = longer + (product(tl.trans(d_z_low), y, d_phi_i),)
             streams_dy = streams_dy + (dy,)
@@ -251,9 +254,13 @@ def streams_kernel(
                 f += f_bias[None, :]
             out = d_mixing_ptr + (block * (N + N * N)).to(tl.int64) * T + t64
             df = tl.zeros((BT, BC), tl.float32)
+            products = ()
             for i in tl.static_range(N):
                 df = tl.fma(h_post[i][:, None], streams_dy[i], df)
-                tl.store(out, tl.sum(streams_dy[i] * f, axis=1), t_mask)
+                products = products + (streams_dy[i] * f,)
+            sums = row_sums(products, N)
+            for i in tl.static_range(N):
+                tl.store(out, sums[i], t_mask)
                 out += T
             tl.store(df_ptr + narrow, df.to(df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
@@ -261,10 +268,13 @@ def streams_kernel(
             for j in tl.static_range(N):
                 x = tl.load(x_ptr + offsets + j * C, mask, 0.0).to(tl.float32)
                 dx = tl.zeros((BT, BC), tl.float32)
+                products = ()
                 for i in tl.static_range(N):
                     dx = tl.fma(h_res[i * N + j][:, None], streams_dy[i], dx)
-                    d_entry = tl.sum(streams_dy[i] * x, axis=1)
-                    tl.store(out + (i * N + j) * T.to(tl.int64), d_entry, t_mask)
+                    products = products + (streams_dy[i] * x,)
+                sums = row_sums(products, N)
+                for i in tl.static_range(N):
+                    tl.store(out + (i * N + j) * T.to(tl.int64), sums[i], t_mask)
                 tl.store(dx_ptr + offsets + j * C, dx.to(dx_ptr.dtype.element_ty), mask)
         else:
             for i in tl.static_range(N):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import (
+    computed_once,
     load_columns,
     load_streams,
     mixed_stream,
@@ -84,6 +85,7 @@ def project_kernel(
         for i in tl.static_range(N):
             if COMBINE:
                 y = mixed_stream(streams, f, h_res, h_post, i, N).to(y_ptr.dtype.element_ty)
+                y = computed_once(y)
                 tl.store(y_ptr + offsets + i * C, y, mask)
             else:
                 y = streams[i]

@@ -1,0 +1,169 @@
+"""Time each kernel of a steady-state site over a list of tiles; the fastest go to triton_config.
+
+    python benchmarks/tune_kernels.py                       # all four kernels, T 8192, C 4096, n 4
+    python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
+    python benchmarks/tune_kernels.py --tiles streams_backward=64,32,8,8,1 finish=8,512,1,4,2
+
+Tiles are tokens,channels,splits,warps,stages. Inputs are larger than the L2 cache, times are the
+medians of CUDA-graph replays, passes are T*C bf16 elements at the measured copy bandwidth.
+"""
+
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import time
+from collections.abc import Callable
+
+import torch
+from triton.testing import do_bench, do_bench_cudagraph
+
+from megatron_mhc.kernels import triton_config as config
+from megatron_mhc.kernels.triton_gradients import coefficients_gradients, streams_gradients
+from megatron_mhc.kernels.triton_projection import finish, project
+
+FLOORS = {"project": 9, "finish": 5, "coefficients_backward": 5, "streams_backward": 19}
+"""Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
+GRIDS: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "project": [
+        *itertools.product((64,), (32,), (4,), (4, 8), (1, 2, 3)),
+        *itertools.product((128,), (32,), (4,), (8,), (1, 2, 3)),
+        (64, 64, 4, 8, 1),
+        (64, 64, 4, 8, 2),
+        (32, 64, 4, 4, 1),
+        (64, 32, 2, 8, 2),
+        (64, 32, 8, 8, 2),
+    ],
+    "finish": list(itertools.product((4, 8, 16), (256, 512, 1024), (1,), (4,), (1, 2, 3))),
+    "coefficients_backward": list(
+        itertools.product((4, 8, 16), (128, 256, 512), (1,), (4,), (1, 2, 3))
+    ),
+    "streams_backward": [
+        *itertools.product((32,), (64,), (8, 16), (4, 8), (1, 2)),
+        *itertools.product((64,), (32,), (4,), (4, 8), (1, 2)),
+        *itertools.product((16,), (64,), (8,), (4,), (1, 2)),
+        *itertools.product((64,), (64,), (8,), (8,), (1,)),
+        *itertools.product((16,), (128,), (16,), (8,), (1,)),
+    ],
+}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a device-to-device copy, reads and writes counted."""
+    source = torch.empty(2**30, device="cuda", dtype=torch.bfloat16).normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+
+
+def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], object]]:
+    """The four kernels with their small companions, as closures over one site's tensors."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    rows = n * n + 2 * n
+    x, dy = normal(tokens, n, width).bfloat16(), normal(tokens, n, width).bfloat16()
+    f, du = normal(tokens, width).bfloat16(), normal(tokens, width).bfloat16()
+    h_post = 2 * torch.sigmoid(normal(tokens, n))
+    h_res = torch.softmax(normal(tokens, n, n), -1)
+    phi, bias = normal(rows, n * width) * 0.02, normal(rows)
+    alpha = torch.full((3,), 0.5, device="cuda")
+    mixing = (f, h_post, h_res, None)
+    eps = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "iterations": 20}
+    y, partial = project(x, phi, mixing)
+    state = {"partial": partial}
+    done = finish(y, partial, alpha, bias, aggregate=True, norm_eps=1e-6, **eps)
+    small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
+    token_args = (y, done.normed, done.inverse, alpha, bias)
+    token = coefficients_gradients(*token_args, du=du, **small, **eps)
+
+    def run_project() -> None:
+        state["partial"] = project(x, phi, mixing)[1]
+
+    def run_finish() -> None:
+        finish(y, state["partial"], alpha, bias, aggregate=True, norm_eps=1e-6, **eps)
+
+    return {
+        "project": run_project,
+        "finish": run_finish,
+        "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small, **eps),
+        "streams_backward": lambda: streams_gradients(
+            y, dy=dy, du=du, phi=phi, token=token, mixing=(x, *mixing)
+        ),
+    }
+
+
+def compile_tiles(width: int, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
+    calls = subjects(64, width)
+    for kernel, numbers in tiles:
+        default = getattr(config, kernel)
+        tile = config.Tile(*numbers)
+        setattr(config, kernel, lambda *_, tile=tile: tile)
+        with contextlib.suppress(Exception):  # main reports it
+            calls[kernel]()
+        setattr(config, kernel, default)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--kernels", nargs="*", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--tiles", nargs="*", default=[], help="KERNEL=tokens,channels,...")
+    parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
+    parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
+    arguments = parser.parse_args()
+    grids = {kernel: GRIDS[kernel] for kernel in arguments.kernels}
+    if arguments.tiles:
+        grids = {}
+        for item in arguments.tiles:
+            kernel, numbers = item.split("=")
+            grids.setdefault(kernel, []).append(tuple(map(int, numbers.split(","))))
+    start = time.monotonic()
+    everything = [(kernel, numbers) for kernel, grid in grids.items() for numbers in grid]
+    spawn = multiprocessing.get_context("spawn")
+    workers = [
+        spawn.Process(
+            target=compile_tiles, args=(arguments.width, everything[i :: arguments.processes])
+        )
+        for i in range(arguments.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(arguments.seconds / 2)
+    print(f"compiled for {time.monotonic() - start:.0f} s")
+    one_pass = arguments.tokens * arguments.width * 2 / copy_bandwidth() * 1e6
+    print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")
+    calls = subjects(arguments.tokens, arguments.width)
+    for kernel, grid in grids.items():
+        results, default = [], getattr(config, kernel)
+        share = arguments.seconds / len(grids)
+        begun = time.monotonic()
+        for numbers in grid:
+            if time.monotonic() - begun > share:
+                print(f"{kernel}: out of time before {numbers}")
+                break
+            tile = config.Tile(*numbers)
+            setattr(config, kernel, lambda *_, tile=tile: tile)
+            try:
+                calls[kernel]()
+                torch.cuda.synchronize()
+                time_us = do_bench_cudagraph(calls[kernel], rep=20, return_mode="median") * 1e3
+                results.append((time_us, numbers))
+            except Exception as error:  # too much shared memory, or a tile Triton refuses
+                print(f"{kernel} {numbers}: {type(error).__name__} {str(error)[:80]}")
+        setattr(config, kernel, default)
+        results.sort()
+        print(f"{kernel}: floor {FLOORS[kernel]} passes")
+        for time_us, numbers in results[:12]:
+            print(f"  {time_us:8.1f} us {time_us / one_pass:6.2f} passes  {numbers}")
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

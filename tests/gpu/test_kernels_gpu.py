@@ -1,0 +1,159 @@
+"""The Triton kernels on a GPU: real widths, ragged token counts, bits, graphs, compilation."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from megatron_mhc import kernels
+from tests.kernel_cases import DEEPSEEK, OPERATIONS, PAPER, check, inputs, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """Fill the allocator's free memory with NaN, so that a value nobody wrote shows."""
+    if torch.cuda.is_available():
+        for size in (2**31, 2**27, 2**24, 2**20, 2**16):
+            torch.full((size // 4,), float("nan"), device="cuda")
+
+
+@pytest.mark.parametrize("width", [1280, 2560, 4096, 5120, 7168, 1111])
+def test_boundary_at_real_widths(width: int) -> None:
+    check("combine_pre", 127, 4, width, BF16, "cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 8191])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_ragged_token_counts(operation: str, tokens: int) -> None:
+    check(operation, tokens, 4, 1280, BF16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_other_dtypes(operation: str, dtype: torch.dtype) -> None:
+    check(operation, 130, 4, 1280, dtype, "cuda", DEEPSEEK)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("operation", ["pre", "combine_pre", "head"])
+def test_other_stream_counts(operation: str, n: int) -> None:
+    check(operation, 70, n, 520, BF16, "cuda", DEEPSEEK, iterations=5)
+
+
+def test_boundary_equals_its_halves_to_the_bit() -> None:
+    for width, tokens in ((4096, 1000), (1111, 33)):
+        arguments = inputs("combine_pre", tokens, 4, width, BF16, "cuda")
+        y, *rest = kernels.combine_pre(**arguments, backend="triton")
+        first = {name: arguments[name] for name in ("x", "f", "h_post", "h_res", "f_bias")}
+        assert torch.equal(y, kernels.combine(**first, backend="triton"))
+        second = {name: arguments[name] for name in ("phi", "alpha", "bias")}
+        halves = kernels.pre(y, **second, backend="triton")
+        for name, got, wanted in zip(("u", "h_post", "h_res"), rest, halves, strict=True):
+            assert torch.equal(got, wanted), (name, width)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    def once() -> list[torch.Tensor]:
+        arguments = inputs("combine_pre", 3000, 4, 4096, BF16, "cuda")
+        out = run(kernels.combine_pre, arguments, backend="triton")
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        return [*out, *(argument.grad for argument in arguments.values())]
+
+    noise = torch.randn(4096, 4096, device="cuda")
+    wanted = once()
+    side = torch.cuda.Stream()
+    for _ in range(3):
+        with torch.cuda.stream(side):  # something else runs at the same time
+            for _ in range(20):
+                noise = noise @ noise * 1e-2
+        for got, expected in zip(once(), wanted, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_rows_sum_to_one() -> None:
+    arguments = inputs("pre", 4096, 4, 4096, BF16, "cuda")
+    _, _, h_res = kernels.pre(**arguments, backend="triton")
+    assert (h_res.sum(-1) - 1).abs().max() < 1e-6  # four roundings of a row's sum in fp32
+
+
+def test_large_logits() -> None:
+    logits = (torch.rand(4096, 4, 4, device="cuda") * 160 - 80).requires_grad_()
+    matrix = kernels.sinkhorn(logits, backend="triton")
+    assert (matrix - kernels.reference.sinkhorn(logits.double())).abs().max() < 1e-5
+    matrix.square().sum().backward()
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+def test_a_cuda_graph_replays_the_site() -> None:
+    arguments = inputs("combine_pre", 500, 4, 1280, BF16, "cuda")
+    wanted = run(kernels.combine_pre, arguments, backend="triton")
+    names = list(arguments)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = run(kernels.combine_pre, arguments, backend="triton")
+        weights = [torch.ones_like(result) for result in out]
+        return *out, *torch.autograd.grad(out, [arguments[name] for name in names], weights)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for result in captured:
+        result.zero_()
+    graph.replay()
+    for got, expected in zip(captured, eager, strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(captured[0], wanted[0])
+
+
+def test_compiles_as_one_graph() -> None:
+    arguments = inputs("combine_pre", 300, 4, 1280, BF16, "cuda")
+
+    def site(**tensors: torch.Tensor) -> torch.Tensor:
+        y, u, h_post, h_res = kernels.combine_pre(**tensors, backend="triton")
+        return (y * 2).float().sum() + u.float().sum() + h_post.sum() + h_res.square().sum()
+
+    site(**arguments).backward()
+    wanted = {name: argument.grad for name, argument in arguments.items()}
+    again = {k: v.detach().clone().requires_grad_() for k, v in arguments.items()}
+    torch.compile(site, fullgraph=True)(**again).backward()
+    for name, argument in again.items():
+        assert torch.allclose(argument.grad, wanted[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_new_token_counts_compile_nothing() -> None:
+    import triton
+
+    compiled = []
+    previous = triton.knobs.runtime.jit_post_compile_hook
+    for tokens in (1, 16, 77, 1024, 1025):
+        if tokens == 16:
+            triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event)
+        arguments = inputs("combine_pre", tokens, 4, 1280, BF16, "cuda")
+        out = run(kernels.combine_pre, arguments, backend="triton")
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+    triton.knobs.runtime.jit_post_compile_hook = previous
+    assert not compiled
+
+
+@pytest.mark.parametrize("convention", [PAPER, DEEPSEEK], ids=["paper", "deepseek_v4"])
+def test_saved_memory(convention: dict[str, float]) -> None:
+    """Live memory after the forward beyond its results: at most 256 bytes a token."""
+    tokens, width = 8192, 4096
+    arguments = inputs("combine_pre", tokens, 4, width, BF16, "cuda")
+    run(kernels.combine_pre, arguments, backend="triton", **convention)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = run(kernels.combine_pre, arguments, backend="triton", **convention)
+    extra = torch.cuda.memory_allocated() - before - sum(result.nbytes for result in out)
+    assert extra <= 256 * tokens
