@@ -10,13 +10,19 @@ those of several processes that resumed one another.
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN_TAG = "lm loss"
 VALIDATION_TAG = "lm loss validation"
+# From wide to narrow, so that curves which coincide all stay visible.
+VALIDATION_STYLES: list[dict[str, Any]] = [
+    {"linewidth": 4, "marker": "o", "markersize": 9},
+    {"linewidth": 2, "marker": "s", "markersize": 5, "linestyle": "--"},
+    {"linewidth": 1, "marker": "^", "markersize": 3, "linestyle": ":"},
+]
 
 
 class Curve(NamedTuple):
@@ -54,10 +60,10 @@ def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
         if not train.losses:
             raise SystemExit(f"plot_loss: no '{TRAIN_TAG}' in the event files below {folder}")
         colour = f"C{number}"
-        axes.plot(*train, color=colour, alpha=0.45, label=f"{label}, training")
+        axes.plot(*train, color=colour, alpha=0.4, linewidth=0.8, label=f"{label}, training")
         if validation.losses:
             name = f"{label}, validation (last {validation.losses[-1]:.3f})"
-            axes.plot(*validation, color=colour, marker="o", linewidth=2, label=name)
+            axes.plot(*validation, color=colour, label=name, **VALIDATION_STYLES[number % 3])
     if entropy is not None:
         name = f"unigram entropy of the data ({entropy:.3f})"
         axes.axhline(entropy, color="black", linestyle="--", linewidth=1, label=name)

@@ -72,6 +72,10 @@ else
     export TORCHDYNAMO_DISABLE=1 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 fi
 
+if ! [[ $ITERATIONS =~ ^[0-9]+$ ]] || ((ITERATIONS < 2)); then
+    echo "train.sh: ITERATIONS is '$ITERATIONS'; it must be a number, 2 or more" >&2 && exit 2
+fi
+
 DATA_ARGS=(
     --data-path "$DATA"
     --data-cache-path "$RUNS/data/cache"
@@ -100,7 +104,7 @@ TRAIN_ARGS=(
     --log-interval "$(every 40)"
     --eval-interval "$(every 8)"
     --tensorboard-dir "$RUN/tensorboard"
-    --tensorboard-log-interval "$(every 40)"
+    --tensorboard-log-interval 1
     --log-validation-ppl-to-tensorboard
     --save "$RUN/checkpoints"
     --save-interval "$(every 2)"

@@ -182,7 +182,8 @@ def test_data_are_whole_files_in_order_and_a_second_run_skips(tmp_path: Path) ->
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(content)
     output = tmp_path / "data" / "small"
-    command = [sys.executable, EXAMPLE / "prepare_data.py", "--output", output, "--source", source]
+    script = str(EXAMPLE / "prepare_data.py")
+    command = [sys.executable, script, "--output", str(output), "--source", str(source)]
     first = subprocess.run(
         command, env=environment(), capture_output=True, text=True, check=True
     ).stdout
@@ -203,15 +204,17 @@ def test_data_are_whole_files_in_order_and_a_second_run_skips(tmp_path: Path) ->
     ("script", "arguments", "says"),
     [
         ("train.sh", [], "MHC is 'maybe'; it must be 1 or 0"),
+        ("train.sh", ["MHC=1"], "ITERATIONS is 'many'; it must be a number, 2 or more"),
         ("prepare_data.py", ["--output", "x", "--source", "/no/such"], "is not a folder"),
         ("plot_loss.py", ["/no/such", "--output", "x.png"], "/no/such is not a folder"),
     ],
 )
 def test_bad_input_is_named(script: str, arguments: list[str], says: str) -> None:
-    command = [str(EXAMPLE / script), *arguments]
-    if script.endswith(".py"):
-        command.insert(0, sys.executable)
-    done = subprocess.run(command, env=environment(MHC="maybe"), capture_output=True, text=True)
+    settings = {"MHC": "maybe", "ITERATIONS": "many"}
+    command = [sys.executable, str(EXAMPLE / script), *arguments]
+    if script == "train.sh":
+        command = ["env", *arguments, str(EXAMPLE / script)]
+    done = subprocess.run(command, env=environment(**settings), capture_output=True, text=True)
     assert done.returncode == 2
     assert says in done.stderr
 
