@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import add_mhc_arguments
+
 USAGE = (
     "[torchrun ...] -m megatron_mhc.run [--cpu] SCRIPT [the script's and Megatron's flags] --mhc"
 )
@@ -17,7 +19,7 @@ Runs an unmodified Megatron script (pretrain_gpt.py, say) that has learnt the fl
   torchrun --nproc-per-node 8 -m megatron_mhc.run pretrain_gpt.py <flags> --mhc
   python -m megatron_mhc.run --cpu pretrain_gpt.py <flags> --mhc
 
-Without --mhc the script runs as it always does. `SCRIPT --help` lists the --mhc flags."""
+Without --mhc the script runs as it always does."""
 
 
 class NotMegatronError(RuntimeError):
@@ -37,6 +39,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="train on the CPU, over gloo: slow, for trying and testing",
     )
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
+    if {"-h", "--help"} & {*argv[:1]}:
+        # to be seen and not to be parsed: these flags come after the script
+        parser = add_mhc_arguments(parser)
     own = list(argv)
     # what follows the script is the script's: argparse must not look at it
     cut = next((i for i, word in enumerate(own) if not word.startswith("-")), len(own) - 1) + 1

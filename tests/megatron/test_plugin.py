@@ -1,0 +1,329 @@
+"""Turning mHC on: the runner, `auto`, `--spec`, and every way in which it must say no."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mhc import MHCConfig, with_mhc
+from tests.megatron.launch import ROOT
+
+TINY = [
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
+    *("--seq-length", "16", "--max-position-embeddings", "16", "--micro-batch-size", "2"),
+    *("--train-iters", "3", "--lr", "1e-2", "--log-interval", "1"),
+    *("--eval-iters", "0", "--eval-interval", "10"),
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "63"),
+    *("--transformer-impl", "local", "--distributed-backend", "gloo", "--disable-jit-fuser"),
+    *("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm"),
+    *(
+        "--no-bias-gelu-fusion",
+        "--no-bias-dropout-fusion",
+        "--no-rope-fusion",
+        "--num-workers",
+        "0",
+    ),
+]
+SCRIPT = "examples/gpt/pretrain_gpt.py"
+RUN = ["-m", "megatron_mhc.run", "--cpu", SCRIPT, *TINY]
+
+
+def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the CPU, alone; standard output and error together."""
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=kept | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+
+
+def losses(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """The losses in Megatron's iteration log."""
+    lines = [line for line in result.stdout.splitlines() if "lm loss:" in line]
+    return [line.split("lm loss: ")[1].split(" |")[0] for line in lines]
+
+
+BANNER = (
+    "> mHC is on: 4 streams, variant mhc, convention paper, 20 Sinkhorn iterations, init residual,"
+    " backend torch, because Triton needs a CUDA device and the tensors are on 'cpu'; 4 sites,"
+    " 12,396 extra parameters (settings from flags)"
+)
+
+
+@pytest.fixture(scope="module")
+def ordinary() -> subprocess.CompletedProcess[str]:
+    """The runner without --mhc: Megatron as it always is."""
+    return python(*RUN)
+
+
+@pytest.fixture(scope="module")
+def wide() -> subprocess.CompletedProcess[str]:
+    """The runner with --mhc."""
+    return python(*RUN, "--mhc")
+
+
+def test_the_runner_trains_with_one_banner_line(
+    wide: subprocess.CompletedProcess[str], ordinary: subprocess.CompletedProcess[str]
+) -> None:
+    assert wide.returncode == 0, wide.stdout[-3000:]
+    assert wide.stdout.count("mHC is on") == 1 and BANNER in wide.stdout
+    assert ordinary.returncode == 0 and "mHC is on" not in ordinary.stdout
+    assert len(losses(wide)) == len(losses(ordinary)) == 3
+    assert losses(wide)[0] == losses(ordinary)[0], "step 0 is the ordinary network's function"
+    assert losses(wide)[2] != losses(ordinary)[2]
+
+
+def test_auto_is_one_line_in_ones_own_script(
+    wide: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from megatron_mhc.patches import cpu\ncpu.enter()\n"
+        "import megatron_mhc.auto\n" + (ROOT / SCRIPT).read_text()
+    )
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    result = python(str(script), *TINY, "--mhc", **rank, MASTER_PORT="29611")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert BANNER in result.stdout and losses(result) == losses(wide)
+
+
+def test_spec_is_megatrons_own_way(wide: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    """A stock script knows nothing of our flags: settings come from the environment."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from megatron_mhc.patches import cpu, registry\ncpu.enter()\n"
+        + (ROOT / SCRIPT).read_text()
+    )
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    spec = ["--spec", "megatron_mhc.spec", "gpt_layer_spec"]
+    result = python(str(script), *TINY, *spec, **rank, MASTER_PORT="29612", MHC_NUM_STREAMS="2")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "mHC is on: 2 streams" in result.stdout
+    assert "(settings from environment)" in result.stdout
+    assert losses(result)[0] == losses(wide)[0]
+
+
+def test_a_spec_of_ones_own_gets_sites_too(tmp_path: Path) -> None:
+    (tmp_path / "my_spec.py").write_text(
+        "from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec\n"
+        "def layer(config): return get_gpt_layer_local_spec(normalization='RMSNorm')\n"
+    )
+    path = {"PYTHONPATH": str(tmp_path)}
+    norm = ["--normalization", "RMSNorm"]
+    result = python(*RUN, *norm, "--spec", "my_spec", "layer", "--mhc", **path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert BANNER in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected at least 1"),
+        (["--mhc-sinkhorn-iterations", "0"], "ValueError: sinkhorn_iterations is 0"),
+        (["--mhc-convention", "v4"], "argument --mhc-convention: invalid choice: 'v4'"),
+        (["--mhc-backend", "triton"], "ValueError: backend is 'triton', but Triton needs a CUDA"),
+        (
+            ["--fp32-residual-connection", "--bf16"],
+            "ValueError: mHC does not work with these settings: --fp32-residual-connection: the",
+        ),
+    ],
+)
+def test_bad_flags_stop_before_training(flags: list[str], message: str) -> None:
+    result = python(*RUN, "--mhc", *flags)
+    assert result.returncode != 0
+    assert message in result.stdout
+    assert not losses(result)
+
+
+DENSE = """
+import argparse, sys
+from megatron_mhc.patches import cpu
+import megatron.training.training as training
+from megatron.training import arguments, global_vars
+from examples_gpt import main
+
+original = arguments.validate_args
+def forget_spec(args, *rest):  # a script that builds its model without args.spec
+    result = original(args, *rest)
+    args.spec = None
+    return result
+arguments.validate_args = forget_spec
+main()
+"""
+
+
+def test_a_model_that_came_out_dense_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "examples_gpt.py").write_text((ROOT / SCRIPT).read_text())
+    (tmp_path / "dense.py").write_text(DENSE)
+    command = ["-m", "megatron_mhc.run", "--cpu", str(tmp_path / "dense.py"), *TINY, "--mhc"]
+    result = python(*command)
+    assert result.returncode != 0 and not losses(result)
+    assert "DenseModelError: mHC was asked for, but these layers have none: " in result.stdout
+    assert "module.decoder.layers.0, module.decoder.layers.1" in result.stdout
+
+
+def test_a_script_that_is_not_megatrons(tmp_path: Path) -> None:
+    script = tmp_path / "other.py"
+    script.write_text("print('hello')\n")
+    result = python("-m", "megatron_mhc.run", "--cpu", str(script), "--mhc")
+    assert result.returncode != 0 and "hello" in result.stdout
+    assert "ended without asking Megatron for its arguments" in result.stdout
+
+
+def test_the_runner_without_a_gpu_names_the_flag() -> None:
+    result = python("-m", "megatron_mhc.run", SCRIPT, *TINY, "--mhc")
+    assert result.returncode != 0
+    assert result.stdout.strip() == (
+        "megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU"
+    )
+
+
+def test_the_runner_without_a_file() -> None:
+    result = python("-m", "megatron_mhc.run", "--cpu", "nothing.py")
+    assert result.returncode == 2 and "there is no file 'nothing.py'" in result.stdout
+
+
+def test_the_runners_help_lists_our_flags() -> None:
+    result = python("-m", "megatron_mhc.run", "--help")
+    assert result.returncode == 0
+    for flag in ("--cpu", "--mhc ", "--mhc-num-streams", "--mhc-variant"):
+        assert flag in result.stdout
+
+
+def test_an_unsupported_megatron_is_refused_by_name(tmp_path: Path) -> None:
+    site = tmp_path / "sitecustomize.py"
+    site.write_text(
+        "import importlib.metadata as m\n"
+        "real = m.version\n"
+        "m.version = lambda name: '0.21.0' if name == 'megatron-core' else real(name)\n"
+    )
+    result = python(*RUN, "--mhc", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "knows Megatron-Core >=0.18,<0.20; installed is 0.21.0" in result.stdout
+
+
+def test_doctor_knows_every_hook_and_patch() -> None:
+    result = python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES="-parameter-groups")
+    assert result.returncode == 0, result.stdout
+    assert "MISSING" not in result.stdout and "ERROR" not in result.stdout
+    assert "megatron-core              0.19" in result.stdout
+    assert "parameter-groups           off (by MEGATRON_MHC_PATCHES)" in result.stdout
+    for applied in ("arguments", "validation", "built-model"):
+        assert f"  {applied:26} applied" in result.stdout
+
+
+def specs() -> dict[str, Any]:
+    """What Megatron's own spec functions return, by name."""
+    from megatron.core.models.gpt import gpt_layer_specs as functions
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
+    moe = TransformerConfig(
+        num_layers=4, hidden_size=64, num_attention_heads=4, num_moe_experts=4, moe_layer_freq=2
+    )
+    found = {
+        "local": functions.get_gpt_layer_local_spec(),
+        "local mla": functions.get_gpt_layer_local_spec(multi_latent_attention=True),
+        "block": functions.get_gpt_decoder_block_spec(config, False, pp_rank=0),
+        "moe block": functions.get_gpt_decoder_block_spec(moe, False, pp_rank=0),
+        "list": functions.get_gpt_decoder_layer_specs(config, use_transformer_engine=False),
+    }
+    return found
+
+
+@pytest.mark.parametrize("name", ["local", "local mla", "block", "moe block", "list"])
+def test_with_mhc_returns_the_same_kind_and_leaves_its_argument(name: str) -> None:
+    spec = specs()[name]
+    before = repr(spec)
+    wide = with_mhc(spec, MHCConfig(num_streams=2))
+    assert repr(spec) == before
+    assert type(wide) is type(spec)
+    layers = wide if isinstance(wide, list) else getattr(wide, "layer_specs", [wide])
+    assert {layer.module.__name__ for layer in layers} == {"MHCTransformerLayer"}
+    assert all(layer.params["mhc"].num_streams == 2 for layer in layers)
+
+
+def test_specs_that_mhc_refuses() -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    def own_residual(training: bool, fused: bool) -> None: ...
+
+    spec = specs()["local"]
+    with pytest.raises(ValueError, match="has mHC already: call with_mhc once"):
+        with_mhc(with_mhc(spec))
+    other = copy.deepcopy(spec)
+    other.submodules.mlp_bda = own_residual
+    with pytest.raises(ValueError, match=r"residual slot mlp_bda holds .*own_residual"):
+        with_mhc(other)
+    other = copy.deepcopy(spec)
+    other.submodules.cross_attention = own_residual
+    with pytest.raises(ValueError, match="cross attention, for which mHC has no site"):
+        with_mhc(other)
+    other = copy.deepcopy(spec)
+    other.module = IdentityOp
+    with pytest.raises(ValueError, match=r"needs a TransformerLayer and the spec has .*IdentityOp"):
+        with_mhc(other)
+    with pytest.raises(ValueError, match="call a spec function before with_mhc"):
+        with_mhc(specs)
+
+
+def test_every_patch_of_the_plugin_undoes_cleanly() -> None:
+    from megatron_mhc.activate import plugin_patches
+    from megatron_mhc.patches import registry
+    from megatron_mhc.patches.registry import locate
+
+    patches = plugin_patches()
+    held = [vars(owner)[name] for owner, name in (locate(patch.target) for patch in patches)]
+    registry.apply(*patches)
+    try:
+        changed = [vars(owner)[name] for owner, name in (locate(p.target) for p in patches)]
+        assert all(new is not old for new, old in zip(changed, held, strict=True))
+    finally:
+        registry.undo()
+    back = [vars(owner)[name] for owner, name in (locate(patch.target) for patch in patches)]
+    assert all(new is old for new, old in zip(back, held, strict=True))
+
+
+def test_muon_never_sees_mhc() -> None:
+    """Megatron's own rule takes every matrix; ours sends marked ones to the other optimizer."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    from megatron_mhc.connection import HyperConnection
+    from megatron_mhc.parameters import MARK
+    from megatron_mhc.patches import registry
+    from megatron_mhc.patches.parameter_groups import parameter_group_patches
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), HyperConnection(MHCConfig(), 4, 0))
+    phi, weight = model[1].phi, model[0].weight
+    no_matrix = ParamPredicate(name="no_matrix", fn=lambda p: p.dim() != 2)
+    overrides = {ParamKey(predicate=no_matrix): {"optimizer": "adam"}}
+    config = optimizer.OptimizerConfig(optimizer="muon", lr=1e-3)
+    layer_wise = optimizer.is_managed_by_layer_wise_optimizer
+    assert layer_wise(phi) and layer_wise(weight)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    registry.apply(*parameter_group_patches(MARK))
+    try:
+        groups = optimizer._get_param_groups([model], config, overrides)
+        (ours,) = [g for g in groups if any(p is phi for p in g["params"])]
+        (theirs,) = [g for g in groups if any(p is weight for p in g["params"])]
+        assert (ours["optimizer"], ours["wd_mult"]) == ("adam", 0.0)
+        assert "optimizer" not in theirs and theirs["wd_mult"] == 1.0
+        assert not optimizer.is_managed_by_layer_wise_optimizer(phi)
+        assert optimizer.is_managed_by_layer_wise_optimizer(weight)
+    finally:
+        registry.undo()
+        dist.destroy_process_group()

@@ -1,0 +1,158 @@
+"""MHCConfig, its flags and its environment variables."""
+
+import argparse
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.arguments import (
+    SETTINGS,
+    add_mhc_arguments,
+    config_from_arguments,
+    config_from_environment,
+    prepare_arguments,
+)
+from megatron_mhc.compatibility import CONFLICTS, check_transformer_config
+from megatron_mhc.connection import Head, HyperConnection
+from megatron_mhc.report import sites_and_parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_streams": 0}, "num_streams is 0; expected at least 1"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations is 0; expected at least 1"),
+        ({"convention": "v4"}, "convention is 'v4'; expected one of paper, deepseek_v4"),
+        ({"init": "random"}, "init is 'random'; expected one of residual, zero"),
+        ({"variant": "HC"}, "variant is 'HC'; expected one of mhc, hc"),
+        ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, triton, torch"),
+        ({"variant": "hc", "convention": "deepseek_v4"}, "variant 'hc' knows neither"),
+        ({"variant": "hc", "init": "zero"}, "variant 'hc' knows neither"),
+        ({"variant": "hc", "backend": "triton"}, "has the reference only"),
+        ({"recompute": "auto"}, "recompute is 'auto', but"),
+        ({"overlap_p2p": True}, "overlap_p2p is on, but"),
+    ],
+)
+def test_refused_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MHCConfig(**settings)
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    """The flags as Megatron's parser would have them, `--spec` included."""
+    parser = add_mhc_arguments(argparse.ArgumentParser())
+    parser.add_argument("--spec", nargs="*")
+    return parser.parse_args(flags)
+
+
+def test_flags_become_the_config() -> None:
+    flags = ["--mhc-num-streams", "2", "--mhc-convention", "deepseek_v4", "--mhc-backend", "torch"]
+    args = parse("--mhc", *flags)
+    prepare_arguments(args)
+    want = MHCConfig(num_streams=2, convention="deepseek_v4", backend="torch")
+    assert config_from_arguments(args) == want
+    assert args.spec == ["megatron_mhc.spec", "gpt_layer_spec"]
+    # Megatron prints and stores its arguments: the defaults that apply stand among them
+    assert args.mhc_sinkhorn_iterations == 20
+
+
+def test_every_setting_has_a_flag() -> None:
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(MHCConfig)]
+    help_text = add_mhc_arguments(argparse.ArgumentParser()).format_help()
+    for name in SETTINGS:
+        assert "--mhc-" + name.replace("_", "-") in help_text
+
+
+def test_a_spec_of_the_users_own_is_kept_for_mhc_to_go_around() -> None:
+    args = parse("--mhc", "--spec", "mine", "layer")
+    prepare_arguments(args)
+    assert args.mhc_base_spec == ["mine", "layer"]
+
+
+def test_naming_our_spec_turns_mhc_on() -> None:
+    args = parse("--spec", "megatron_mhc.spec", "gpt_layer_spec", "--mhc-num-streams", "8")
+    prepare_arguments(args)
+    assert args.mhc and config_from_arguments(args).num_streams == 8
+
+
+def test_settings_without_mhc_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="--mhc-num-streams, --mhc-overlap-p2p given without --mhc"
+    ):
+        prepare_arguments(parse("--mhc-num-streams", "4", "--mhc-overlap-p2p"))
+
+
+def test_without_mhc_nothing_changes() -> None:
+    args = parse("--spec", "mine", "layer")
+    before = vars(args).copy()
+    prepare_arguments(args)
+    assert vars(args) == before
+
+
+def test_environment_variables_become_the_config() -> None:
+    environ = {"MHC_NUM_STREAMS": "8", "MHC_INIT": "zero", "PATH": "/bin"}
+    assert config_from_environment(environ) == MHCConfig(num_streams=8, init="zero")
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"MHC_STREAMS": "4"}, "MHC_STREAMS is set; known are MHC_BACKEND, "),
+        ({"MHC_NUM_STREAMS": "four"}, "MHC_NUM_STREAMS is 'four'"),
+        ({"MHC_OVERLAP_P2P": "maybe"}, "'maybe' is neither 0 nor 1"),
+        ({"MHC_NUM_STREAMS": "-1"}, "num_streams is -1"),
+    ],
+)
+def test_refused_environment(environ: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_environment(environ)
+
+
+GIVEN = {
+    "--enable-hyper-connections": {"enable_hyper_connections": True},
+    "--fp32-residual-connection": {"fp32_residual_connection": True},
+    "--fused-residual-rmsnorm": {"fused_residual_rmsnorm": True},
+    "--recompute-modules layernorm": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "layernorm"],
+    },
+    "--pipeline-model-parallel-size > 1": {"pipeline_model_parallel_size": 2},
+    "--mtp-num-layers": {"mtp_num_layers": 1},
+    "--cuda-graph-impl": {"cuda_graph_impl": "local"},
+    "--cpu-offloading-num-layers": {"cpu_offloading": True},
+    "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
+    "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
+    "--use-megatron-fsdp": {"use_megatron_fsdp": True},
+    "--use-torch-fsdp2": {"use_torch_fsdp2": True},
+}
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda conflict: conflict.flag)
+def test_conflicts_are_named(conflict) -> None:
+    plain = {"recompute_modules": ["core_attn"], "cuda_graph_impl": "none", "mtp_num_layers": None}
+    check_transformer_config(argparse.Namespace(**plain, pipeline_model_parallel_size=1))
+    settings = argparse.Namespace(**(plain | GIVEN[conflict.flag]))
+    with pytest.raises(ValueError) as error:
+        check_transformer_config(settings)
+    assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])
+def test_parameter_count_is_the_modules(settings: dict) -> None:
+    mhc = MHCConfig(num_streams=3, **settings)
+    modules = [HyperConnection(mhc, 10, site) for site in range(4)]
+    modules += [Head(mhc, 10)] if mhc.learned_head else []
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    assert sites_and_parameters(mhc, num_layers=2, hidden_size=10) == (4, count)
+
+
+def test_parameters_stay_fp32_and_move() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), HyperConnection(MHCConfig(), 6, 0))
+    module.bfloat16()
+    assert module[0].weight.dtype == torch.bfloat16
+    assert {p.dtype for p in module[1].parameters()} == {torch.float32}
+    module.to("meta")
+    assert {p.device.type for p in module[1].parameters()} == {"meta"}
+    assert {p.dtype for p in module[1].parameters()} == {torch.float32}

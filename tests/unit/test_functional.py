@@ -1,0 +1,115 @@
+"""The public operations: what they refuse, and which implementation they run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mhc import kernels
+from megatron_mhc.kernels import backend
+
+X = torch.randn(2, 3, 4, 8)
+F = torch.randn(2, 3, 8)
+PHI, ALPHA, BIAS = torch.randn(24, 32), torch.ones(3), torch.zeros(24)
+POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.pre(X[0, 0, 0], PHI, ALPHA, BIAS), "x has shape"),
+        (lambda: kernels.pre(X.int(), PHI, ALPHA, BIAS), "x has dtype torch.int32"),
+        (
+            lambda: kernels.pre(X, PHI.t(), ALPHA, BIAS),
+            r"phi has shape \(32, 24\); expected \(24, 32\)",
+        ),
+        (lambda: kernels.pre(X, PHI.bfloat16(), ALPHA, BIAS), "phi has dtype torch.bfloat16"),
+        (lambda: kernels.pre(X, PHI.to("meta"), ALPHA, BIAS), "phi is on meta; expected cpu"),
+        (lambda: kernels.coefficients(X, PHI, ALPHA[:2], BIAS), r"alpha has shape \(2,\)"),
+        (lambda: kernels.coefficients(X, PHI, ALPHA, BIAS[1:]), r"bias has shape \(23,\)"),
+        (lambda: kernels.pre(X, PHI, ALPHA, BIAS, iterations=0), "iterations is 0"),
+        (lambda: kernels.sinkhorn(RES[..., :3], 5), "expected [[]..., n, n[]]"),
+        (lambda: kernels.sinkhorn(RES, 0), "iterations is 0"),
+        (lambda: kernels.aggregate(X, POST[:1]), "h_pre has shape"),
+        (lambda: kernels.aggregate(X, POST.double()), "h_pre has dtype torch.float64"),
+        (lambda: kernels.combine(X, F.double(), POST, RES), "f has dtype torch.float64"),
+        (lambda: kernels.combine(X, F[..., :7], POST, RES), "f has shape"),
+        (lambda: kernels.combine(X, F, POST[..., :3], RES), "h_post has shape"),
+        (lambda: kernels.combine(X, F, POST, RES[..., :3]), "h_res has shape"),
+        (lambda: kernels.combine(X, F, POST, RES, torch.ones(9)), "f_bias has shape"),
+        (lambda: kernels.combine_pre(X, F, POST, RES, PHI[1:], ALPHA, BIAS), "phi has shape"),
+        (lambda: kernels.head(X, PHI, ALPHA[:1], BIAS[:4]), "fn has shape"),
+        (lambda: kernels.head(X, PHI[:4], ALPHA, BIAS[:4]), "scale has shape"),
+        (lambda: kernels.hc_coefficients(X, PHI, ALPHA, BIAS), "theta has shape"),
+        (lambda: kernels.pre(X, PHI, ALPHA, BIAS, backend="cuda"), "backend is 'cuda'"),
+    ],
+)
+def test_what_does_not_fit_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_operations_are_the_references() -> None:
+    options = {"iterations": 3, "norm_eps": 1e-5, "pre_eps": 1e-3, "sinkhorn_eps": 1e-4}
+    reference = kernels.reference
+    for got, want in (
+        (kernels.sinkhorn(RES, 3, 1e-4), reference.sinkhorn(RES, 3, 1e-4)),
+        (
+            kernels.coefficients(X, PHI, ALPHA, BIAS, **options),
+            reference.coefficients(X, PHI, ALPHA, BIAS, **options),
+        ),
+        (
+            kernels.pre(X, PHI, ALPHA, BIAS, **options),
+            reference.pre(X, PHI, ALPHA, BIAS, **options),
+        ),
+        (kernels.aggregate(X, POST), reference.aggregate(X, POST)),
+        (kernels.combine(X, F, POST, RES, F[0, 0]), reference.combine(X, F, POST, RES, F[0, 0])),
+        (
+            kernels.combine_pre(X, F, POST, RES, PHI, ALPHA, BIAS, f_bias=F[0, 0], **options),
+            reference.combine_pre(X, F, POST, RES, PHI, ALPHA, BIAS, f_bias=F[0, 0], **options),
+        ),
+        (
+            kernels.head(X, PHI[:4], ALPHA[:1], BIAS[:4], pre_eps=0.1),
+            reference.head(X, PHI[:4], ALPHA[:1], BIAS[:4], pre_eps=0.1),
+        ),
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_no_tokens_are_fine() -> None:
+    x = X[:0].requires_grad_()
+    u, h_post, h_res = kernels.pre(x, PHI, ALPHA, BIAS)
+    y = kernels.combine(x, F[:0], h_post, h_res)
+    (u.sum() + y.sum()).backward()
+    assert (u.shape, y.shape, h_res.shape) == ((0, 3, 8), (0, 3, 4, 8), (0, 3, 4, 4))
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_triton_on_a_cpu_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="Triton needs a CUDA device and the tensors are on 'cpu'"):
+        kernels.pre(X, PHI, ALPHA, BIAS, backend="triton")
+    with pytest.raises(ValueError, match="no Triton kernel for 3 streams"):
+        backend.resolve("triton", 3, torch.device("cuda"))
+
+
+def test_use_backend_is_scoped() -> None:
+    cpu = torch.device("cpu")
+    assert backend.resolve(None, 4, cpu) == "torch"
+    with kernels.use_backend("triton"):
+        with pytest.raises(ValueError, match="backend is 'triton'"):
+            kernels.aggregate(X, POST)
+        with kernels.use_backend("torch"):
+            assert backend.resolve(None, 4, cpu) == "torch"
+        kernels.aggregate(X, POST, backend="auto")
+    kernels.aggregate(X, POST)
+    with pytest.raises(ValueError, match="expected one of"), kernels.use_backend("cuda"):  # type: ignore[arg-type]
+        pass
+
+
+def test_auto_takes_triton_on_a_gpu_where_there_is_a_kernel() -> None:
+    cuda = torch.device("cuda")
+    assert [backend.resolve("auto", n, cuda) for n in (1, 2, 3, 4, 8)] == [
+        *("triton", "triton", "torch", "triton", "triton")
+    ]
