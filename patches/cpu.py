@@ -69,9 +69,9 @@ def _head_dimensions(original: Callable[..., None]) -> Callable[..., None]:
         v_channels: int | None = None,
         **kwargs: Any,
     ) -> None:
-        original(self, config, *args, **kwargs)
         if k_channels is not None and kwargs.get("softmax_scale") is None:
-            self.softmax_scale *= (self.hidden_size_per_attention_head / k_channels) ** 0.5
+            kwargs["softmax_scale"] = k_channels**-0.5
+        original(self, config, *args, **kwargs)
         if v_channels is not None:
             # the width of the result, the only place where the values' width is asked for
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
@@ -95,6 +95,38 @@ def _never(original: Callable[..., bool]) -> Callable[..., bool]:
         return False
 
     return never
+
+
+def _before_first_step(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(original)
+    def state_dict(self: Any) -> Any:
+        state = self.optimizer.state
+        if state:
+            return original(self)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state[parameter] = {"step": torch.zeros(())}
+        try:
+            return original(self)
+        finally:
+            state.clear()
+
+    return state_dict
+
+
+def _step_of_checkpoint(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original(self, state_dict)
+        (step,) = {group["step"] for group in state_dict["optimizer"]["param_groups"]}
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(step, dtype=torch.float32)
+
+    return load_state_dict
+
+
+def _without_autograd(original: Callable[..., None]) -> Callable[..., None]:
+    return torch.no_grad()(original)
 
 
 def _instead(value: Any) -> Callable[[Any], Any]:
@@ -227,6 +259,25 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "megatron.core.fusions.fused_softmax:FusedScaleMaskSoftmax.is_kernel_available",
         _never,
         "the fused softmax is a CUDA kernel; Megatron's own torch formula takes its place",
+    ),
+    Patch(
+        "cpu-resume",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
+        _before_first_step,
+        "resuming asks torch's Adam for its step before there is one",
+    ),
+    Patch(
+        "cpu-resume-step",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        _step_of_checkpoint,
+        "resuming loses the step of torch's Adam, which corrects its averages by it",
+    ),
+    Patch(
+        "cpu-resume-fp32",
+        "megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        _without_autograd,
+        "fp32 training resumes by writing into the parameters, which autograd would refuse",
     ),
     *_WITHOUT_KERNELS,
 )

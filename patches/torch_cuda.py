@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 import torch.distributed
 import torch.utils._device
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 FACTORIES = (
     "arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted"
@@ -337,6 +338,21 @@ def _barrier(original: Callable[..., Any]) -> Callable[..., Any]:
     return barrier
 
 
+def _own_seed(original: Callable[..., None]) -> Callable[..., None]:
+    """A data loader's start, which draws a seed: on CUDA that leaves the device's generator alone.
+
+    Else a resumed run, which makes its loaders after it loaded the generator's state, would drop
+    out other activations than the run that it goes on with.
+    """
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            original(self, *args, **kwargs)
+
+    return init
+
+
 def _device_context(original: Callable[..., Any]) -> Callable[..., Any]:
     """`with torch.device(...)`, entered for the CPU."""
 
@@ -378,6 +394,11 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (torch.nn.Module, "to", _moving(torch.nn.Module.to)),
         (torch.nn.Module, "cuda", _staying("cuda")),
         (torch, "load", _loading(torch.load)),
+        (
+            _BaseDataLoaderIter,
+            "__init__",
+            _own_seed(_BaseDataLoaderIter.__init__),
+        ),
         (
             torch.utils._device.DeviceContext,
             "__init__",
