@@ -16,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
@@ -40,6 +41,7 @@ def check(args: argparse.Namespace) -> None:
     """Stops with a sentence where the flags make no sense."""
     problems = {
         "--load is missing: name the folder that training gave as --save": args.load is None,
+        f"no checkpoint in {args.load}": not checkpoint_exists(args.load),
         "sampling runs in one process: any checkpoint loads into one": args.world_size != 1,
         "--prompt is empty": not args.prompt,
         "--num-texts and --num-bytes must be at least 1": min(args.num_texts, args.num_bytes) < 1,
@@ -56,7 +58,6 @@ def check(args: argparse.Namespace) -> None:
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
     """Builds the model as training does and loads its weights, without an optimizer."""
     args.skip_train = args.no_load_optim = args.no_load_rng = True
-    args.exit_on_missing_checkpoint = True
     initialize_megatron()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()
