@@ -433,7 +433,8 @@ def _put_back(owner: Any, name: str, held: Any) -> None:
 
 def _forget(stand_ins: dict[int, Any]) -> None:
     """Put originals where a module, imported inside, took a stand-in by name."""
-    for module in tuple(sys.modules.values()):
+    mine = sys.modules[__name__]
+    for module in [module for module in sys.modules.values() if module is not mine]:
         for name, value in tuple(getattr(module, "__dict__", {}).items()):
             if id(value) in stand_ins:
                 setattr(module, name, stand_ins[id(value)])
