@@ -4,7 +4,7 @@
     python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
     python benchmarks/tune_kernels.py --tiles streams_backward=64,32,8,8,1 finish=8,512,1,4,2
 
-Tiles are tokens,channels,splits,warps,stages. Inputs are larger than the L2 cache, times are the
+Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. Inputs are larger than the L2 cache, times are the
 medians of CUDA-graph replays, passes are T*C bf16 elements at the measured copy bandwidth.
 """
 
@@ -19,12 +19,22 @@ import torch
 from triton.testing import do_bench, do_bench_cudagraph
 
 from megatron_mhc.kernels import triton_config as config
-from megatron_mhc.kernels.triton_gradients import coefficients_gradients, streams_gradients
+from megatron_mhc.kernels.triton_gradients import (
+    coefficients_gradients,
+    phi_gradient,
+    streams_gradients,
+)
 from megatron_mhc.kernels.triton_projection import finish, project
 
-FLOORS = {"project": 9, "finish": 5, "coefficients_backward": 5, "streams_backward": 19}
+FLOORS = {
+    "project": 9,
+    "finish": 5,
+    "coefficients_backward": 5,
+    "streams_backward": 19,
+    "phi_gradient": 4,
+}
 """Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
-GRIDS: dict[str, list[tuple[int, int, int, int, int]]] = {
+GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
         *itertools.product((64,), (32,), (4,), (4, 8), (1, 2, 3)),
         *itertools.product((128,), (32,), (4,), (8,), (1, 2, 3)),
@@ -39,12 +49,13 @@ GRIDS: dict[str, list[tuple[int, int, int, int, int]]] = {
         itertools.product((4, 8, 16), (128, 256, 512), (1,), (4,), (1, 2, 3))
     ),
     "streams_backward": [
-        *itertools.product((32,), (64,), (8, 16), (4, 8), (1, 2)),
-        *itertools.product((64,), (32,), (4,), (4, 8), (1, 2)),
-        *itertools.product((16,), (64,), (8,), (4,), (1, 2)),
-        *itertools.product((64,), (64,), (8,), (8,), (1,)),
-        *itertools.product((16,), (128,), (16,), (8,), (1,)),
+        *itertools.product((16,), (64,), (4, 8, 16), (4,), (1,), (128, 168, 255)),
+        *itertools.product((32,), (64,), (8,), (4,), (1,), (168, 255)),
+        *itertools.product((16,), (128,), (8, 16), (4, 8), (1,), (128, 255)),
+        *itertools.product((32,), (64,), (8,), (8,), (1,), (128, 255)),
+        (8, 128, 8, 4, 1, 128),
     ],
+    "phi_gradient": list(itertools.product((64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
 }
 
 
@@ -91,11 +102,13 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
         "streams_backward": lambda: streams_gradients(
             y, dy=dy, du=du, phi=phi, token=token, mixing=(x, *mixing)
         ),
+        "phi_gradient": lambda: phi_gradient(y, token.d_z),
     }
 
 
-def compile_tiles(width: int, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
+def compile_tiles(width: int, apart: bool, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
     """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
+    config.SEPARATE_D_PHI = apart
     calls = subjects(64, width)
     for kernel, numbers in tiles:
         default = getattr(config, kernel)
@@ -116,7 +129,11 @@ def main() -> None:
     parser.add_argument("--tiles", nargs="*", default=[], help="KERNEL=tokens,channels,...")
     parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
     parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
+    parser.add_argument(
+        "--phi-apart", action=argparse.BooleanOptionalAction, default=config.SEPARATE_D_PHI
+    )
     arguments = parser.parse_args()
+    config.SEPARATE_D_PHI = arguments.phi_apart
     grids = {kernel: GRIDS[kernel] for kernel in arguments.kernels}
     if arguments.tiles:
         grids = {}
@@ -128,7 +145,8 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     workers = [
         spawn.Process(
-            target=compile_tiles, args=(arguments.width, everything[i :: arguments.processes])
+            target=compile_tiles,
+            args=(arguments.width, arguments.phi_apart, everything[i :: arguments.processes]),
         )
         for i in range(arguments.processes)
     ]

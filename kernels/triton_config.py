@@ -16,7 +16,7 @@ class Tile:
     Attributes:
         tokens, channels: the tile that it holds in registers; powers of two.
         splits: programs that share one tile's long dimension (channels forward, tokens backward).
-        warps, stages: Triton's num_warps and num_stages.
+        warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
     """
 
     tokens: int
@@ -24,6 +24,7 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
 
 def rows(n: int) -> int:
@@ -65,6 +66,17 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
     return Tile(tokens=32, channels=64, splits=8, warps=8, stages=2)
+
+
+SEPARATE_D_PHI = True
+"""Whether phi's gradient has a kernel of its own, which reads the streams once more."""
+
+
+def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`triton_gradients.phi_kernel`: a block of the n*C columns, a share of the tokens in turn."""
+    if dtype == torch.float32 or n == 8:
+        return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
+    return Tile(tokens=64, channels=64, splits=8, warps=4, stages=3)
 
 
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:

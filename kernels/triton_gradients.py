@@ -163,17 +163,20 @@ def streams_kernel(
     R: tl.constexpr,
     TERMS: tl.constexpr,
     PROJECT: tl.constexpr,
+    D_PHI: tl.constexpr,
     HAS_DY: tl.constexpr,
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    MIXING: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
 
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, N*C, R]. Partial sums: d_mixing
-    [channel blocks, N + N*N, T] of d_h_post and d_h_res; d_phi [token shares, ROWS, N*C];
+    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_phi [token shares, ROWS, N*C];
     d_f_bias [token shares, C].
     """
     block = tl.program_id(0)
@@ -185,14 +188,20 @@ def streams_kernel(
     last = tl.minimum(first + share, T)
 
     d_phi = ()
+    weights = ()
     if PROJECT:
-        for _ in tl.static_range(N):
-            d_phi = d_phi + (tl.zeros((R, BC), tl.float32),)
+        for i in tl.static_range(N):
+            if D_PHI:
+                d_phi = d_phi + (tl.zeros((BC, R), tl.float32),)
+            w = weights_ptr + (i * C + c)[:, None] * R + row[None, :]
+            weights = weights + (tl.load(w, c_mask[:, None], 0.0),)  # [BC, R]
+            if TERMS > 1:
+                weights = weights + (tl.load(w + N * C * R, c_mask[:, None], 0.0),)
     d_f_bias = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
 
-    for t0 in range(first, last, BT):
+    for t0 in tl.range(first, last, BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
         t_mask = t < last
@@ -203,56 +212,71 @@ def streams_kernel(
         narrow = t64[:, None] * C + c[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
 
-        if HAS_DU:
-            du = tl.load(du_ptr + narrow, mask, 0.0).to(tl.float32)
-            h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
         if PROJECT:
-            k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+            # [BC, BT]: the channels are M, and dY keeps the layout of the loads that follow
             z_mask = t_mask[:, None] & (row < ROWS)[None, :]
             d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
             if TERMS > 1:
                 d_z_high = d_z.to(tl.bfloat16)
                 d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
+            through = ()
+            for i in tl.static_range(N):
+                projected = tl.zeros((BC, BT), tl.float32)
+                if TERMS == 1:
+                    projected = tl.dot(
+                        weights[i], tl.trans(d_z), projected, input_precision="tf32x3"
+                    )
+                else:  # two bf16 terms a factor; low times low is below fp32's last bits
+                    projected = product(weights[2 * i], tl.trans(d_z_high), projected)
+                    projected = product(weights[2 * i], tl.trans(d_z_low), projected)
+                    projected = product(weights[2 * i + 1], tl.trans(d_z_high), projected)
+                through = through + (projected,)
+
+        # every load before the next product: no load crosses a barrier
+        if HAS_DY:
+            dys = load_streams(dy_ptr, offsets, mask, C, N)
+        if HAS_DU:
+            du = tl.load(du_ptr + narrow, mask, 0.0)
+            h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+        if PROJECT:
+            ys = load_streams(y_ptr, offsets, mask, C, N)
+            k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+        if COMBINE:
+            xs = load_streams(x_ptr, offsets, mask, C, N)
+            f = tl.load(f_ptr + narrow, mask, 0.0)
+            h_post = load_columns(h_post_ptr, t64, t_mask, N)
+            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+
         streams_dy = ()
         longer = ()
         for i in tl.static_range(N):
             if HAS_DY:
-                dy = tl.load(dy_ptr + offsets + i * C, mask, 0.0).to(tl.float32)
+                dy = dys[i].to(tl.float32)
             else:
                 dy = tl.zeros((BT, BC), tl.float32)
             if HAS_DU:
-                dy = tl.fma(h_pre[i][:, None], du, dy)
+                dy = tl.fma(h_pre[i][:, None], du.to(tl.float32), dy)
             if PROJECT:
-                y = tl.load(y_ptr + offsets + i * C, mask, 0.0)
-                dy = tl.fma(k, y.to(tl.float32), dy)
-                w = weights_ptr + (i * C + c)[None, :] * R + row[:, None]
-                weight = tl.load(w, c_mask[None, :], 0.0)  # [R, BC]
-                if TERMS == 1:
-                    y32 = y.to(tl.float32)
-                    dy = tl.dot(d_z, weight, dy, input_precision="tf32x3")
-                    longer = longer + (
-                        tl.dot(tl.trans(d_z), y32, d_phi[i], input_precision="tf32x3"),
-                    )
-                else:  # both factors as two bf16 terms; low times low is below fp32's last bits
-                    weight_low = tl.load(w + N * C * R, c_mask[None, :], 0.0)
-                    # [BC, BT], so that dy keeps the layout of its load
-                    through = tl.zeros((BC, BT), tl.float32)
-                    through = product(tl.trans(weight), tl.trans(d_z_high), through)
-                    through = product(tl.trans(weight), tl.trans(d_z_low), through)
-                    through = product(tl.trans(weight_low), tl.trans(d_z_high), through)
-                    dy += tl.trans(through)
-                    d_phi_i = product(tl.trans(d_z_high), y, d_phi[i])
-                    longer = longer + (product(tl.trans(d_z_low), y, d_phi_i),)
+                dy = tl.fma(k, ys[i].to(tl.float32), dy)
+                dy += tl.trans(through[i])
+                if D_PHI:
+                    if TERMS == 1:
+                        y_t = tl.trans(ys[i].to(tl.float32))
+                        d_phi_i = tl.dot(y_t, d_z, d_phi[i], input_precision="tf32x3")
+                    else:
+                        d_phi_i = product(tl.trans(ys[i]), d_z_high, d_phi[i])
+                        d_phi_i = product(tl.trans(ys[i]), d_z_low, d_phi_i)
+                    longer = longer + (d_phi_i,)
             streams_dy = streams_dy + (dy,)
         d_phi = longer
 
         if COMBINE:
-            h_post = load_columns(h_post_ptr, t64, t_mask, N)
-            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-            f = tl.load(f_ptr + narrow, mask, 0.0).to(tl.float32)
+            f = f.to(tl.float32)
             if HAS_BIAS:
                 f += f_bias[None, :]
-            out = d_mixing_ptr + (block * (N + N * N)).to(tl.int64) * T + t64
+            # the sums of a token side by side, for one store: a store of each would cost a barrier
+            entry = tl.arange(0, MIXING)[None, :]
+            d_mixing = tl.zeros((BT, MIXING), tl.float32)
             df = tl.zeros((BT, BC), tl.float32)
             products = ()
             for i in tl.static_range(N):
@@ -260,13 +284,12 @@ def streams_kernel(
                 products = products + (streams_dy[i] * f,)
             sums = row_sums(products, N)
             for i in tl.static_range(N):
-                tl.store(out, sums[i], t_mask)
-                out += T
+                d_mixing = tl.where(entry == i, sums[i][:, None], d_mixing)
             tl.store(df_ptr + narrow, df.to(df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
                 d_f_bias += df
             for j in tl.static_range(N):
-                x = tl.load(x_ptr + offsets + j * C, mask, 0.0).to(tl.float32)
+                x = xs[j].to(tl.float32)
                 dx = tl.zeros((BT, BC), tl.float32)
                 products = ()
                 for i in tl.static_range(N):
@@ -274,19 +297,61 @@ def streams_kernel(
                     products = products + (streams_dy[i] * x,)
                 sums = row_sums(products, N)
                 for i in tl.static_range(N):
-                    tl.store(out + (i * N + j) * T.to(tl.int64), sums[i], t_mask)
+                    d_mixing = tl.where(entry == N + i * N + j, sums[i][:, None], d_mixing)
                 tl.store(dx_ptr + offsets + j * C, dx.to(dx_ptr.dtype.element_ty), mask)
+            out = (block * T.to(tl.int64) + t64)[:, None] * (N + N * N) + entry
+            tl.store(d_mixing_ptr + out, d_mixing, t_mask[:, None] & (entry < N + N * N))
         else:
             for i in tl.static_range(N):
                 dx = streams_dy[i].to(dx_ptr.dtype.element_ty)
                 tl.store(dx_ptr + offsets + i * C, dx, mask)
 
-    if PROJECT:
+    if D_PHI:
         for i in tl.static_range(N):
-            rows_out = (part * ROWS + row)[:, None] * (N * C) + (i * C + c)[None, :]
-            tl.store(d_phi_ptr + rows_out, d_phi[i], (row < ROWS)[:, None] & c_mask[None, :])
+            rows_out = (part * ROWS + row)[None, :] * (N * C) + (i * C + c)[:, None]
+            tl.store(d_phi_ptr + rows_out, d_phi[i], c_mask[:, None] & (row < ROWS)[None, :])
     if HAS_BIAS:
         tl.store(d_f_bias_ptr + part * C + c, tl.sum(d_f_bias, axis=0), c_mask)
+
+
+@triton.jit(do_not_specialize=["T", "share"])
+def phi_kernel(
+    y_ptr,
+    d_z_ptr,
+    d_phi_ptr,
+    T,
+    share,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """d_phi [token shares, ROWS, N*C] = d_z^T vec(y), one block of the N*C columns a program."""
+    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    part = tl.program_id(1)
+    row = tl.arange(0, R)
+    first = part * share
+    last = tl.minimum(first + share, T)
+    d_phi = tl.zeros((BC, R), tl.float32)
+    for t0 in tl.range(first, last, BT, num_stages=STAGES):
+        t = t0 + tl.arange(0, BT)
+        t64 = t.to(tl.int64)
+        mask = (t < last)[:, None] & (column < WIDTH)[None, :]
+        y = tl.load(y_ptr + t64[:, None] * WIDTH + column[None, :], mask, 0.0)
+        z_mask = (t < last)[:, None] & (row < ROWS)[None, :]
+        d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
+        if TERMS == 1:
+            d_phi = tl.dot(tl.trans(y.to(tl.float32)), d_z, d_phi, input_precision="tf32x3")
+        else:
+            d_z_high = d_z.to(tl.bfloat16)
+            d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
+            d_phi = product(tl.trans(y), d_z_high, d_phi)
+            d_phi = product(tl.trans(y), d_z_low, d_phi)
+    out = (part * ROWS + row)[None, :] * WIDTH + column[:, None]
+    tl.store(d_phi_ptr + out, d_phi, (column < WIDTH)[:, None] & (row < ROWS)[None, :])
 
 
 @triton.jit(do_not_specialize=["COUNT"])
@@ -311,24 +376,19 @@ def sum_mixing_kernel(
     T,
     N: tl.constexpr,
     BLOCKS: tl.constexpr,
-    BB: tl.constexpr,
-    BT: tl.constexpr,
+    BW: tl.constexpr,
 ):
-    """Add up d_mixing [BLOCKS, N + N*N, T] over channel blocks -> d_h_post [T, N], d_h_res."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    t64 = t.to(tl.int64)
-    entry = tl.program_id(1)
-    total = tl.zeros((BB, BT), tl.float32)
-    for first in range(0, BLOCKS, BB):
-        block = first + tl.arange(0, BB)
-        mask = (block < BLOCKS)[:, None] & (t < T)[None, :]
-        offsets = (block * (N + N * N) + entry).to(tl.int64)[:, None] * T + t64[None, :]
-        total += tl.load(in_ptr + offsets, mask, 0.0)
-    result = tl.sum(total, axis=0)
-    if entry < N:
-        tl.store(d_post_ptr + t64 * N + entry, result, t < T)
-    else:
-        tl.store(d_res_ptr + t64 * (N * N) + entry - N, result, t < T)
+    """Add up d_mixing [BLOCKS, T, N + N*N] over channel blocks -> d_h_post [T, N], d_h_res."""
+    WIDTH: tl.constexpr = N + N * N
+    item = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
+    count = T.to(tl.int64) * WIDTH
+    total = tl.zeros((BW,), tl.float32)
+    for block in range(0, BLOCKS):
+        total += tl.load(in_ptr + block * count + item, item < count, 0.0)
+    t = item // WIDTH
+    entry = item % WIDTH
+    tl.store(d_post_ptr + t * N + entry, total, (item < count) & (entry < N))
+    tl.store(d_res_ptr + t * (N * N) + entry - N, total, (item < count) & (entry >= N))
 
 
 def sum_rows(partial: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -422,6 +482,32 @@ def coefficients_gradients(
     )
 
 
+def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
+    """d_phi [rows, n*C] of y [T, n, C] and d_z [T, rows], in a kernel of its own."""
+    tokens, n, width = y.shape
+    rows = d_z.shape[1]
+    tile = config.phi_gradient(n, width, y.dtype)
+    partial = d_z.new_empty(tile.splits, rows, n * width)
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
+    with on_device(y):
+        phi_kernel[(triton.cdiv(n * width, tile.channels), tile.splits)](
+            y,
+            d_z,
+            partial,
+            tokens,
+            share,
+            WIDTH=n * width,
+            ROWS=rows,
+            R=config.padded(rows),
+            TERMS=2 if y.dtype == torch.bfloat16 else 1,
+            BT=tile.tokens,
+            BC=tile.channels,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    return sum_rows(partial, (rows, n * width))
+
+
 @dataclass(frozen=True)
 class StreamsGradients:
     """What `streams_gradients` returns; None where the operation has no such argument."""
@@ -460,7 +546,7 @@ def streams_gradients(
     weights = None if phi is None else pack_weights(phi, y.dtype)
     d_phi = None if phi is None else new(tile.splits, rows, n * width)
     d_f_bias = None if f_bias is None else new(tile.splits, width)
-    d_mixing = None if mixing is None else new(blocks, n + n * n, tokens)
+    d_mixing = None if mixing is None else new(blocks, tokens, n + n * n)
     dx = torch.empty_like(y)
     df = None if f is None else torch.empty_like(f)
     d_post = None if h_post is None else torch.empty_like(h_post)
@@ -497,21 +583,26 @@ def streams_gradients(
             R=config.padded(rows),
             TERMS=1 if weights is None else weights.shape[0],
             PROJECT=phi is not None,
+            D_PHI=phi is not None and not config.SEPARATE_D_PHI,
             HAS_DY=dy is not None,
             HAS_DU=du is not None,
             COMBINE=mixing is not None,
             HAS_BIAS=f_bias is not None,
+            MIXING=triton.next_power_of_2(n + n * n),
             BT=tile.tokens,
             BC=tile.channels,
+            STAGES=tile.stages,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            maxnreg=tile.registers,
         )
         if d_mixing is not None:
-            sum_mixing_kernel[(triton.cdiv(tokens, 128), n + n * n)](
-                d_mixing, d_post, d_res, tokens, n, blocks, 8, 128, num_warps=4
+            sum_mixing_kernel[(triton.cdiv(tokens * (n + n * n), 256),)](
+                d_mixing, d_post, d_res, tokens, n, blocks, 256, num_warps=4
             )
     if d_f_bias is not None:
         d_f_bias = sum_rows(d_f_bias, (width,)).to(f_bias.dtype)
-    if d_phi is not None:
+    if d_phi is not None and config.SEPARATE_D_PHI:
+        d_phi = phi_gradient(y, token.d_z)
+    elif d_phi is not None:
         d_phi = sum_rows(d_phi, tuple(phi.shape))
     return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)
