@@ -75,7 +75,7 @@ class Run:
             return MLATransformerConfig(**settings, **widths)
         return TransformerConfig(**settings)
 
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Any:
         """A GPT of the local specification, in the process groups that it asks for."""
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.models.gpt import GPTModel
@@ -111,16 +111,15 @@ def batches() -> Iterator[torch.Tensor]:
         yield tokens[first : first + rows]
 
 
-def forward_step(data: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[Any, Any]:
+def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
+    """Runs the model on the next batch; returns its losses and what makes them one."""
     tokens = next(data).cuda()
     positions = torch.arange(SEQUENCE, device="cuda").expand(len(tokens), -1)
     losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
     return losses, lambda output: (output.mean(), {"loss": output.mean().detach()})
 
 
-def train(
-    run: Run, model: torch.nn.Module, data: Iterator[torch.Tensor], steps: int = STEPS
-) -> list[float]:
+def train(run: Run, model: Any, data: Iterator[torch.Tensor], steps: int = STEPS) -> list[float]:
     """Train in Megatron's schedule, DDP and optimizer; returns the losses over all data."""
     from megatron.core import parallel_state
     from megatron.core.distributed import (
@@ -181,7 +180,7 @@ def train(
     return losses
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
+def save(model: Any, folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
     if torch.distributed.get_rank() == 0:
@@ -190,14 +189,14 @@ def save(model: torch.nn.Module, folder: Path) -> None:
     dist_checkpointing.save(model.sharded_state_dict(), str(folder))
 
 
-def load(model: torch.nn.Module, folder: Path) -> None:
+def load(model: Any, folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
     state = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
     model.load_state_dict(state)
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 

@@ -96,6 +96,27 @@ def test_is_off_unless_asked_for() -> None:
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_stays_untouched() -> None:
+    python(
+        "import torch\n"
+        "from megatron_mhc.patches.torch_cuda import cuda_is_cpu\n"
+        "with cuda_is_cpu():\n"
+        "    torch.manual_seed(1)\n"
+        "    layer = torch.nn.Linear(2, 2, device='cuda').cuda()\n"
+        "    x = torch.ones(2, 2, device=torch.cuda.current_device()).pin_memory()\n"
+        "    layer(x.to('cuda')).sum().backward()\n"
+        "    torch.cuda.synchronize()\n"
+        "    assert layer.weight.grad.device.type == 'cpu'\n"
+        "    data = torch.utils.data.TensorDataset(x)\n"
+        "    batches = list(torch.utils.data.DataLoader(data, pin_memory=True))\n"
+        "    assert not batches[0][0].is_cuda\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert torch.ones(1, device='cuda').is_cuda\n"
+    )
+
+
 def test_leaves_nothing_in_a_megatron_imported_inside() -> None:
     python(
         "import torch\n"
@@ -144,8 +165,8 @@ def test_a_failing_entry_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_factory_of_torch_is_forgotten() -> None:
-    constructors = torch.utils._device._device_constructors()
-    public = {f.__name__ for f in constructors if getattr(torch, f.__name__, None) is f}
+    constructors = {id(function) for function in torch.utils._device._device_constructors()}
+    public = {name for name, value in vars(torch).items() if id(value) in constructors}
     assert len(public) > 30
     assert public <= set(torch_cuda.FACTORIES.split())
 
@@ -219,9 +240,28 @@ def test_seeding_cuda_seeds_dropout(inside: None) -> None:
     assert torch.equal(torch.rand(4), drawn_next) and not torch.equal(drawn_next, drawn[0])
 
 
+def test_the_tracker_keeps_its_generators_apart(inside: None) -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    torch.manual_seed(3)
+    want_outside = torch.rand(2, 4)
+    want_inside = torch.rand(2, 4, generator=torch.Generator().manual_seed(7))
+    torch.manual_seed(3)
+    tracker = CudaRNGStatesTracker()
+    tracker.add("inside", 7)
+    outside, drawn = [], []
+    for _ in range(2):
+        outside.append(torch.rand(4))
+        with tracker.fork("inside"):
+            drawn.append(torch.rand(4))
+    assert torch.equal(torch.stack(outside), want_outside)
+    assert torch.equal(torch.stack(drawn), want_inside)
+
+
 def test_a_data_loader_leaves_dropout_alone(inside: None) -> None:
     state = torch.cuda.get_rng_state()
-    assert len(list(torch.utils.data.DataLoader(list(range(4)), pin_memory=True))) == 4
+    data = torch.utils.data.TensorDataset(torch.arange(4))
+    assert len(list(torch.utils.data.DataLoader(data, pin_memory=True))) == 4
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
@@ -246,7 +286,7 @@ def test_helpers_are_compiled_only_where_they_are_missing(monkeypatch: pytest.Mo
     compile_helpers()
     assert asked == []
     # None makes an import of it fail
-    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, module, None)
     compile_helpers()
     assert asked == ["make"]
 
