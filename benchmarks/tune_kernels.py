@@ -4,7 +4,8 @@
     python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
     python benchmarks/tune_kernels.py --tiles streams_backward=64,32,8,8,1 finish=8,512,1,4,2
 
-Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. Inputs are larger than the L2 cache, times are the
+Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. Inputs are
+larger than the L2 cache, times are the
 medians of CUDA-graph replays, passes are T*C bf16 elements at the measured copy bandwidth.
 """
 
@@ -36,24 +37,24 @@ FLOORS = {
 """Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
-        *itertools.product((64,), (32,), (4,), (4, 8), (1, 2, 3)),
-        *itertools.product((128,), (32,), (4,), (8,), (1, 2, 3)),
-        (64, 64, 4, 8, 1),
-        (64, 64, 4, 8, 2),
-        (32, 64, 4, 4, 1),
-        (64, 32, 2, 8, 2),
-        (64, 32, 8, 8, 2),
+        *itertools.product((16,), (128,), (8, 16), (4, 8), (1,), (128, 168, 255)),
+        *itertools.product((16,), (64,), (8, 16), (4,), (1,), (96, 128)),
+        *itertools.product((32,), (64, 128), (8,), (4, 8), (1,), (128, 168, 255)),
+        (8, 128, 16, 4, 1, 128),
+        (8, 256, 16, 8, 1, 128),
+        (16, 256, 16, 8, 1, 255),
     ],
-    "finish": list(itertools.product((4, 8, 16), (256, 512, 1024), (1,), (4,), (1, 2, 3))),
+    "finish": list(itertools.product((4, 8, 16), (256, 512), (1,), (4, 8), (1,))),
     "coefficients_backward": list(
-        itertools.product((4, 8, 16), (128, 256, 512), (1,), (4,), (1, 2, 3))
+        itertools.product((8, 16, 32), (64, 128, 256), (1,), (4, 8), (1,))
     ),
     "streams_backward": [
         *itertools.product((16,), (64,), (4, 8, 16), (4,), (1,), (128, 168, 255)),
-        *itertools.product((32,), (64,), (8,), (4,), (1,), (168, 255)),
-        *itertools.product((16,), (128,), (8, 16), (4, 8), (1,), (128, 255)),
-        *itertools.product((32,), (64,), (8,), (8,), (1,), (128, 255)),
-        (8, 128, 8, 4, 1, 128),
+        *itertools.product((16,), (64,), (8,), (8,), (1,), (128, 255)),
+        *itertools.product((32,), (64,), (8,), (4,), (1,), (255,)),
+        (16, 128, 8, 8, 1, 255),
+        (16, 32, 8, 4, 1, 128),
+        (8, 64, 8, 2, 1, 255),
     ],
     "phi_gradient": list(itertools.product((64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
 }

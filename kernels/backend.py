@@ -14,6 +14,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 TRITON_STREAMS = (1, 2, 4, 8)
 """The numbers of streams that have Triton kernels."""
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 _default: contextvars.ContextVar[str] = contextvars.ContextVar("mhc_backend", default="auto")
 
 
@@ -42,7 +44,7 @@ def why_not_triton(
     num_streams: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> str | None:
     """Why Triton cannot serve n streams (of this dtype) on this device; None when it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if num_streams not in TRITON_STREAMS:
         served = ", ".join(map(str, TRITON_STREAMS))

@@ -15,7 +15,7 @@ class Tile:
 
     Attributes:
         tokens, channels: the tile that it holds in registers; powers of two.
-        splits: programs that share one tile's long dimension (channels forward, tokens backward).
+        splits: programs that share the tokens of one block of channels.
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
     """
 
@@ -41,12 +41,12 @@ def padded(count: int) -> int:
 
 
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_projection.project_kernel`: the streams once, in tiles of tokens and channels."""
+    """`triton_projection.project_kernel`: a block of channels, a share of the tokens in turn."""
     if n == 8:
-        return Tile(tokens=16, channels=32, splits=4, warps=4, stages=1)
-    if dtype == torch.float32:
-        return Tile(tokens=32, channels=32, splits=4, warps=4, stages=1)
-    return Tile(tokens=64, channels=32, splits=4, warps=4, stages=3)
+        return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
+    if dtype != torch.bfloat16:
+        return Tile(tokens=16, channels=32, splits=16, warps=4, stages=1)
+    return Tile(tokens=16, channels=128, splits=16, warps=8, stages=1)
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:

@@ -25,11 +25,11 @@ def product(a, b, accumulator):
 
 @triton.jit
 def computed_once(tile):
-    """The same bf16 or fp16 tile, behind a wall that keeps Triton from computing it twice.
+    """The same tile, behind a wall (for 16 bits) that keeps Triton from computing it twice.
 
     Without it, a tile that is stored and multiplied is computed in two layouts from its loads.
     """
-    if INTERPRETED:
+    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
         return tile
     else:
         return tl.inline_asm_elementwise(
@@ -56,12 +56,24 @@ def load_columns(ptr, t64, mask, COUNT: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(ptr, offsets, mask, stride, SPLITS: tl.constexpr):
-    """Sum of SPLITS partial results `stride` elements apart, in a fixed order."""
-    total = tl.load(ptr + offsets, mask, 0.0)
-    for s in tl.static_range(1, SPLITS):
-        total += tl.load(ptr + offsets + s * stride, mask, 0.0)
-    return total
+def sum_blocks(
+    ptr,
+    offsets,
+    mask,
+    stride,
+    BLOCKS: tl.constexpr,
+    BT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """[BT, WIDTH]: the sum of BLOCKS partial results `stride` elements apart, in a fixed order."""
+    total = tl.zeros((BS, BT, WIDTH), tl.float32)
+    for first in range(0, BLOCKS, BS):
+        block = first + tl.arange(0, BS)[:, None, None]
+        total += tl.load(
+            ptr + block * stride + offsets[None, :, :], mask[None, :, :] & (block < BLOCKS), 0.0
+        )
+    return tl.sum(total, axis=0)
 
 
 @triton.jit

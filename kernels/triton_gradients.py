@@ -36,8 +36,7 @@ def coefficients_kernel(
     d_z_ptr,
     k_ptr,
     h_pre_ptr,
-    d_bias_ptr,
-    d_alpha_ptr,
+    d_parameters_ptr,
     T,
     pre_eps,
     N: tl.constexpr,
@@ -55,11 +54,13 @@ def coefficients_kernel(
     """Gradients of u (AGGREGATE) or h_pre, of h_post and of h_res -> a token's d_z, k, h_pre.
 
     With l = alpha z / r + b and m = z / r: d_z = alpha d_l / r; k = -sum(alpha d_l m) / (r^2 N C),
-    the factor of y in the gradient through r. d_bias [programs, ROWS] and d_alpha [programs, 3
-    or 1] are sums over this program's tokens of d_l and of d_l m.
+    the factor of y in the gradient through r. d_parameters [programs, ROWS + 3 (or 1)]:
+    sums over this program's tokens of d_l (for bias) and of d_l m (for alpha).
     """
     ALPHAS: tl.constexpr = 3 if MIXING else 1
     program = tl.program_id(0)
+    d_bias_ptr = d_parameters_ptr + program * (ROWS + ALPHAS)
+    d_alpha_ptr = d_bias_ptr + ROWS
     t = program * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
@@ -92,10 +93,10 @@ def coefficients_kernel(
         tl.store(h_pre_ptr + t64 * N + j, weight + pre_eps, t_mask)
         d_logit = tl.where(t_mask, d_weight * weight * (1.0 - weight), 0.0)
         tl.store(d_z_ptr + t64 * ROWS + j, alpha * d_logit * inverse, t_mask)
-        tl.store(d_bias_ptr + program * ROWS + j, tl.sum(d_logit, axis=0))
+        tl.store(d_bias_ptr + j, tl.sum(d_logit, axis=0))
         d_alpha = tl.fma(d_logit, normed, d_alpha)
     through_norm = tl.fma(d_alpha, alpha, through_norm)
-    tl.store(d_alpha_ptr + program * ALPHAS, tl.sum(d_alpha, axis=0))
+    tl.store(d_alpha_ptr, tl.sum(d_alpha, axis=0))
 
     if MIXING:
         j = tl.arange(0, N)
@@ -110,10 +111,10 @@ def coefficients_kernel(
             d_logits = 2.0 * d_weight * weight * (1.0 - weight)
         d_logits = tl.where(mask, d_logits, 0.0)
         tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None], mask)
-        tl.store(d_bias_ptr + program * ROWS + N + j, tl.sum(d_logits, axis=0))
+        tl.store(d_bias_ptr + N + j, tl.sum(d_logits, axis=0))
         d_alpha = tl.sum(d_logits * normed, axis=1)
         through_norm = tl.fma(d_alpha, alpha, through_norm)
-        tl.store(d_alpha_ptr + program * ALPHAS + 1, tl.sum(d_alpha, axis=0))
+        tl.store(d_alpha_ptr + 1, tl.sum(d_alpha, axis=0))
 
         entry = j[:, None] * N + j[None, :]  # [N, N] (dst, src)
         offsets = t64[:, None, None] * ROWS + 2 * N + entry[None, :, :]
@@ -128,10 +129,10 @@ def coefficients_kernel(
             d_logits = sinkhorn_backward(logits, d_matrix, ITERATIONS, SINKHORN_EPS)
         d_logits = tl.where(mask, d_logits, 0.0)
         tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None, None], mask)
-        tl.store(d_bias_ptr + program * ROWS + 2 * N + entry, tl.sum(d_logits, axis=0))
+        tl.store(d_bias_ptr + 2 * N + entry, tl.sum(d_logits, axis=0))
         d_alpha = tl.sum(tl.sum(d_logits * normed, axis=2), axis=1)
         through_norm = tl.fma(d_alpha, alpha, through_norm)
-        tl.store(d_alpha_ptr + program * ALPHAS + 2, tl.sum(d_alpha, axis=0))
+        tl.store(d_alpha_ptr + 2, tl.sum(d_alpha, axis=0))
 
     tl.store(k_ptr + t64, -through_norm * inverse * inverse / (N * C), t_mask)
 
@@ -175,7 +176,7 @@ def streams_kernel(
 ):
     """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
 
-    y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, N*C, R]. Partial sums: d_mixing
+    y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, R, N*C]. Partial sums: d_mixing
     [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_phi [token shares, ROWS, N*C];
     d_f_bias [token shares, C].
     """
@@ -193,10 +194,11 @@ def streams_kernel(
         for i in tl.static_range(N):
             if D_PHI:
                 d_phi = d_phi + (tl.zeros((BC, R), tl.float32),)
-            w = weights_ptr + (i * C + c)[:, None] * R + row[None, :]
-            weights = weights + (tl.load(w, c_mask[:, None], 0.0),)  # [BC, R]
+            w = weights_ptr + row[:, None] * (N * C) + (i * C + c)[None, :]  # [R, BC]
+            weights = weights + (tl.trans(tl.load(w, c_mask[None, :], 0.0)),)
             if TERMS > 1:
-                weights = weights + (tl.load(w + N * C * R, c_mask[:, None], 0.0),)
+                low = tl.load(w + R * N * C, c_mask[None, :], 0.0)
+                weights = weights + (tl.trans(low),)
     d_f_bias = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
@@ -212,8 +214,19 @@ def streams_kernel(
         narrow = t64[:, None] * C + c[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
 
+        # all loads but one come before the products: no load crosses a barrier
+        if HAS_DY:
+            dys = load_streams(dy_ptr, offsets, mask, C, N)
         if PROJECT:
-            # [BC, BT]: the channels are M, and dY keeps the layout of the loads that follow
+            ys = load_streams(y_ptr, offsets, mask, C, N)
+            k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+        if COMBINE:
+            xs = load_streams(x_ptr, offsets, mask, C, N)
+            f = tl.load(f_ptr + narrow, mask, 0.0)
+            h_post = load_columns(h_post_ptr, t64, t_mask, N)
+            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+        if PROJECT:
+            # [BC, BT]: the channels are M, and dY keeps the layout of du's load
             z_mask = t_mask[:, None] & (row < ROWS)[None, :]
             d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
             if TERMS > 1:
@@ -232,20 +245,9 @@ def streams_kernel(
                     projected = product(weights[2 * i + 1], tl.trans(d_z_high), projected)
                 through = through + (projected,)
 
-        # every load before the next product: no load crosses a barrier
-        if HAS_DY:
-            dys = load_streams(dy_ptr, offsets, mask, C, N)
-        if HAS_DU:
+        if HAS_DU:  # the load that follows the products decides the layout of all that follows
             du = tl.load(du_ptr + narrow, mask, 0.0)
             h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
-        if PROJECT:
-            ys = load_streams(y_ptr, offsets, mask, C, N)
-            k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
-        if COMBINE:
-            xs = load_streams(x_ptr, offsets, mask, C, N)
-            f = tl.load(f_ptr + narrow, mask, 0.0)
-            h_post = load_columns(h_post_ptr, t64, t_mask, N)
-            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
 
         streams_dy = ()
         longer = ()
@@ -356,16 +358,26 @@ def phi_kernel(
 
 @triton.jit(do_not_specialize=["COUNT"])
 def sum_rows_kernel(
-    in_ptr, out_ptr, COUNT, WIDTH: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+    in_ptr,
+    out_ptr,
+    rest_ptr,
+    COUNT,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    BR: tl.constexpr,
+    BW: tl.constexpr,
 ):
-    """out [WIDTH] = the sum of the COUNT rows of in [COUNT, WIDTH], in a fixed order."""
+    """The sum of the COUNT rows of in [COUNT, WIDTH], in a fixed order: out [FIRST], then rest."""
     column = tl.program_id(0) * BW + tl.arange(0, BW)
     total = tl.zeros((BR, BW), tl.float32)
     for first in range(0, COUNT, BR):
         row = first + tl.arange(0, BR)
         mask = (row < COUNT)[:, None] & (column < WIDTH)[None, :]
         total += tl.load(in_ptr + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask, 0.0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0), column < WIDTH)
+    result = tl.sum(total, axis=0)
+    tl.store(out_ptr + column, result, column < FIRST)
+    if FIRST < WIDTH:
+        tl.store(rest_ptr + column - FIRST, result, (column >= FIRST) & (column < WIDTH))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -391,16 +403,23 @@ def sum_mixing_kernel(
     tl.store(d_res_ptr + t * (N * N) + entry - N, total, (item < count) & (entry >= N))
 
 
-def sum_rows(partial: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The sum over the first dimension of `partial`, viewed as `shape`."""
+def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
+    """The sum over the first dimension of `partial`, into `out` and what follows into `rest`."""
     count = partial.shape[0]
     width = partial[0].numel()
-    out = partial.new_empty(shape)
     few = width < 1024  # few columns: many rows a step, else many columns a program
-    block_rows, block_columns = (64, 32) if few else (1, 512)
+    block_rows, block_columns = (128, 32) if few else (1, 512)
     with on_device(partial):
         sum_rows_kernel[(triton.cdiv(width, block_columns),)](
-            partial, out, count, width, block_rows, block_columns, num_warps=4
+            partial,
+            out,
+            rest,
+            count,
+            WIDTH=width,
+            FIRST=out.numel(),
+            BR=block_rows,
+            BW=block_columns,
+            num_warps=8 if few else 4,
         )
     return out
 
@@ -440,8 +459,7 @@ def coefficients_gradients(
     programs = triton.cdiv(tokens, tile.tokens)
     d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
     h_pre = inverse.new_empty(tokens, n)
-    d_bias = inverse.new_empty(programs, rows)
-    d_alpha = inverse.new_empty(programs, alpha.numel())
+    d_parameters = inverse.new_empty(programs, rows + alpha.numel())
     if tokens == 0:
         zeros = torch.zeros_like
         return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
@@ -459,8 +477,7 @@ def coefficients_gradients(
             d_z,
             k,
             h_pre,
-            d_bias,
-            d_alpha,
+            d_parameters,
             tokens,
             pre_eps,
             N=n,
@@ -477,9 +494,9 @@ def coefficients_gradients(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return TokenGradients(
-        d_z, k, h_pre, sum_rows(d_alpha, tuple(alpha.shape)), sum_rows(d_bias, (rows,))
-    )
+    d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
+    sum_rows(d_parameters, d_bias, d_alpha)
+    return TokenGradients(d_z, k, h_pre, d_alpha, d_bias)
 
 
 def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
@@ -505,7 +522,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
-    return sum_rows(partial, (rows, n * width))
+    return sum_rows(partial, partial.new_empty(rows, n * width))
 
 
 @dataclass(frozen=True)
@@ -600,9 +617,9 @@ def streams_gradients(
                 d_mixing, d_post, d_res, tokens, n, blocks, 256, num_warps=4
             )
     if d_f_bias is not None:
-        d_f_bias = sum_rows(d_f_bias, (width,)).to(f_bias.dtype)
+        d_f_bias = sum_rows(d_f_bias, new(width)).to(f_bias.dtype)
     if d_phi is not None and config.SEPARATE_D_PHI:
         d_phi = phi_gradient(y, token.d_z)
     elif d_phi is not None:
-        d_phi = sum_rows(d_phi, tuple(phi.shape))
+        d_phi = sum_rows(d_phi, torch.empty_like(phi))
     return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .triton_config import padded
 
-PHI_TERMS = 3
-"""bf16 terms that phi is split into for bf16 streams: 3 hold all 24 bits of an fp32 value."""
+PHI_TERMS = 2
+"""bf16 terms that phi is split into for bf16 streams, a power of two: 16 bits or (4) all 24."""
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
@@ -45,38 +45,34 @@ def pack_kernel(
     TERMS: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """packed[term, c, row] with sum over terms = phi[row, c]; rows past ROWS are zero."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    row = tl.arange(0, R)
-    mask = (row < ROWS)[:, None] & (c < WIDTH)[None, :]
-    rest = tl.load(phi_ptr + row[:, None] * WIDTH + c[None, :], mask, 0.0)  # [R, BC]
-    rest = tl.trans(rest)  # [BC, R]
-    out = packed_ptr + c[:, None] * R + row[None, :]
-    for _ in tl.static_range(TERMS):
-        term = rest.to(packed_ptr.dtype.element_ty)
-        tl.store(out, term, (c < WIDTH)[:, None])
-        rest -= term.to(tl.float32)
-        out += WIDTH * R
+    """packed[term, row, c] with sum over terms = phi[row, c]; rows past ROWS are zero."""
+    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+    row = (tl.program_id(1) + tl.arange(0, 1))[:, None]
+    rest = tl.load(phi_ptr + row * WIDTH + c, (c < WIDTH) & (row < ROWS), 0.0)  # [1, BC]
+    for term in tl.static_range(TERMS):
+        part = rest.to(packed_ptr.dtype.element_ty)
+        tl.store(packed_ptr + (term * R + row) * WIDTH + c, part, (c < WIDTH) & (row < R))
+        rest -= part.to(tl.float32)
 
 
 def pack_weights(phi: Tensor, dtype: torch.dtype) -> Tensor:
-    """phi [rows, n*C] fp32 -> [terms, n*C, padded rows], for products with streams in `dtype`.
+    """phi [rows, n*C] fp32 -> [terms, padded rows, n*C], for products with streams in `dtype`.
 
-    bf16 streams are exact in bf16, so phi as a sum of bf16 terms gives an exact product at the bf16
-    rate. Other streams meet phi in fp32 (three TF32 products).
+    bf16 streams are exact in bf16, so phi as a sum of bf16 terms gives a nearly exact product at
+    the bf16 rate. Other streams meet phi in fp32 (three TF32 products).
     """
     rows, width = phi.shape
     terms = PHI_TERMS if dtype == torch.bfloat16 else 1
     packed = torch.empty(
         terms,
-        width,
         padded(rows),
+        width,
         device=phi.device,
         dtype=torch.bfloat16 if terms > 1 else torch.float32,
     )
-    tile = 64
+    tile = 1024
     with on_device(phi):
-        pack_kernel[(triton.cdiv(width, tile),)](
+        pack_kernel[(triton.cdiv(width, tile), padded(rows))](
             phi, packed, width, rows, padded(rows), terms, tile, num_warps=4
         )
     return packed

@@ -23,12 +23,12 @@ from .triton_device import (
     mixed_stream,
     product,
     sinkhorn_forward,
-    sum_splits,
+    sum_blocks,
 )
 from .triton_launch import on_device, pack_weights
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "share"])
 def project_kernel(
     x_ptr,
     f_ptr,
@@ -40,6 +40,7 @@ def project_kernel(
     z_ptr,
     square_ptr,
     T,
+    share,
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -48,31 +49,34 @@ def project_kernel(
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PROJECT: tl.constexpr,
-    SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one split of the
-    channels, z = vec(y) phi^T and the sum of squares of y (PROJECT).
+    """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
+    z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
-    x, y [T, N, C]; f [T, C]; weights [TERMS, N*C, R]; z [SPLITS, T, ROWS]; square [SPLITS, T].
+    A program keeps phi of its channels in shared memory and goes through `share` tokens.
+    x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; z [blocks, T, ROWS]; square [blocks, T].
     """
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    t64 = t.to(tl.int64)
-    t_mask = t < T
-    split = tl.program_id(1)
-    SHARE: tl.constexpr = ((C + SPLITS * BC - 1) // (SPLITS * BC)) * BC
+    block = tl.program_id(0)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, T)
+    c = block * BC + tl.arange(0, BC)
     row = tl.arange(0, R)
+    term_row = tl.arange(0, TERMS * R)
+    if HAS_BIAS:
+        f_bias = tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
+    if PROJECT:
+        weights = ()
+        for i in tl.static_range(N):
+            w = weights_ptr + term_row[:, None] * (N * C) + (i * C + c)[None, :]
+            weights = weights + (tl.load(w, (c < C)[None, :], 0.0),)  # [TERMS * R, BC]
 
-    if COMBINE:
-        h_post = load_columns(h_post_ptr, t64, t_mask, N)
-        h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-    z = tl.zeros((BT, R), tl.float32)
-    square = tl.zeros((BT, BC), tl.float32)
-
-    for c0 in range(0, SHARE, BC):
-        c = split * SHARE + c0 + tl.arange(0, BC)
-        if C % (SPLITS * BC) == 0:
+    for t0 in range(first, last, BT):
+        t = t0 + tl.arange(0, BT)
+        t64 = t.to(tl.int64)
+        t_mask = t < last
+        if C % BC == 0:
             mask = t_mask[:, None]
         else:
             mask = t_mask[:, None] & (c < C)[None, :]
@@ -81,7 +85,11 @@ def project_kernel(
         if COMBINE:
             f = tl.load(f_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
             if HAS_BIAS:
-                f += tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
+                f += f_bias
+            h_post = load_columns(h_post_ptr, t64, t_mask, N)
+            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+        z = tl.zeros((TERMS * R, BT), tl.float32)
+        square = tl.zeros((BT, BC), tl.float32)
         for i in tl.static_range(N):
             if COMBINE:
                 y = mixed_stream(streams, f, h_res, h_post, i, N).to(y_ptr.dtype.element_ty)
@@ -90,23 +98,21 @@ def project_kernel(
             else:
                 y = streams[i]
             if PROJECT:
+                if HAS_BIAS:  # it has left values in rows and columns that do not exist
+                    y = tl.where(mask, y, 0.0)
                 y32 = y.to(tl.float32)
-                if C % (SPLITS * BC) != 0:  # f_bias has left values in columns that do not exist
-                    y32 = tl.where(mask, y32, 0.0)
                 square = tl.fma(y32, y32, square)
-                w = weights_ptr + (i * C + c)[:, None] * R + row[None, :]
-                for term in tl.static_range(TERMS):
-                    weight = tl.load(w + term * (N * C * R), (c < C)[:, None], 0.0)  # [BC, R]
-                    if TERMS == 1:
-                        z = tl.dot(y32, weight, z, input_precision="tf32x3")
-                    else:
-                        z = product(y, weight, z)
+                if TERMS == 1:
+                    z = tl.dot(weights[i], tl.trans(y32), z, input_precision="tf32x3")
+                else:
+                    z = product(weights[i], tl.trans(y), z)
 
-    if PROJECT:
-        base = split.to(tl.int64) * T + t64
-        z_offsets = base[:, None] * ROWS + row[None, :]
-        tl.store(z_ptr + z_offsets, z, t_mask[:, None] & (row < ROWS)[None, :])
-        tl.store(square_ptr + base, tl.sum(square, axis=1), t_mask)
+        if PROJECT:
+            base = block * T.to(tl.int64) + t64
+            total = tl.sum(tl.reshape(z, (TERMS, R, BT)), axis=0)  # [R, BT]
+            z_mask = (row < ROWS)[:, None] & t_mask[None, :]
+            tl.store(z_ptr + base[None, :] * ROWS + row[:, None], total, z_mask)
+            tl.store(square_ptr + base, tl.sum(square, axis=1), t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -132,7 +138,8 @@ def finish_kernel(
     MIXING: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -145,54 +152,55 @@ def finish_kernel(
     t64 = t.to(tl.int64)
     t_mask = t < T
     stride = T.to(tl.int64)
-    square = sum_splits(square_ptr, t64, t_mask, stride, SPLITS)
-    inverse = tl.rsqrt(square / (N * C) + norm_eps)
-    tl.store(inverse_ptr + t64, inverse, t_mask)
+    j = tl.arange(0, N)
+    square = sum_blocks(square_ptr, t64[:, None], t_mask[:, None], stride, BLOCKS, BT, 1, BS)
+    inverse = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
+    tl.store(inverse_ptr + t64[:, None], inverse, t_mask[:, None])
 
     alpha = tl.load(alpha_ptr)
-    h_pre = ()
-    for j in tl.static_range(N):
-        normed = sum_splits(z_ptr, t64 * ROWS + j, t_mask, stride * ROWS, SPLITS) * inverse
-        tl.store(normed_ptr + t64 * ROWS + j, normed, t_mask)
-        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j))) + pre_eps
-        h_pre = h_pre + (weight,)
-        if not AGGREGATE:
-            tl.store(h_pre_ptr + t64 * N + j, weight, t_mask)
+    offsets = t64[:, None] * ROWS + j[None, :]  # [BT, N]
+    mask = t_mask[:, None] & (j >= 0)[None, :]
+    normed = sum_blocks(z_ptr, offsets, mask, stride * ROWS, BLOCKS, BT, N, BS) * inverse
+    tl.store(normed_ptr + offsets, normed, mask)
+    weights = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j)[None, :])) + pre_eps
+    if not AGGREGATE:
+        tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], weights, mask)
 
     if AGGREGATE:
+        h_pre = ()
+        for i in tl.static_range(N):
+            h_pre = h_pre + (tl.sum(tl.where(j[None, :] == i, weights, 0.0), axis=1),)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            mask = t_mask[:, None] & (c < C)[None, :]
-            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+            c_mask = t_mask[:, None] & (c < C)[None, :]
+            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], c_mask, C, N)
             u = tl.zeros((BT, BC), tl.float32)
-            for j in tl.static_range(N):
-                u = tl.fma(h_pre[j][:, None], streams[j].to(tl.float32), u)
-            tl.store(u_ptr + t64[:, None] * C + c[None, :], u.to(u_ptr.dtype.element_ty), mask)
+            for i in tl.static_range(N):
+                u = tl.fma(h_pre[i][:, None], streams[i].to(tl.float32), u)
+            tl.store(u_ptr + t64[:, None] * C + c[None, :], u.to(u_ptr.dtype.element_ty), c_mask)
 
     if MIXING:
-        j = tl.arange(0, N)
-        offsets = t64[:, None] * ROWS + N + j[None, :]  # [BT, N]
-        mask = t_mask[:, None] & (j >= 0)[None, :]
-        normed = sum_splits(z_ptr, offsets, mask, stride * ROWS, SPLITS) * inverse[:, None]
+        offsets += N
+        normed = sum_blocks(z_ptr, offsets, mask, stride * ROWS, BLOCKS, BT, N, BS) * inverse
         tl.store(normed_ptr + offsets, normed, mask)
         logits = tl.fma(normed, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
         tl.store(h_post_ptr + t64[:, None] * N + j[None, :], 2.0 * tl.sigmoid(logits), mask)
 
-        entry = j[:, None] * N + j[None, :]  # [N, N] (dst, src)
-        offsets = t64[:, None, None] * ROWS + 2 * N + entry[None, :, :]
-        mask = t_mask[:, None, None] & (entry >= 0)[None, :, :]
-        normed = sum_splits(z_ptr, offsets, mask, stride * ROWS, SPLITS)
-        normed = normed * inverse[:, None, None]
+        k = tl.arange(0, N * N)
+        offsets = t64[:, None] * ROWS + 2 * N + k[None, :]  # [BT, N*N]
+        mask = t_mask[:, None] & (k >= 0)[None, :]
+        normed = sum_blocks(z_ptr, offsets, mask, stride * ROWS, BLOCKS, BT, N * N, BS) * inverse
         tl.store(normed_ptr + offsets, normed, mask)
-        entry_bias = tl.load(bias_ptr + 2 * N + entry)[None, :, :]
-        logits = tl.fma(normed, tl.load(alpha_ptr + 2), entry_bias)
+        logits = tl.fma(normed, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
+        logits = tl.reshape(logits, (BT, N, N))  # (dst, src)
         matrix = sinkhorn_forward(logits, ITERATIONS, SINKHORN_EPS)
-        tl.store(h_res_ptr + t64[:, None, None] * (N * N) + entry[None, :, :], matrix, mask)
+        matrix = tl.reshape(matrix, (BT, N * N))
+        tl.store(h_res_ptr + t64[:, None] * (N * N) + k[None, :], matrix, mask)
 
 
 @dataclass(frozen=True)
 class Partial:
-    """The partial projections of one `project_kernel`: z [splits, T, rows], square [splits, T]."""
+    """The partial projections of one `project_kernel`: z [blocks, T, rows], square [blocks, T]."""
 
     z: Tensor
     square: Tensor
@@ -214,6 +222,7 @@ def project(
     """
     tokens, n, width = x.shape
     tile = config.project(n, width, x.dtype)
+    blocks = triton.cdiv(width, tile.channels)
     f, h_post, h_res, f_bias = mixing if mixing is not None else (None, None, None, None)
     y = x if mixing is None else torch.empty_like(x)
     partial = None
@@ -221,13 +230,14 @@ def project(
     if phi is not None:
         rows, weights = phi.shape[0], pack_weights(phi, x.dtype)
         partial = Partial(
-            x.new_empty(tile.splits, tokens, rows, dtype=torch.float32),
-            x.new_empty(tile.splits, tokens, dtype=torch.float32),
+            x.new_empty(blocks, tokens, rows, dtype=torch.float32),
+            x.new_empty(blocks, tokens, dtype=torch.float32),
         )
     if tokens == 0:
         return y, partial
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
     with on_device(x):
-        project_kernel[(triton.cdiv(tokens, tile.tokens), tile.splits)](
+        project_kernel[(blocks, tile.splits)](
             x,
             f,
             f_bias,
@@ -238,6 +248,7 @@ def project(
             None if partial is None else partial.z,
             None if partial is None else partial.square,
             tokens,
+            share,
             N=n,
             C=width,
             ROWS=rows,
@@ -246,11 +257,11 @@ def project(
             COMBINE=mixing is not None,
             HAS_BIAS=f_bias is not None,
             PROJECT=phi is not None,
-            SPLITS=tile.splits,
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=tile.registers,
         )
     return y, partial
 
@@ -318,7 +329,8 @@ def finish(
             MIXING=mixing,
             ITERATIONS=iterations,
             SINKHORN_EPS=sinkhorn_eps,
-            SPLITS=partial.z.shape[0],
+            BLOCKS=partial.z.shape[0],
+            BS=min(triton.next_power_of_2(partial.z.shape[0]), 32 if n <= 4 else 4),
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
