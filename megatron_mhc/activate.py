@@ -6,6 +6,7 @@ import torch
 
 from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.training import (
     arguments_patch,
@@ -52,6 +53,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
         *parameter_group_patches(parameters.MARK),
+        *OPTIMIZER_CHECKPOINT_PATCHES,
         SHIPPED_HELPERS,
     )
 

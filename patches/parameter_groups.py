@@ -19,7 +19,9 @@ def parameter_group_patches(mark: str) -> tuple[Patch, ...]:
         def _get_param_groups(chunks: Any, config: Any, config_overrides: Any) -> Any:
             from megatron.core.optimizer.optimizer_config import ParamKey
 
-            rule: dict[str, Any] = {"wd_mult": 0.0}
+            # with start and end a group of its own, which holds fp32 alone: where a group mixes
+            # dtypes, Megatron's checkpoints of it do not fit (issue 5835)
+            rule: dict[str, Any] = {"wd_mult": 0.0, "start_wd": 0.0, "end_wd": 0.0}
             # a matrix optimizer (Muon) names the one that takes what is no matrix
             others = {o["optimizer"] for o in (config_overrides or {}).values() if "optimizer" in o}
             if others:

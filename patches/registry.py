@@ -34,7 +34,7 @@ class Patch:
     target: str
     replace: Callable[[Any], Any]
     why: str
-    versions: str = ">=0.18,<0.20"
+    versions: str = ">=0.19,<0.20"
     optional: bool = False
 
 
@@ -105,7 +105,8 @@ class Registry:
                 if self._apply_one(patch):
                     new.append(patch.id)
         except PatchError:
-            self.undo(*reversed(new))
+            if new:
+                self.undo(*reversed(new))
             raise
 
     def _apply_one(self, patch: Patch) -> bool:

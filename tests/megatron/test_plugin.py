@@ -210,7 +210,7 @@ def test_an_unsupported_megatron_is_refused_by_name(tmp_path: Path) -> None:
     )
     result = python(*RUN, "--mhc", PYTHONPATH=str(tmp_path))
     assert result.returncode != 0
-    assert "knows Megatron-Core >=0.18,<0.20; installed is 0.21.0" in result.stdout
+    assert "knows Megatron-Core >=0.19,<0.20; installed is 0.21.0" in result.stdout
 
 
 def test_doctor_knows_every_hook_and_patch() -> None:

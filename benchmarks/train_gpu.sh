@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains on a GPU what a newcomer trains: 50 iterations, save, resume, 50 more; prints both logs.
+#
+#   benchmarks/train_gpu.sh [FOLDER]
+#
+# First examples/gpt/train.sh; then, where FOLDER holds a stock pretrain_gpt.py of Megatron-LM, that
+# one through the runner with the same flags. The two must print the same losses.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+STOCK=${1:-}
+export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs} ITERATIONS=100
+
+examples/gpt/train.sh
+read -r -a command <<<"$(cat "$RUNS/gpt-mhc/command")"
+log=$RUNS/gpt-mhc/train.log
+losses() { grep -oE 'iteration +[0-9]+/.*lm loss: [^ ]+' "$1" | sed -E 's/ +consumed.*lm loss:/ loss/'; }
+losses "$log" >"$RUNS/ours.txt"
+if [ -n "$STOCK" ]; then
+    stock=("${command[@]/#examples\/gpt\/pretrain_gpt.py/$STOCK/pretrain_gpt.py}")
+    stock=("${stock[@]/#"$RUNS/gpt-mhc/"/"$RUNS/stock/"}")
+    mkdir -p "$RUNS/stock"
+    echo "== stock script: ${stock[*]}"
+    "${stock[@]}" --exit-interval 50 >"$RUNS/stock/train.log" 2>&1
+    "${stock[@]}" --load "$RUNS/stock/checkpoints" >>"$RUNS/stock/train.log" 2>&1
+    grep -E 'mHC is|successfully' "$RUNS/stock/train.log"
+    losses "$RUNS/stock/train.log" | tee "$RUNS/stock.txt"
+    cmp "$RUNS/ours.txt" "$RUNS/stock.txt" && echo "== the stock script's losses are ours, digit for digit"
+fi

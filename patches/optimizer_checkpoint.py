@@ -1,0 +1,94 @@
+"""Patches of the bf16 optimizer's distributed checkpoint, where some parameters are fp32.
+
+`Float16OptimizerWithFloat16Params.sharded_state_dict` numbers the bf16 parameters alone, while the
+optimizer's state numbers the fp32 ones among them: states swap places, or the shapes do not fit
+and it stops (Megatron-LM issue 5835). The distributed optimizer has no such fault.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any
+
+from .registry import Patch
+
+_COPIES = "fp32_from_fp16_params"
+"""The checkpoint's key for the fp32 copies, a list for each parameter group."""
+_in_order: ContextVar[list[Any] | None] = ContextVar("parameters_in_order", default=None)
+
+
+def parameters_in_order(optimizer: Any) -> list[Any]:
+    """The model's parameters in the order of the optimizer's state.
+
+    Args:
+        optimizer: a Float16OptimizerWithFloat16Params; its groups hold fp32 copies of bf16
+            parameters, and fp32 parameters themselves.
+    """
+    model_parameter = {
+        id(copy): parameter
+        for copies, parameters in zip(
+            optimizer.fp32_from_float16_groups, optimizer.float16_groups, strict=True
+        )
+        for copy, parameter in zip(copies, parameters, strict=True)
+    }
+    groups = optimizer.optimizer.param_groups
+    return [model_parameter.get(id(p), p) for group in groups for p in group["params"]]
+
+
+def _number_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _in_order.set(parameters_in_order(self))
+        try:
+            state = original(self, *args, **kwargs)
+        finally:
+            _in_order.reset(token)
+        # the checkpoint's reader does not put empty lists back where they stood
+        state[_COPIES] = [group for group in state[_COPIES] if group]
+        return state
+
+    return sharded_state_dict
+
+
+def _put_empty_groups_back(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state: dict[str, Any]) -> Any:
+        groups = self.fp32_from_float16_groups
+        if len(state.get(_COPIES, groups)) < len(groups):
+            saved = iter(state[_COPIES])
+            state = {**state, _COPIES: [next(saved) if group else [] for group in groups]}
+        return original(self, state)
+
+    return load_state_dict
+
+
+def _take_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_param_id_to_sharded_param_map(state: Any, parameters: Iterable[Any]) -> Any:
+        return original(state, _in_order.get() or parameters)
+
+    return get_param_id_to_sharded_param_map
+
+
+_OPTIMIZER = "megatron.core.optimizer.optimizer"
+
+OPTIMIZER_CHECKPOINT_PATCHES = (
+    Patch(
+        id="optimizer-checkpoint",
+        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
+        replace=_number_all,
+        why="a checkpoint of bf16 and fp32 parameters keeps each one's optimizer state",
+    ),
+    Patch(
+        id="optimizer-checkpoint-load",
+        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.load_state_dict",
+        replace=_put_empty_groups_back,
+        why="a group of fp32 parameters has no fp32 copies to load",
+    ),
+    Patch(
+        id="optimizer-checkpoint-map",
+        target=f"{_OPTIMIZER}:get_param_id_to_sharded_param_map",
+        replace=_take_all,
+        why="takes the numbering of optimizer-checkpoint",
+    ),
+)
