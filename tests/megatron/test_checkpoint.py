@@ -76,9 +76,8 @@ def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
 def test_without_our_patch_megatron_cannot_resume(tmp_path: Path) -> None:
     """What `optimizer-checkpoint` is for; when Megatron mends it, this says so."""
     flags = ["--save", str(tmp_path), "--save-interval", "3"]
-    off = {
-        "MEGATRON_MHC_PATCHES": "-optimizer-checkpoint,-optimizer-checkpoint-map,-optimizer-checkpoint-load"
-    }
+    ids = ("optimizer-checkpoint", "optimizer-checkpoint-map", "optimizer-checkpoint-load")
+    off = {"MEGATRON_MHC_PATCHES": ",".join(f"-{patch}" for patch in ids)}
     _, printed = train(1, [*flags, "--exit-interval", "3"], **off)
     saved = (tmp_path / "latest_checkpointed_iteration.txt").exists()
     resumed, resuming = train(1, [*flags, "--load", str(tmp_path)], **off) if saved else ([], "")
