@@ -101,7 +101,7 @@ class MHCLayer(TransformerLayer):
             self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """As TransformerLayer, on [s, b, n*C]; [s, b, C] into the first layer and out of the last."""
+        """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C]."""
         n = self.mhc.num_streams
         if self.is_entry:
             hidden_states = hidden_states.repeat(1, 1, n)
