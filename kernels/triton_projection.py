@@ -51,6 +51,7 @@ def project_kernel(
     PROJECT: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
@@ -72,7 +73,7 @@ def project_kernel(
             w = weights_ptr + term_row[:, None] * (N * C) + (i * C + c)[None, :]
             weights = weights + (tl.load(w, (c < C)[None, :], 0.0),)  # [TERMS * R, BC]
 
-    for t0 in range(first, last, BT):
+    for t0 in tl.range(first, last, BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
         t_mask = t < last
@@ -259,8 +260,8 @@ def project(
             PROJECT=phi is not None,
             BT=tile.tokens,
             BC=tile.channels,
+            STAGES=tile.stages,
             num_warps=tile.warps,
-            num_stages=tile.stages,
             maxnreg=tile.registers,
         )
     return y, partial
