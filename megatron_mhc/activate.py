@@ -46,14 +46,18 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
         report.print_banner(seen.banner)
 
 
+def model_patches() -> tuple[Patch, ...]:
+    """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
+    return (*parameter_group_patches(parameters.MARK), *OPTIMIZER_CHECKPOINT_PATCHES)
+
+
 def plugin_patches() -> tuple[Patch, ...]:
     """Every patch that `activate` applies, in order."""
     return (
         arguments_patch(_add_arguments),
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
-        *parameter_group_patches(parameters.MARK),
-        *OPTIMIZER_CHECKPOINT_PATCHES,
+        *model_patches(),
         SHIPPED_HELPERS,
     )
 

@@ -9,6 +9,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
+from megatron_mhc.patches import registry
+
+from .activate import model_patches
 from .arguments import active_config, base_spec
 from .config import MHCConfig
 from .layer import mhc_layer
@@ -19,6 +22,9 @@ def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
     spec: Spec, config: MHCConfig | None = None
 ) -> Spec:
     """The same spec with mHC instead of residual connections; the argument is left as it was.
+
+    Also applies the patches that a model with mHC needs (`activate.model_patches`): none for its
+    layers, but its parameters want no weight decay and a checkpoint that keeps them apart.
 
     Args:
         spec: what Megatron's spec functions return: a layer's ModuleSpec, a list of them, a
@@ -31,7 +37,9 @@ def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
     Raises:
         ValueError: a layer that is no TransformerLayer, has mHC already, fills its residual slots
             with something else than Megatron's bias-dropout-add, or has cross attention.
+        PatchError: a Megatron-Core of a version that the plugin does not know.
     """
+    registry.apply(*model_patches())
     config = MHCConfig() if config is None else config
     if isinstance(spec, list):
         return [_layer_with_mhc(layer, config) for layer in spec]

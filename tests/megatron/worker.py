@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.patches import cpu, registry
-from megatron_mhc.patches.parameter_groups import parameter_group_patches
+from megatron_mhc.patches import cpu
 
 cpu.enter()
 
@@ -39,7 +38,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig  #
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
-from megatron_mhc.parameters import MARK, is_hyper_connection  # noqa: E402
+from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 
 VOCABULARY, SEQUENCE, BATCH = 128, 32, 4
 
@@ -298,7 +297,6 @@ def main() -> None:
     """Run every scenario of the command line; rank 0 writes what they returned."""
     scenarios, result_file = sys.argv[1:]
     dist.init_process_group("gloo")
-    registry.apply(*parameter_group_patches(MARK))
     results = {name: run(Scenario(**s)) for name, s in json.loads(scenarios).items()}
     if dist.get_rank() == 0:
         torch.save(results, result_file)
