@@ -37,6 +37,22 @@ FLOORS = {
 """Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
+        *itertools.product((16,), (128,), (4, 8), (4,), (1, 2), (255,)),
+        *itertools.product((16,), (64,), (4, 8), (4,), (1, 2, 3), (128, 168)),
+        *itertools.product((8, 16), (64,), (8, 16), (2,), (1, 2, 3), (255,)),
+        *itertools.product((8,), (128,), (8, 16), (2, 4), (1, 2), (255,)),
+        *itertools.product((32,), (64,), (8,), (4,), (1, 2), (255,)),
+        (16, 128, 8, 8, 1, 128),
+        (8, 256, 16, 8, 1, 128),
+    ],
+    "finish": 5,
+    "coefficients_backward": 5,
+    "streams_backward": 19,
+    "phi_gradient": 4,
+}
+"""Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
+GRIDS: dict[str, list[tuple[int, ...]]] = {
+    "project": [
         *itertools.product((16,), (128,), (8,), (4,), (1, 2, 3), (255,)),
         *itertools.product((16,), (64,), (8, 16), (4,), (1, 2, 3), (128,)),
         *itertools.product((8, 16), (64,), (8, 16), (2,), (1, 2, 3), (255,)),
@@ -64,12 +80,13 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         itertools.product((8, 16, 32), (64, 128, 256), (1,), (4, 8), (1,))
     ),
     "streams_backward": [
-        *itertools.product((8, 16), (64,), (8, 16, 32), (2,), (1,), (168, 255)),
-        *itertools.product((8, 16), (64,), (16,), (1,), (1,), (255,)),
-        *itertools.product((8,), (128,), (8, 16), (2, 4), (1,), (128, 255)),
-        *itertools.product((8,), (32,), (8, 16), (1,), (1,), (168, 255)),
-        *itertools.product((8,), (64,), (16,), (2,), (1,), (128,)),
-        (16, 64, 4, 4, 1, 255),
+        *itertools.product((8,), (64,), (4, 8, 16), (2,), (1,), (168, 208, 255)),
+        *itertools.product((16,), (64,), (4, 8), (4,), (1,), (168, 255)),
+        *itertools.product((8,), (128,), (4, 8, 16), (4,), (1,), (128, 168, 255)),
+        *itertools.product((16,), (128,), (8,), (8,), (1,), (128, 255)),
+        *itertools.product((8,), (64,), (16,), (4,), (1,), (128,)),
+        *itertools.product((16,), (32,), (8,), (2,), (1,), (255,)),
+        *itertools.product((8,), (256,), (8,), (8,), (1,), (255,)),
     ],
     "phi_gradient": list(itertools.product((64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
 }

@@ -137,6 +137,39 @@ def coefficients_kernel(
     tl.store(k_ptr + t64, -through_norm * inverse * inverse / (N * C), t_mask)
 
 
+@triton.jit
+def load_tiles(
+    dy_ptr,
+    y_ptr,
+    x_ptr,
+    du_ptr,
+    f_ptr,
+    t64,
+    c,
+    mask,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    PROJECT: tl.constexpr,
+    HAS_DU: tl.constexpr,
+    COMBINE: tl.constexpr,
+):
+    """The tiles [BT, BC] of dy, y, x (N each), du and f, each a tuple; an absent one is empty."""
+    narrow = t64[:, None] * C + c[None, :]
+    offsets = t64[:, None] * (N * C) + c[None, :]
+    dys, ys, xs, du, f = (), (), (), (), ()
+    if HAS_DY:
+        dys = load_streams(dy_ptr, offsets, mask, C, N)
+    if PROJECT:
+        ys = load_streams(y_ptr, offsets, mask, C, N)
+    if COMBINE:
+        xs = load_streams(x_ptr, offsets, mask, C, N)
+        f = (tl.load(f_ptr + narrow, mask, 0.0),)
+    if HAS_DU:
+        du = (tl.load(du_ptr + narrow, mask, 0.0),)
+    return dys, ys, xs, du, f
+
+
 @triton.jit(do_not_specialize=["T", "share"])
 def streams_kernel(
     y_ptr,
@@ -172,7 +205,6 @@ def streams_kernel(
     MIXING: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
 
@@ -203,30 +235,40 @@ def streams_kernel(
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
 
-    for t0 in tl.range(first, last, BT, num_stages=STAGES):
+    t = first + tl.arange(0, BT)
+    mask = (t < last)[:, None] & c_mask[None, :]
+    tiles = load_tiles(
+        dy_ptr,
+        y_ptr,
+        x_ptr,
+        du_ptr,
+        f_ptr,
+        t.to(tl.int64),
+        c,
+        mask,
+        N,
+        C,
+        HAS_DY,
+        PROJECT,
+        HAS_DU,
+        COMBINE,
+    )
+    for t0 in range(first, last, BT):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
         t_mask = t < last
-        if C % BC == 0:
-            mask = t_mask[:, None]
-        else:
-            mask = t_mask[:, None] & c_mask[None, :]
+        mask = t_mask[:, None] & c_mask[None, :]
         narrow = t64[:, None] * C + c[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
-
-        # all loads but one come before the products: no load crosses a barrier
-        if HAS_DY:
-            dys = load_streams(dy_ptr, offsets, mask, C, N)
         if PROJECT:
-            ys = load_streams(y_ptr, offsets, mask, C, N)
             k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+        if HAS_DU:
+            h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
         if COMBINE:
-            xs = load_streams(x_ptr, offsets, mask, C, N)
-            f = tl.load(f_ptr + narrow, mask, 0.0)
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
         if PROJECT:
-            # [BC, BT]: the channels are M, and dY keeps the layout of du's load
+            # [BC, BT]: the channels are M, and dY keeps the layout of its load
             z_mask = t_mask[:, None] & (row < ROWS)[None, :]
             d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
             if TERMS > 1:
@@ -245,9 +287,26 @@ def streams_kernel(
                     projected = product(weights[2 * i + 1], tl.trans(d_z_high), projected)
                 through = through + (projected,)
 
-        if HAS_DU:  # the load that follows the products decides the layout of all that follows
-            du = tl.load(du_ptr + narrow, mask, 0.0)
-            h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+        # the next tiles, while this one is worked on; loads that follow the products decide the
+        # layout of all that follows
+        dys, ys, xs, du, f = tiles
+        t_next = t + BT
+        tiles = load_tiles(
+            dy_ptr,
+            y_ptr,
+            x_ptr,
+            du_ptr,
+            f_ptr,
+            t_next.to(tl.int64),
+            c,
+            (t_next < last)[:, None] & c_mask[None, :],
+            N,
+            C,
+            HAS_DY,
+            PROJECT,
+            HAS_DU,
+            COMBINE,
+        )
 
         streams_dy = ()
         longer = ()
@@ -257,7 +316,7 @@ def streams_kernel(
             else:
                 dy = tl.zeros((BT, BC), tl.float32)
             if HAS_DU:
-                dy = tl.fma(h_pre[i][:, None], du.to(tl.float32), dy)
+                dy = tl.fma(h_pre[i][:, None], du[0].to(tl.float32), dy)
             if PROJECT:
                 dy = tl.fma(k, ys[i].to(tl.float32), dy)
                 dy += tl.trans(through[i])
@@ -273,7 +332,7 @@ def streams_kernel(
         d_phi = longer
 
         if COMBINE:
-            f = f.to(tl.float32)
+            f = f[0].to(tl.float32)
             if HAS_BIAS:
                 f += f_bias[None, :]
             # the sums of a token side by side, for one store: a store of each would cost a barrier
@@ -608,7 +667,6 @@ def streams_gradients(
             MIXING=triton.next_power_of_2(n + n * n),
             BT=tile.tokens,
             BC=tile.channels,
-            STAGES=tile.stages,
             num_warps=tile.warps,
             maxnreg=tile.registers,
         )

@@ -6,7 +6,7 @@ the partial projections, makes the coefficients and aggregates. `combine`, `pre`
 `combine_pre` and `head` are these kernels with different flags, so their results agree to the bit.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
 
 from dataclasses import dataclass
 
@@ -26,6 +26,16 @@ from .triton_device import (
     sum_blocks,
 )
 from .triton_launch import on_device, pack_weights
+
+
+@triton.jit
+def load_tiles(x_ptr, f_ptr, t64, c, mask, N: tl.constexpr, C: tl.constexpr, COMBINE: tl.constexpr):
+    """The tiles [BT, BC] of the N streams and, in a tuple of its own, of f (COMBINE)."""
+    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+    f = ()
+    if COMBINE:
+        f = (tl.load(f_ptr + t64[:, None] * C + c[None, :], mask, 0.0),)
+    return streams, f
 
 
 @triton.jit(do_not_specialize=["T", "share"])
@@ -52,6 +62,7 @@ def project_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
@@ -73,22 +84,30 @@ def project_kernel(
             w = weights_ptr + term_row[:, None] * (N * C) + (i * C + c)[None, :]
             weights = weights + (tl.load(w, (c < C)[None, :], 0.0),)  # [TERMS * R, BC]
 
+    t = first + tl.arange(0, BT)
+    mask = (t < last)[:, None] & (c < C)[None, :]
+    if PREFETCH:
+        tiles = load_tiles(x_ptr, f_ptr, t.to(tl.int64), c, mask, N, C, COMBINE)
     for t0 in tl.range(first, last, BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
         t_mask = t < last
-        if C % BC == 0:
-            mask = t_mask[:, None]
-        else:
-            mask = t_mask[:, None] & (c < C)[None, :]
+        mask = t_mask[:, None] & (c < C)[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
-        streams = load_streams(x_ptr, offsets, mask, C, N)  # N x [BT, BC]
         if COMBINE:
-            f = tl.load(f_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-            if HAS_BIAS:
-                f += f_bias
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+        if PREFETCH:  # the next tiles, while this one is worked on
+            streams, f = tiles
+            t_next = t + BT
+            mask_next = (t_next < last)[:, None] & (c < C)[None, :]
+            tiles = load_tiles(x_ptr, f_ptr, t_next.to(tl.int64), c, mask_next, N, C, COMBINE)
+        else:
+            streams, f = load_tiles(x_ptr, f_ptr, t64, c, mask, N, C, COMBINE)
+        if COMBINE:
+            f = f[0].to(tl.float32)
+            if HAS_BIAS:
+                f += f_bias
         z = tl.zeros((TERMS * R, BT), tl.float32)
         square = tl.zeros((BT, BC), tl.float32)
         for i in tl.static_range(N):
@@ -261,6 +280,7 @@ def project(
             BT=tile.tokens,
             BC=tile.channels,
             STAGES=tile.stages,
+            PREFETCH=tile.stages == 1,
             num_warps=tile.warps,
             maxnreg=tile.registers,
         )

