@@ -20,6 +20,7 @@ import torch
 from triton.testing import do_bench, do_bench_cudagraph
 
 from megatron_mhc.kernels import triton_config as config
+from megatron_mhc.kernels import triton_launch
 from megatron_mhc.kernels.triton_gradients import (
     coefficients_gradients,
     phi_gradient,
@@ -34,59 +35,24 @@ FLOORS = {
     "streams_backward": 19,
     "phi_gradient": 4,
 }
-"""Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
+"""Passes that each kernel must move at n = 4, partial sums left out."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
         *itertools.product((16,), (128,), (4, 8), (4,), (1, 2), (255,)),
-        *itertools.product((16,), (64,), (4, 8), (4,), (1, 2, 3), (128, 168)),
-        *itertools.product((8, 16), (64,), (8, 16), (2,), (1, 2, 3), (255,)),
-        *itertools.product((8,), (128,), (8, 16), (2, 4), (1, 2), (255,)),
+        *itertools.product((16,), (64,), (8,), (4,), (1, 2, 3), (128, 168)),
+        *itertools.product((8, 16), (64,), (8,), (2,), (1, 2, 3), (255,)),
+        *itertools.product((8,), (128,), (8,), (2, 4), (1, 2), (255,)),
         *itertools.product((32,), (64,), (8,), (4,), (1, 2), (255,)),
         (16, 128, 8, 8, 1, 128),
         (8, 256, 16, 8, 1, 128),
     ],
-    "finish": 5,
-    "coefficients_backward": 5,
-    "streams_backward": 19,
-    "phi_gradient": 4,
-}
-"""Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
-GRIDS: dict[str, list[tuple[int, ...]]] = {
-    "project": [
-        *itertools.product((16,), (128,), (8,), (4,), (1, 2, 3), (255,)),
-        *itertools.product((16,), (64,), (8, 16), (4,), (1, 2, 3), (128,)),
-        *itertools.product((8, 16), (64,), (8, 16), (2,), (1, 2, 3), (255,)),
-        *itertools.product((8,), (128,), (8,), (2, 4), (1, 2), (255,)),
-        *itertools.product((32,), (64,), (8,), (4,), (2,), (255,)),
-        *itertools.product((8, 16), (64,), (8,), (1,), (1,), (255,)),
-    ],
-    "finish": 5,
-    "coefficients_backward": 5,
-    "streams_backward": 19,
-    "phi_gradient": 4,
-}
-"""Passes that each kernel must move at n = 4 (see the site's table in the kernels' report)."""
-GRIDS: dict[str, list[tuple[int, ...]]] = {
-    "project": [
-        *itertools.product((16,), (128,), (8, 16), (4, 8), (1,), (128, 168, 255)),
-        *itertools.product((16,), (64,), (8, 16), (4,), (1,), (96, 128)),
-        *itertools.product((32,), (64, 128), (8,), (4, 8), (1,), (128, 168, 255)),
-        (8, 128, 16, 4, 1, 128),
-        (8, 256, 16, 8, 1, 128),
-        (16, 256, 16, 8, 1, 255),
-    ],
-    "finish": list(itertools.product((4, 8, 16), (256, 512), (1,), (4, 8), (1,))),
-    "coefficients_backward": list(
-        itertools.product((8, 16, 32), (64, 128, 256), (1,), (4, 8), (1,))
-    ),
+    "finish": list(itertools.product((4, 8, 16), (128, 256, 512), (1,), (4,), (1,))),
+    "coefficients_backward": list(itertools.product((8, 16), (64, 128, 256), (1,), (4, 8), (1,))),
     "streams_backward": [
-        *itertools.product((8,), (64,), (4, 8, 16), (2,), (1,), (168, 208, 255)),
-        *itertools.product((16,), (64,), (4, 8), (4,), (1,), (168, 255)),
-        *itertools.product((8,), (128,), (4, 8, 16), (4,), (1,), (128, 168, 255)),
-        *itertools.product((16,), (128,), (8,), (8,), (1,), (128, 255)),
-        *itertools.product((8,), (64,), (16,), (4,), (1,), (128,)),
+        *itertools.product((8,), (64,), (4, 8, 16), (2,), (1,), (255,)),
+        *itertools.product((16,), (64,), (8,), (4,), (1,), (255,)),
+        *itertools.product((8,), (128,), (8,), (4,), (1,), (255,)),
         *itertools.product((16,), (32,), (8,), (2,), (1,), (255,)),
-        *itertools.product((8,), (256,), (8,), (8,), (1,), (255,)),
     ],
     "phi_gradient": list(itertools.product((64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
 }
@@ -139,9 +105,11 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     }
 
 
-def compile_tiles(width: int, apart: bool, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
+def compile_tiles(
+    width: int, apart: bool, terms: int, tiles: list[tuple[str, tuple[int, ...]]]
+) -> None:
     """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
-    config.SEPARATE_D_PHI = apart
+    config.SEPARATE_D_PHI, triton_launch.PHI_TERMS = apart, terms
     calls = subjects(64, width)
     for kernel, numbers in tiles:
         default = getattr(config, kernel)
@@ -165,7 +133,9 @@ def main() -> None:
     parser.add_argument(
         "--phi-apart", action=argparse.BooleanOptionalAction, default=config.SEPARATE_D_PHI
     )
+    parser.add_argument("--terms", type=int, default=triton_launch.PHI_TERMS, help="2 or 4")
     arguments = parser.parse_args()
+    triton_launch.PHI_TERMS = arguments.terms
     config.SEPARATE_D_PHI = arguments.phi_apart
     grids = {kernel: GRIDS[kernel] for kernel in arguments.kernels}
     if arguments.tiles:
@@ -179,7 +149,12 @@ def main() -> None:
     workers = [
         spawn.Process(
             target=compile_tiles,
-            args=(arguments.width, arguments.phi_apart, everything[i :: arguments.processes]),
+            args=(
+                arguments.width,
+                arguments.phi_apart,
+                arguments.terms,
+                everything[i :: arguments.processes],
+            ),
         )
         for i in range(arguments.processes)
     ]

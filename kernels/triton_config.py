@@ -46,26 +46,26 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=16, warps=4, stages=1)
-    return Tile(tokens=16, channels=128, splits=16, warps=8, stages=1)
+    return Tile(tokens=16, channels=128, splits=8, warps=4, stages=1)
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.finish_kernel`: a few tokens a program, all channels in turn."""
-    return Tile(tokens=8, channels=512 if n <= 4 else 128, warps=4, stages=2)
+    return Tile(tokens=8, channels=256 if n <= 4 else 128, warps=4, stages=2)
 
 
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
-    return Tile(tokens=8, channels=256 if n <= 4 else 64, warps=4, stages=2)
+    return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_gradients.streams_kernel`: a block of channels, a share of the tokens in turn."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
-    return Tile(tokens=32, channels=64, splits=8, warps=8, stages=2)
+    return Tile(tokens=8, channels=64, splits=8, warps=2, stages=1)
 
 
 SEPARATE_D_PHI = True
@@ -76,7 +76,7 @@ def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_gradients.phi_kernel`: a block of the n*C columns, a share of the tokens in turn."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
-    return Tile(tokens=64, channels=64, splits=8, warps=4, stages=3)
+    return Tile(tokens=64, channels=128, splits=8, warps=4, stages=2)
 
 
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:

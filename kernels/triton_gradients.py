@@ -447,19 +447,23 @@ def sum_mixing_kernel(
     T,
     N: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BB: tl.constexpr,
     BW: tl.constexpr,
 ):
     """Add up d_mixing [BLOCKS, T, N + N*N] over channel blocks -> d_h_post [T, N], d_h_res."""
     WIDTH: tl.constexpr = N + N * N
     item = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     count = T.to(tl.int64) * WIDTH
-    total = tl.zeros((BW,), tl.float32)
-    for block in range(0, BLOCKS):
-        total += tl.load(in_ptr + block * count + item, item < count, 0.0)
+    total = tl.zeros((BB, BW), tl.float32)
+    for first in range(0, BLOCKS, BB):
+        block = first + tl.arange(0, BB)
+        mask = (block < BLOCKS)[:, None] & (item < count)[None, :]
+        total += tl.load(in_ptr + block.to(tl.int64)[:, None] * count + item[None, :], mask, 0.0)
+    result = tl.sum(total, axis=0)
     t = item // WIDTH
     entry = item % WIDTH
-    tl.store(d_post_ptr + t * N + entry, total, (item < count) & (entry < N))
-    tl.store(d_res_ptr + t * (N * N) + entry - N, total, (item < count) & (entry >= N))
+    tl.store(d_post_ptr + t * N + entry, result, (item < count) & (entry < N))
+    tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & (entry >= N))
 
 
 def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
@@ -467,7 +471,7 @@ def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor
     count = partial.shape[0]
     width = partial[0].numel()
     few = width < 1024  # few columns: many rows a step, else many columns a program
-    block_rows, block_columns = (128, 32) if few else (1, 512)
+    block_rows, block_columns = (128, 32) if few else (8, 256)
     with on_device(partial):
         sum_rows_kernel[(triton.cdiv(width, block_columns),)](
             partial,
@@ -671,8 +675,8 @@ def streams_gradients(
             maxnreg=tile.registers,
         )
         if d_mixing is not None:
-            sum_mixing_kernel[(triton.cdiv(tokens * (n + n * n), 256),)](
-                d_mixing, d_post, d_res, tokens, n, blocks, 256, num_warps=4
+            sum_mixing_kernel[(triton.cdiv(tokens * (n + n * n), 128),)](
+                d_mixing, d_post, d_res, tokens, n, blocks, 16, 128, num_warps=4
             )
     if d_f_bias is not None:
         d_f_bias = sum_rows(d_f_bias, new(width)).to(f_bias.dtype)

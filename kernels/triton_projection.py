@@ -173,6 +173,10 @@ def finish_kernel(
     t_mask = t < T
     stride = T.to(tl.int64)
     j = tl.arange(0, N)
+    if AGGREGATE:  # on its way while the partial sums are added up, and so on for every tile
+        c = tl.arange(0, BC)
+        c_mask = t_mask[:, None] & (c < C)[None, :]
+        next_streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], c_mask, C, N)
     square = sum_blocks(square_ptr, t64[:, None], t_mask[:, None], stride, BLOCKS, BT, 1, BS)
     inverse = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
     tl.store(inverse_ptr + t64[:, None], inverse, t_mask[:, None])
@@ -190,14 +194,16 @@ def finish_kernel(
         h_pre = ()
         for i in tl.static_range(N):
             h_pre = h_pre + (tl.sum(tl.where(j[None, :] == i, weights, 0.0), axis=1),)
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
+        for _ in range(0, C, BC):
+            streams, mask_now = next_streams, c_mask
+            c += BC
             c_mask = t_mask[:, None] & (c < C)[None, :]
-            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], c_mask, C, N)
+            next_streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], c_mask, C, N)
             u = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(N):
                 u = tl.fma(h_pre[i][:, None], streams[i].to(tl.float32), u)
-            tl.store(u_ptr + t64[:, None] * C + c[None, :], u.to(u_ptr.dtype.element_ty), c_mask)
+            u = u.to(u_ptr.dtype.element_ty)
+            tl.store(u_ptr + t64[:, None] * C + (c - BC)[None, :], u, mask_now)
 
     if MIXING:
         offsets += N
