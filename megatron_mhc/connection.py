@@ -1,6 +1,7 @@
 """HyperConnection: phi, alpha and bias of one site, and the head that may end a model."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,19 @@ def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
     return torch.cat([_home_logits(n, site), torch.zeros(n), near_identity.flatten()])
 
 
+class Ended(NamedTuple):
+    """What a site leaves when its sublayer has run: all that `combine` wants beside the streams."""
+
+    f: Tensor
+    h_post: Tensor
+    h_res: Tensor
+    f_bias: Tensor | None
+
+    def combine(self, x: Tensor, backend: str) -> Tensor:
+        """The next streams [..., n, C] from the streams x that the site read."""
+        return kernels.combine(x, self.f, self.h_post, self.h_res, self.f_bias, backend=backend)
+
+
 class HyperConnection(Fp32Module):
     """The hyper-connection of one site: how a sublayer reads the streams and writes to them.
 
@@ -86,30 +100,37 @@ class HyperConnection(Fp32Module):
         """The settings, for `print(model)`."""
         return f"{self.mhc.variant}, num_streams={self.mhc.num_streams}, C={self.hidden_size}"
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What stands in front of the sublayer (`kernels.pre`).
+    def forward(
+        self, x: Tensor, ended: Ended | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What stands in front of the sublayer: `kernels.pre`, or `kernels.combine_pre`.
 
         Args:
-            x: [..., n, C], the streams.
+            x: [..., n, C], the streams; those of the site before where `ended` is given.
+            ended: what that site leaves, whose `combine` is then done here too, in one pass.
 
         Returns:
-            u [..., C] for the sublayer; h_post [..., n] and h_res [..., n, n] for `combine`.
+            The streams [..., n, C] that this site reads (x itself without `ended`); u [..., C] for
+            the sublayer; h_post [..., n] and h_res [..., n, n] for this site's own `combine`.
         """
         mhc = self.mhc
         if mhc.variant == "hc":
+            if ended is not None:
+                x = ended.combine(x, mhc.backend)
             h_pre, h_post, h_res = kernels.hc_coefficients(x, self.theta, self.alpha, self.bias)
-            return kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res
-        return kernels.pre(
-            x,
-            self.phi,
-            self.alpha,
-            self.bias,
-            iterations=mhc.sinkhorn_iterations,
-            norm_eps=mhc.norm_eps,
-            pre_eps=mhc.pre_eps,
-            sinkhorn_eps=mhc.sinkhorn_eps,
-            backend=mhc.backend,
-        )
+            return x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res
+        options: dict[str, Any] = {
+            "iterations": mhc.sinkhorn_iterations,
+            "norm_eps": mhc.norm_eps,
+            "pre_eps": mhc.pre_eps,
+            "sinkhorn_eps": mhc.sinkhorn_eps,
+            "backend": mhc.backend,
+        }
+        parameters = (self.phi, self.alpha, self.bias)
+        if ended is None:
+            return x, *kernels.pre(x, *parameters, **options)
+        f, h_post, h_res, f_bias = ended
+        return kernels.combine_pre(x, f, h_post, h_res, *parameters, f_bias=f_bias, **options)
 
 
 class Head(Fp32Module):

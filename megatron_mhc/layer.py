@@ -7,26 +7,48 @@ them in front of its norm (`Site.read`) and writes to them where the residual wa
 """
 
 import functools
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_mhc import kernels
-
 from .compatibility import check_transformer_config
 from .config import MHCConfig
-from .connection import Head, HyperConnection
+from .connection import Ended, Head, HyperConnection
+
+
+class _Ahead(NamedTuple):
+    """What the site before has computed for this one: its streams [s, b, n*C] and its `pre`."""
+
+    streams: Tensor
+    u: Tensor
+    h_post: Tensor
+    h_res: Tensor
+
+    def is_of(self, streams: Tensor) -> bool:
+        """Whether these are the same streams, unchanged (`self` keeps their memory from reuse)."""
+        return (
+            streams.data_ptr() == self.streams.data_ptr()
+            and streams.shape == self.streams.shape
+            and streams._version == self.streams._version
+        )
 
 
 class Site:
-    """What a sublayer's norm slot and residual slot share: a connection and the streams it read."""
+    """What a sublayer's norm slot and residual slot share: a connection and the streams it read.
+
+    Where `following` names the next site, `write` computes that one's `pre` too, in one pass over
+    the streams, and leaves it there; `read` of the next site takes it if the streams are the same.
+    """
 
     def __init__(self, connection: HyperConnection) -> None:
         self.connection = connection
+        self.following: Site | None = None
         self._pending: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._ahead: _Ahead | None = None
 
     def read(self, norm: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A forward pre-hook of the norm slot: streams [s, b, n*C] become u [s, b, C].
@@ -42,7 +64,11 @@ class Site:
                 f" {n} streams of {width} = {n * width} channels"
             )
         x = streams.unflatten(-1, (n, width))
-        u, h_post, h_res = self.connection(x)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_of(streams):
+            _, u, h_post, h_res = ahead
+        else:
+            _, u, h_post, h_res = self.connection(x)
         self._pending = (streams, x, h_post, h_res)
         return (u, *rest)
 
@@ -57,18 +83,25 @@ class Site:
             Raises:
                 RuntimeError: the residual is not the streams that `read` saw.
             """
-            if self._pending is None or self._pending[0] is not residual:
+            pending, self._pending = self._pending, None
+            if pending is None or pending[0] is not residual:
                 raise RuntimeError(
                     "a residual slot got other streams than its norm slot read: something between"
                     " the two (a norm that returns its own residual, offloading) replaced them"
                 )
-            (_, x, h_post, h_res), self._pending = self._pending, None
+            _, x, h_post, h_res = pending
             f, bias = output_with_bias
             if training and dropout > 0:
                 f = f if bias is None else f + bias
                 f, bias = torch.nn.functional.dropout(f, dropout), None
-            y = kernels.combine(x, f, h_post, h_res, bias, backend=self.connection.mhc.backend)
-            return y.flatten(-2)
+            ended = Ended(f, h_post, h_res, bias)
+            if self.following is None:
+                return ended.combine(x, self.connection.mhc.backend).flatten(-2)
+            # through the next connection's __call__: only then are its parameters sure to be there
+            y, u, h_post, h_res = self.following.connection(x, ended)
+            streams = y.flatten(-2)
+            self.following._ahead = _Ahead(streams, u, h_post, h_res)
+            return streams
 
         return combine
 
@@ -87,14 +120,21 @@ class MHCLayer(TransformerLayer):
         check_transformer_config(config)
         super().__init__(config, *args, **kwargs)
         self.mhc = mhc
+        self.chunk = kwargs.get("vp_stage")
         first_site = 2 * (self.layer_number - 1)
         build = functools.partial(
             HyperConnection, mhc, config.hidden_size, sequence_parallel=config.sequence_parallel
         )
         self.attention_connection = build(first_site)
         self.mlp_connection = build(first_site + 1)
-        self.self_attn_bda = _fill_slots(self.input_layernorm, self.attention_connection)
-        self.mlp_bda = _fill_slots(self.pre_mlp_layernorm, self.mlp_connection)
+        self.attention_site = Site(self.attention_connection)
+        self.mlp_site = Site(self.mlp_connection)
+        self.input_layernorm.register_forward_pre_hook(self.attention_site.read)
+        self.self_attn_bda = self.attention_site.write
+        self.pre_mlp_layernorm.register_forward_pre_hook(self.mlp_site.read)
+        self.mlp_bda = self.mlp_site.write
+        self.attention_site.following = self.mlp_site
+        _link_to_layer_before(self)
         self.is_entry = self.layer_number == 1
         self.is_exit = self.layer_number == config.num_layers
         if self.is_exit and mhc.learned_head:
@@ -125,13 +165,26 @@ class MHCLayer(TransformerLayer):
         return state
 
 
-def _fill_slots(
-    norm: torch.nn.Module, connection: HyperConnection
-) -> Callable[[bool, bool], Callable[..., Tensor]]:
-    """Put a site in front of the norm; return what fills the residual slot."""
-    site = Site(connection)
-    norm.register_forward_pre_hook(site.read)
-    return site.write
+_last_built: weakref.ref[MHCLayer] | None = None
+
+
+def _link_to_layer_before(layer: MHCLayer) -> None:
+    """Let the layer before, if one was just built for the same stage, compute this one's `pre`.
+
+    Not under full recompute: what one checkpointed layer leaves on the next would have no gradient.
+    """
+    global _last_built
+    before = _last_built() if _last_built is not None else None
+    _last_built = weakref.ref(layer)
+    if (
+        before is not None
+        and before.config is layer.config
+        and before.chunk == layer.chunk
+        and before.layer_number == layer.layer_number - 1
+        and before.mlp_site.following is None
+        and layer.config.recompute_granularity != "full"
+    ):
+        before.mlp_site.following = layer.attention_site
 
 
 @functools.cache

@@ -124,11 +124,16 @@ def single_scenarios(folder: str) -> dict[str, dict[str, Any]]:
         "sgd head": {"optimizer": SGD, "mhc": HEAD},
         "adam": {"optimizer": UNCLIPPED},
         "dropout": {"config": DROPOUT},
+        "dropout, layers apart": {"config": DROPOUT, "fuse": "layer"},
         "recompute": {"config": {**DROPOUT, **FULL_RECOMPUTE}},
         "recompute core_attn": {
             "config": {**DROPOUT, "recompute_granularity": "selective"},
         },
         "bf16": {"bf16": True},
+        "sgd apart": {"optimizer": SGD, "fuse": "none"},
+        "sgd interrupted": {"optimizer": SGD, "interrupt": True},
+        "sgd hc": {"optimizer": SGD, "mhc": {"variant": "hc"}},
+        "sgd hc apart": {"optimizer": SGD, "mhc": {"variant": "hc"}, "fuse": "none"},
         "first half": {"optimizer": SGD, "mhc": HEAD, "steps": 2, "save": f"{folder}/one"},
         "second half": {
             "optimizer": SGD,
@@ -246,9 +251,23 @@ def test_bf16_keeps_mhc_in_fp32(pair: dict[str, Any], single: dict[str, Any]) ->
     assert (got.to(torch.bfloat16).float() != got).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["recompute", "recompute core_attn"])
-def test_activation_recompute_is_exact(single: dict[str, Any], kind: str) -> None:
-    assert_same_training(single[kind], single["dropout"], bound=None)
+@pytest.mark.parametrize(
+    ("kind", "without"),
+    # under full recompute no boundary between layers is fused: a checkpoint's edge lies there
+    [("recompute", "dropout, layers apart"), ("recompute core_attn", "dropout")],
+)
+def test_activation_recompute_is_exact(single: dict[str, Any], kind: str, without: str) -> None:
+    assert_same_training(single[kind], single[without], bound=None)
+
+
+@pytest.mark.parametrize("variant", ["sgd", "sgd hc"])
+def test_fused_boundaries_train_as_separate_ones(single: dict[str, Any], variant: str) -> None:
+    """The same operations; autograd adds a stream's gradients in another order."""
+    assert_same_training(single[variant], single[f"{variant} apart"], bound=SUMMATION_ORDER)
+
+
+def test_an_exception_in_mid_forward_leaves_the_next_step_right(single: dict[str, Any]) -> None:
+    assert_same_training(single["sgd interrupted"], single["sgd"], bound=None)
 
 
 def test_dropout_is_on(single: dict[str, Any]) -> None:

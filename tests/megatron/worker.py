@@ -56,6 +56,9 @@ class Scenario:
         perturb: give mHC's parameters values of a trained model's size instead of their start.
         save, load: folders of a distributed checkpoint of the model.
         bf16: train in bf16.
+        fuse: which boundaries between sites run in one operation: "all", "layer" (none across
+            layers) or "none".
+        interrupt: throw an exception in the middle of a forward before training, and catch it.
     """
 
     steps: int = 3
@@ -71,6 +74,8 @@ class Scenario:
     load: str | None = None
     first_step: int = 0
     bf16: bool = False
+    fuse: str = "all"
+    interrupt: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -152,7 +157,27 @@ def build(s: Scenario, config: TransformerConfig) -> GPTModel:
     )
     if s.perturb:
         perturb(model)
+    for layer in model.decoder.layers if s.mhc is not None else ():
+        if s.fuse != "all":
+            layer.mlp_site.following = None
+        if s.fuse == "none":
+            layer.attention_site.following = None
     return model
+
+
+def interrupted_forward(s: Scenario, model: GPTModel) -> None:
+    """A forward that an exception ends in the second layer's MLP, behind a site's own work."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.decoder.layers[1].mlp.register_forward_pre_hook(interrupt)
+    try:
+        forward_step(batches(s, 99), model)
+    except KeyboardInterrupt:
+        hook.remove()
+    else:
+        raise AssertionError("the forward was not interrupted")
 
 
 def batches(s: Scenario, step: int) -> Iterator[Tensor]:
@@ -246,6 +271,8 @@ def run(s: Scenario) -> dict[str, Any]:
         optimizer.reload_model_params()
     if s.ddp.get("overlap_param_gather"):
         config.param_sync_func = model.start_param_sync
+    if s.interrupt:
+        interrupted_forward(s, core)
     losses, gradients = [], []
     for step in range(s.first_step, s.first_step + s.steps):
         model.zero_grad_buffer()
