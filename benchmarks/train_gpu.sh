@@ -4,11 +4,11 @@
 #   benchmarks/train_gpu.sh [FOLDER]
 #
 # First examples/gpt/train.sh; then, where FOLDER holds a stock pretrain_gpt.py of Megatron-LM, that
-# one through the runner with the same flags, and says whether the two print the same losses: they
-# do where attention is deterministic, which Transformer Engine is with the variable below.
+# one through the runner with the same flags, and says whether the two print the same losses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STOCK=${1:-}
+# Transformer Engine's attention has a faster backward that adds in any order.
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO=0
 export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs} ITERATIONS=100
 

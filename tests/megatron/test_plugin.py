@@ -283,6 +283,7 @@ def test_every_patch_of_the_plugin_undoes_cleanly() -> None:
     from megatron_mhc.patches import registry
     from megatron_mhc.patches.registry import locate
 
+    registry.undo()  # what with_mhc applied in the tests above
     patches = plugin_patches()
     held = [vars(owner)[name] for owner, name in (locate(patch.target) for patch in patches)]
     registry.apply(*patches)

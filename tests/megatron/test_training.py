@@ -266,6 +266,13 @@ def test_fused_boundaries_train_as_separate_ones(single: dict[str, Any], variant
     assert_same_training(single[variant], single[f"{variant} apart"], bound=SUMMATION_ORDER)
 
 
+def test_layers_are_linked_within_their_own_model(single: dict[str, Any]) -> None:
+    """Many models are built in that process, one after another; recompute keeps layers apart."""
+    for name, result in single.items():
+        linked = name != "recompute" and "apart" not in name
+        assert result["linked"] == [linked] * 3, name
+
+
 def test_an_exception_in_mid_forward_leaves_the_next_step_right(single: dict[str, Any]) -> None:
     assert_same_training(single["sgd interrupted"], single["sgd"], bound=None)
 

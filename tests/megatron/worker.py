@@ -4,6 +4,7 @@ torchrun --nproc-per-node N -m tests.megatron.worker SCENARIOS_AS_JSON RESULT_FI
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import zlib
@@ -238,7 +239,8 @@ def run(s: Scenario) -> dict[str, Any]:
 
     Returns:
         losses (one a step), parameters (whole, after training), gradients (of the parameters of
-        mHC on this rank, a dict a step), dtypes and weight_decay (of each parameter, by name).
+        mHC on this rank, a dict a step), dtypes and weight_decay (of each parameter, by name), and
+        linked (for each layer but the last, whether its last site knows the next layer's first).
     """
     parallel_state.initialize_model_parallel(**s.parallel)
     config = transformer_config(s)
@@ -309,6 +311,11 @@ def run(s: Scenario) -> dict[str, Any]:
         "gradients": gradients,
         "parameters": full_parameters(core),
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
+        "linked": [
+            layer.mlp_site.following is after.attention_site
+            for layer, after in itertools.pairwise(core.decoder.layers)
+            if s.mhc is not None
+        ],
         "weight_decay": {
             names[parameter]: group["wd_mult"]
             for group in optimizer.param_groups
