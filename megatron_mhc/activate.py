@@ -6,15 +6,17 @@ import torch
 
 from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
+from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
     validation_patch,
 )
 
-from . import arguments, parameters, report
+from . import arguments, monitor, parameters, pipeline, report
 
 
 class _Seen:
@@ -39,16 +41,23 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
     if not getattr(get_args(), "mhc", False):
         return
     config, source = arguments.active_config()
-    sites, count = report.check_model(chunks, config)
+    report.check_model(chunks, config)
+    pipeline.check_stages(chunks, config)
+    args = get_args()
+    counts = report.sites_and_parameters(config, args.num_layers, args.hidden_size)
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     if seen.banner is None:
-        seen.banner = report.banner(config, source, sites, count, device)
+        seen.banner = report.banner(config, source, *counts, device)
         report.print_banner(seen.banner)
 
 
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
-    return (*parameter_group_patches(parameters.MARK), *OPTIMIZER_CHECKPOINT_PATCHES)
+    return (
+        *parameter_group_patches(parameters.MARK),
+        *OPTIMIZER_CHECKPOINT_PATCHES,
+        pipeline_width_patch(pipeline.streams_of),
+    )
 
 
 def plugin_patches() -> tuple[Patch, ...]:
@@ -57,6 +66,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         arguments_patch(_add_arguments),
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
+        metrics_patch(monitor.observe),
         *model_patches(),
         SHIPPED_HELPERS,
     )

@@ -49,9 +49,18 @@ CONFLICTS = (
         "the norm slot reads the streams; take layernorm off the list",
     ),
     Conflict(
-        "--pipeline-model-parallel-size > 1",
-        lambda s: (getattr(s, "pipeline_model_parallel_size", None) or 1) > 1,
-        "streams between stages are not built yet; use one stage",
+        "--no-overlap-p2p-communication with two stages and virtual ones",
+        lambda s: (
+            getattr(s, "pipeline_model_parallel_size", None) == 2
+            and getattr(s, "virtual_pipeline_model_parallel_size", None) is not None
+            and not getattr(s, "overlap_p2p_comm", False)
+        ),
+        "Megatron mixes up its messages there (Megatron-LM issue 1450); drop the flag",
+    ),
+    Conflict(
+        "--heterogeneous-layers-config-path",
+        _is_set("heterogeneous_block_specs"),
+        "layers of different kinds are not tried yet; drop the flag",
     ),
     Conflict(
         "--mtp-num-layers",

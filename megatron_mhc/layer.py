@@ -18,6 +18,7 @@ from torch import Tensor
 from .compatibility import check_transformer_config
 from .config import MHCConfig
 from .connection import Ended, Head, HyperConnection
+from .pipeline import mark_streams
 
 
 class _Ahead(NamedTuple):
@@ -119,6 +120,7 @@ class MHCLayer(TransformerLayer):
     def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
         check_transformer_config(config)
         super().__init__(config, *args, **kwargs)
+        mark_streams(config, mhc)
         self.mhc = mhc
         self.chunk = kwargs.get("vp_stage")
         first_site = 2 * (self.layer_number - 1)

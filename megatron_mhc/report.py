@@ -8,7 +8,6 @@ import torch
 from megatron_mhc import kernels
 
 from .config import MHCConfig
-from .parameters import is_hyper_connection
 
 
 class DenseModelError(RuntimeError):
@@ -40,20 +39,18 @@ def banner(mhc: MHCConfig, source: str, sites: int, parameters: int, device: tor
     )
 
 
-def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig) -> tuple[int, int]:
+def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig) -> None:
     """Check that every Transformer layer of the model has its two sites.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.
         mhc: the settings that were asked for.
 
-    Returns:
-        The sites and the parameters of mHC on this rank.
-
     Raises:
         DenseModelError: a layer without sites, or no layer at all.
         ValueError: the backend cannot run on the device that the model is on.
     """
+    from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
     from .layer import MHCLayer
@@ -61,16 +58,17 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig) -> tuple[int,
     modules = [(name, m) for chunk in chunks for name, m in chunk.named_modules()]
     layers = [(name, m) for name, m in modules if isinstance(m, BaseTransformerLayer)]
     dense = [name for name, layer in layers if not isinstance(layer, MHCLayer)]
-    if dense or not layers:
+    # a pipeline stage without layers is `pipeline.check_stages`'s to refuse, on all ranks at once
+    if dense or (not layers and parallel_state.get_pipeline_model_parallel_world_size() == 1):
         raise DenseModelError(
             "mHC was asked for, but "
             + (f"these layers have none: {', '.join(dense)}" if dense else "no layer has a site")
             + ". The script builds its model without args.spec: use a GPT script that honours"
             " --spec, or put with_mhc around the spec where the script makes it"
         )
-    parameters = {p for chunk in chunks for p in chunk.parameters() if is_hyper_connection(p)}
-    kernels.resolve_backend(mhc.backend, mhc.num_streams, next(iter(parameters)).device)
-    return 2 * len(layers), sum(p.numel() for p in parameters)
+    for _, layer in layers[:1]:
+        device = next(layer.parameters()).device
+        kernels.resolve_backend(mhc.backend, mhc.num_streams, device)
 
 
 def print_banner(line: str) -> None:

@@ -66,9 +66,12 @@ def test_deepseek_v4_starts_within_its_eps() -> None:
 
 
 def test_the_start_of_zeros_is_another_function() -> None:
-    """What the comparisons above would show if init=residual did nothing."""
+    """What the comparisons above would show if init=residual did nothing.
+
+    Not much: H_pre is then 2 in sum, which a norm takes back but for its eps, and H_post is 1.
+    """
     results = run_scenarios(1, start_scenarios())
-    assert abs(results["dense zero"]["losses"][0] - results["dense"]["losses"][0]) > 1e-4
+    assert results["dense zero"]["losses"][0] != pytest.approx(results["dense"]["losses"][0], 3e-6)
 
 
 def test_mhc_moves_away_from_the_ordinary_model() -> None:

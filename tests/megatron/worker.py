@@ -40,8 +40,9 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
+from megatron_mhc.pipeline import check_stages  # noqa: E402
 
-VOCABULARY, SEQUENCE, BATCH = 128, 32, 4
+VOCABULARY, SEQUENCE = 128, 32
 
 
 @dataclasses.dataclass
@@ -50,8 +51,11 @@ class Scenario:
 
     Attributes:
         mhc: settings of MHCConfig, or None for the ordinary model.
+        mhc_by_rank: these instead, one for each rank.
         config: settings of TransformerConfig beyond the tiny defaults.
         parallel: keyword arguments of initialize_model_parallel.
+        tied: whether the output layer's weight is the embedding's.
+        evaluate: after training, run the microbatches of one more step forward only.
         ddp, optimizer: settings of the distributed wrapper and the optimizer.
         kind: the spec: "dense", "moe", "mla" or "block" (a dense TransformerBlockSubmodules).
         perturb: give mHC's parameters values of a trained model's size instead of their start.
@@ -64,6 +68,7 @@ class Scenario:
 
     steps: int = 3
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
+    mhc_by_rank: list[dict[str, Any]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -71,6 +76,9 @@ class Scenario:
     kind: str = "dense"
     perturb: bool = True
     microbatches: int = 2
+    batch: int = 4
+    tied: bool = True
+    evaluate: bool = False
     save: str | None = None
     load: str | None = None
     first_step: int = 0
@@ -95,6 +103,14 @@ def transformer_config(s: Scenario) -> TransformerConfig:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": s.parallel.get("tensor_model_parallel_size", 1),
+        "pipeline_model_parallel_size": s.parallel.get("pipeline_model_parallel_size", 1),
+        "virtual_pipeline_model_parallel_size": s.parallel.get(
+            "virtual_pipeline_model_parallel_size"
+        ),
+        # Megatron's own defaults for the interleaved schedule
+        "overlap_p2p_comm": "virtual_pipeline_model_parallel_size" in s.parallel,
+        "batch_p2p_comm": "virtual_pipeline_model_parallel_size" not in s.parallel,
+        "deallocate_pipeline_outputs": True,
         "bf16": s.bf16,
         "params_dtype": torch.bfloat16 if s.bf16 else torch.float32,
         "pipeline_dtype": torch.bfloat16 if s.bf16 else torch.float32,
@@ -122,30 +138,59 @@ def transformer_config(s: Scenario) -> TransformerConfig:
     return TransformerConfig(**(settings | s.config))
 
 
-def layer_spec(s: Scenario, config: TransformerConfig) -> Any:
+def layer_spec(s: Scenario, config: TransformerConfig, chunk: int | None) -> Any:
     """The spec that Megatron's own function returns for this kind of model."""
     if s.kind in ("moe", "block"):
-        return specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        return specs.get_gpt_decoder_block_spec(config, False, vp_stage=chunk)
     if s.kind == "mla":
         return specs.get_gpt_layer_local_spec(multi_latent_attention=True)
     return specs.get_gpt_layer_local_spec(normalization=config.normalization)
 
 
-def perturb(model: torch.nn.Module) -> None:
-    """mHC's parameters as far from their start as training takes them, the same on every rank."""
-    for name, parameter in model.named_parameters():
-        if is_hyper_connection(parameter):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = {"phi": 0.05, "theta": 0.05, "alpha": 0.3}.get(name.split(".")[-1], 0.5)
-            parameter.data += scale * noise
+PERTURBATION = {"phi": 0.05, "theta": 0.05, "alpha": 0.3, "bias": 0.5}
+"""How far training takes mHC's parameters from their start."""
 
 
-def build(s: Scenario, config: TransformerConfig) -> GPTModel:
-    """The model of a scenario, with the same initial weights in every scenario of its kind."""
-    torch.manual_seed(7)
+@torch.no_grad()
+def seed_weights(model: GPTModel, perturb: bool) -> None:
+    """Give every weight the values that its global name stands for, however it is split.
+
+    Matrices of Megatron's are drawn anew; mHC's parameters are moved from their start if asked to.
+    """
+    for leaf in whole_model_shards(model):
+        _, _, owner, name = f"..{leaf.key}".rsplit(".", 3)
+        ours = "connection" in owner or owner == "head"
+        if (ours and not perturb) or (not ours and len(leaf.global_shape) < 2):
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(leaf.key.encode()))
+        whole = torch.randn(leaf.global_shape, generator=generator)
+        shape = (1,) * (len(leaf.global_shape) - leaf.data.dim()) + tuple(leaf.data.shape)
+        part = whole[
+            tuple(slice(o, o + e) for o, e in zip(leaf.global_offset, shape, strict=True))
+        ].reshape(leaf.data.shape)
+        if ours:
+            leaf.data.add_(PERTURBATION.get(name, 0.05) * part)
+        else:
+            leaf.data.copy_(0.1 * part)
+
+
+def whole_model_shards(model: GPTModel) -> list[ShardedTensor]:
+    """This rank's parameters as shards of the whole model's, by checkpoint key."""
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    apply_factories(state)
+    return list(_leaves(state))
+
+
+def build(s: Scenario, config: TransformerConfig) -> list[GPTModel]:
+    """This rank's model chunks, with the same initial weights in every scenario of their kind."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    return [build_chunk(s, config, chunk if virtual else None) for chunk in range(virtual or 1)]
+
+
+def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GPTModel:
+    """One chunk of the model. Its weights are those of the whole model, built alike everywhere."""
     model_parallel_cuda_manual_seed(7)
-    spec = layer_spec(s, config)
+    spec = layer_spec(s, config, chunk)
     if s.mhc is not None:
         spec = with_mhc(spec, MHCConfig(**s.mhc))
     model = GPTModel(
@@ -154,10 +199,12 @@ def build(s: Scenario, config: TransformerConfig) -> GPTModel:
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
+        share_embeddings_and_output_weights=s.tied,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
     )
-    if s.perturb:
-        perturb(model)
+    seed_weights(model, s.perturb)
     for layer in model.decoder.layers if s.mhc is not None else ():
         if s.fuse != "all":
             layer.mlp_site.following = None
@@ -185,7 +232,7 @@ def batches(s: Scenario, step: int) -> Iterator[Tensor]:
     """This data-parallel rank's microbatches of tokens [b, SEQUENCE + 1]."""
     # two batches in turn: few enough to be learnt by heart
     generator = torch.Generator().manual_seed(1000 + step % 2)
-    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
+    tokens = torch.randint(0, VOCABULARY, (s.batch, SEQUENCE + 1), generator=generator)
     ranks = parallel_state.get_data_parallel_world_size()
     for microbatch in tokens.chunk(s.microbatches):
         yield microbatch.chunk(ranks)[parallel_state.get_data_parallel_rank()]
@@ -206,13 +253,12 @@ def forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[Te
     return losses, loss
 
 
-def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:
     """Every parameter of the whole model by its checkpoint key, put together from all ranks."""
-    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    apply_factories(state)
     shards = [
         (leaf.key, tuple(leaf.global_shape), leaf.global_offset, leaf.data.detach().clone())
-        for leaf in _leaves(state)
+        for chunk in chunks
+        for leaf in whole_model_shards(chunk)
     ]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, shards)
@@ -223,6 +269,15 @@ def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
         whole = full.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))
         whole[tuple(slice(o, o + e) for o, e in zip(offset, data.shape, strict=True))] = data
     return full
+
+
+def mean_loss(reduced: list[dict[str, Tensor]]) -> float:
+    """A step's loss, from the last stages of all data-parallel ranks."""
+    mine = [entry["loss"].item() for entry in reduced]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    losses = torch.tensor([loss for rank in gathered for loss in rank])
+    return losses.mean().item()
 
 
 def _leaves(state: Any) -> Iterator[ShardedTensor]:
@@ -243,12 +298,24 @@ def run(s: Scenario) -> dict[str, Any]:
         linked (for each layer but the last, whether its last site knows the next layer's first).
     """
     parallel_state.initialize_model_parallel(**s.parallel)
+    if s.mhc_by_rank is not None:
+        s.mhc = s.mhc_by_rank[dist.get_rank()]
     config = transformer_config(s)
     config.finalize_model_grads_func = finalize_model_grads
-    core = build(s, config)
-    module = Float16Module(config, core) if s.bf16 else core
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(**s.ddp), module)
-    config.no_sync_func = model.no_sync
+    cores = build(s, config)
+    if s.mhc is not None:
+        check_stages(cores, MHCConfig(**s.mhc))
+    model = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(**s.ddp),
+            Float16Module(config, core) if s.bf16 else core,
+            disable_bucketing=index > 0,
+        )
+        for index, core in enumerate(cores)
+    ]
+    no_sync = [chunk.no_sync for chunk in model]
+    config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             **{
@@ -264,52 +331,61 @@ def run(s: Scenario) -> dict[str, Any]:
             }
             | s.optimizer
         ),
-        [model],
+        model,
     )
     config.grad_scale_func = optimizer.scale_loss
     if s.load is not None:
+        (core,) = cores
         state = dist_checkpointing.load({"model": core.sharded_state_dict()}, s.load)
         core.load_state_dict(state["model"])
         optimizer.reload_model_params()
     if s.ddp.get("overlap_param_gather"):
-        config.param_sync_func = model.start_param_sync
+        config.param_sync_func = model[0].start_param_sync
     if s.interrupt:
-        interrupted_forward(s, core)
-    losses, gradients = [], []
-    for step in range(s.first_step, s.first_step + s.steps):
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
+        interrupted_forward(s, cores[0])
+    ranks = parallel_state.get_data_parallel_world_size()
+
+    def run_step(step: int, forward_only: bool = False) -> float:
+        iterators = [batches(s, step) for _ in model]
         reduced = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches(s, step),
-            model=[model],
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model,
             num_microbatches=s.microbatches,
             seq_length=SEQUENCE,
-            micro_batch_size=BATCH
-            // s.microbatches
-            // parallel_state.get_data_parallel_world_size(),
-            forward_only=False,
+            micro_batch_size=s.batch // s.microbatches // ranks,
+            forward_only=forward_only,
         )
+        return mean_loss(reduced)
+
+    losses, gradients = [], []
+    for step in range(s.first_step, s.first_step + s.steps):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses.append(run_step(step))
         gradients.append(
             {
                 name: parameter.main_grad.detach().clone()
+                for core in cores
                 for name, parameter in core.named_parameters()
                 if is_hyper_connection(parameter)
             }
         )
         optimizer.step()
-        loss = torch.stack([entry["loss"] for entry in reduced]).mean()
-        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-        losses.append((loss / parallel_state.get_data_parallel_world_size()).item())
     if s.ddp.get("overlap_param_gather"):
-        model.disable_forward_pre_hook(param_sync=True)
+        model[0].disable_forward_pre_hook(param_sync=True)
+    if s.evaluate:
+        with torch.no_grad():
+            losses.append(run_step(s.first_step + s.steps, forward_only=True))
     if s.save is not None:
-        dist_checkpointing.save({"model": core.sharded_state_dict()}, s.save)
+        dist_checkpointing.save({"model": cores[0].sharded_state_dict()}, s.save)
+    core = cores[0]
     names = {parameter: name for name, parameter in core.named_parameters()}
     result = {
         "losses": losses,
         "gradients": gradients,
-        "parameters": full_parameters(core),
+        "parameters": full_parameters(cores),
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
         "linked": [
             layer.mlp_site.following is after.attention_site

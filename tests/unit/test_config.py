@@ -118,7 +118,12 @@ GIVEN = {
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn", "layernorm"],
     },
-    "--pipeline-model-parallel-size > 1": {"pipeline_model_parallel_size": 2},
+    "--no-overlap-p2p-communication with two stages and virtual ones": {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p_comm": False,
+    },
+    "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
     "--mtp-num-layers": {"mtp_num_layers": 1},
     "--cuda-graph-impl": {"cuda_graph_impl": "local"},
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
@@ -132,7 +137,7 @@ GIVEN = {
 @pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda conflict: conflict.flag)
 def test_conflicts_are_named(conflict) -> None:
     plain = {"recompute_modules": ["core_attn"], "cuda_graph_impl": "none", "mtp_num_layers": None}
-    check_transformer_config(argparse.Namespace(**plain, pipeline_model_parallel_size=1))
+    check_transformer_config(argparse.Namespace(**plain, pipeline_model_parallel_size=2))
     settings = argparse.Namespace(**(plain | GIVEN[conflict.flag]))
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings)

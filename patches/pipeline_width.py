@@ -1,0 +1,48 @@
+"""A patch of Megatron's pipeline communication: stages exchange [s, b, n*C] instead of [s, b, C].
+
+Both schedules (1F1B and interleaved) take the width from `config.hidden_size` and hand it to
+`P2PCommunicator`, whose `_communicate` makes the tensors that are received: the one place for both.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from .registry import Patch
+
+
+def pipeline_width_patch(streams_of: Callable[[Any], int]) -> Patch:
+    """`streams_of(config)` says how many streams a model of this configuration has: 1 for none."""
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _communicate(self: Any, *, tensor_shape: Any, **kwargs: Any) -> Any:
+            n = streams_of(self.config)
+            # without a shape, or where stages tell each other theirs, there is nothing to widen
+            if n > 1 and tensor_shape and not self.config.variable_seq_lengths:
+                tensor_shape = (*tensor_shape[:-1], n * tensor_shape[-1])
+                for name in ("tensor_send_next", "tensor_send_prev"):
+                    _check_sent(name, kwargs.get(name), tensor_shape)
+            return original(self, tensor_shape=tensor_shape, **kwargs)
+
+        return _communicate
+
+    return Patch(
+        id="pipeline-width",
+        target="megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate",
+        replace=replace,
+        why="pipeline stages exchange n streams",
+    )
+
+
+def _check_sent(name: str, tensor: Any, wanted: tuple[int, ...]) -> None:
+    """Backends compare bytes, not shapes: another shape would arrive as nonsense, or hang.
+
+    Raises:
+        ValueError: the tensor to send has another shape than the receiver makes room for.
+    """
+    if tensor is not None and tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"a pipeline stage is about to send {name} of shape {tuple(tensor.shape)} and the next"
+            f" one expects {wanted}: sequence, micro-batch, streams times hidden size"
+        )

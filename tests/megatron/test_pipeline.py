@@ -1,0 +1,118 @@
+"""n-wide streams between pipeline stages: every schedule trains as one process does."""
+
+from typing import Any
+
+import pytest
+
+from tests.megatron.launch import assert_same_training, run_scenarios
+from tests.megatron.test_training import SGD, SUMMATION_ORDER, UNCLIPPED
+
+# No gradient norm and no tied weight: both are summed in another order over stages. Boundaries
+# between layers apart, as they are between stages: fusing one adds its gradients in another order.
+EXACT: dict[str, Any] = {
+    "optimizer": UNCLIPPED,
+    "tied": False,
+    "fuse": "layer",
+    "evaluate": True,
+    "batch": 8,
+}
+HEAD = {"convention": "deepseek_v4"}
+FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+def stages(size: int, **more: int) -> dict[str, int]:
+    """Arguments of initialize_model_parallel for so many stages."""
+    return {"pipeline_model_parallel_size": size, **more}
+
+
+VIRTUAL = stages(2, virtual_pipeline_model_parallel_size=2)
+UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
+EMBEDDING = {"num_layers": 3, "account_for_embedding_in_pipeline_split": True}
+# microbatches fewer than, as many as and more than the stages
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "1F1B, 1 microbatch": (2, {"microbatches": 1}, {"parallel": stages(2)}),
+    "1F1B, 2 microbatches": (2, {"microbatches": 2}, {"parallel": stages(2)}),
+    "1F1B, 4 microbatches": (2, {"microbatches": 4}, {"parallel": stages(2)}),
+    "interleaved": (2, {"microbatches": 4}, {"parallel": VIRTUAL}),
+    "uneven stages": (2, {"microbatches": 4}, {"parallel": stages(2), "config": UNEVEN}),
+    "embedding counted": (
+        2,
+        {"microbatches": 4, "config": {"num_layers": 3}},
+        {"parallel": stages(2), "config": EMBEDDING},
+    ),
+    "learned head": (2, {"microbatches": 4, "mhc": HEAD}, {"parallel": stages(2)}),
+    "MoE": (2, {"microbatches": 4, "kind": "moe"}, {"parallel": stages(2)}),
+    "block spec, interleaved": (2, {"microbatches": 4, "kind": "block"}, {"parallel": VIRTUAL}),
+    "full recompute": (
+        2,
+        {"microbatches": 4, "config": FULL_RECOMPUTE},
+        {"parallel": stages(2)},
+    ),
+    "ordinary model": (2, {"microbatches": 4, "mhc": None}, {"parallel": stages(2)}),
+    # each rank's one microbatch is one of the process's two: their gradients are added alike
+    "DP=2, overlapped": (
+        4,
+        {"microbatches": 2},
+        {
+            "parallel": stages(2),
+            "microbatches": 1,
+            "ddp": {"overlap_grad_reduce": True, "use_distributed_optimizer": True},
+        },
+    ),
+    "four stages": (4, {"microbatches": 4}, {"parallel": stages(4)}),
+}
+ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "tied, fused": (
+        2,
+        {"optimizer": SGD, "microbatches": 4, "batch": 8},
+        {"parallel": stages(2)},
+    ),
+    "TP=2 with sequence parallelism": (
+        4,
+        {"optimizer": SGD, "microbatches": 4, "batch": 8},
+        {
+            "parallel": stages(2, tensor_model_parallel_size=2),
+            "config": {"sequence_parallel": True},
+        },
+    ),
+}
+
+
+def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a case trains in its stages, and in one process; all of a size in one torchrun."""
+    split: dict[int, dict[str, dict[str, Any]]] = {2: {}, 4: {}}
+    alone: dict[str, dict[str, Any]] = {}
+    for table, common in ((CASES, EXACT), (ROUNDED, {})):
+        for name, (size, both, apart) in table.items():
+            alone[name] = {**common, **both}
+            split[size][name] = {**common, **both, **apart}
+    size = (CASES | ROUNDED)[case][0]
+    return run_scenarios(size, split[size])[case], run_scenarios(1, alone)[case]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stages_train_as_one_process_bit_for_bit(case: str) -> None:
+    split, alone = results(case)
+    assert_same_training(split, alone, bound=None)
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
+    split, alone = results(case)
+    assert_same_training(split, alone, bound=SUMMATION_ORDER)
+
+
+def test_a_stage_without_sites_is_refused() -> None:
+    settings = {"config": {"pipeline_model_parallel_layout": "Etttt|L"}, "parallel": stages(2)}
+    with pytest.raises(AssertionError, match="no Transformer layer, so no site"):
+        run_scenarios(2, {"bad": settings})
+
+
+def test_stages_that_differ_in_width_are_refused() -> None:
+    settings = {"mhc_by_rank": [{"num_streams": 4}, {"num_streams": 2}], "parallel": stages(2)}
+    with pytest.raises(AssertionError, match="stages differ in streams times hidden size"):
+        run_scenarios(2, {"bad": settings})
