@@ -149,6 +149,7 @@ def single_scenarios(folder: str) -> dict[str, dict[str, Any]]:
     }
 
 
+EXPERT_PARALLEL = {"expert_model_parallel_size": 2}
 TENSOR_PARALLEL = {"tensor_model_parallel_size": 2}
 OVERLAP = {
     "use_distributed_optimizer": True,
@@ -174,6 +175,14 @@ def pair_scenarios(folder: str) -> dict[str, dict[str, Any]]:
         },
         "dp": {**one, "ddp": OVERLAP, "optimizer": UNCLIPPED},
         "dp bf16": {**one, "ddp": OVERLAP, "bf16": True},
+        "ep": {**one, "optimizer": SGD, "kind": "moe", "parallel": EXPERT_PARALLEL},
+        "ep allgather": {
+            **one,
+            "optimizer": SGD,
+            "kind": "moe",
+            "parallel": EXPERT_PARALLEL,
+            "config": {"moe_token_dispatcher_type": "allgather"},
+        },
         "second half tp": {
             "optimizer": SGD,
             "mhc": HEAD,
@@ -213,9 +222,16 @@ SUMMATION_ORDER = 1e-5
 
 @pytest.mark.parametrize(
     ("distributed", "alone"),
-    [("tp", "sgd"), ("sp", "sgd"), ("tp head", "sgd head"), ("sp head", "sgd head")],
+    [
+        ("tp", "sgd"),
+        ("sp", "sgd"),
+        ("tp head", "sgd head"),
+        ("sp head", "sgd head"),
+        ("ep", "sgd moe"),
+        ("ep allgather", "sgd moe"),
+    ],
 )
-def test_tensor_and_sequence_parallel(
+def test_tensor_sequence_and_expert_parallel(
     pair: dict[str, Any], single: dict[str, Any], distributed: str, alone: str
 ) -> None:
     assert_same_training(pair[distributed], single[alone], bound=SUMMATION_ORDER)

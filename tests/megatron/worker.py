@@ -103,6 +103,7 @@ def transformer_config(s: Scenario) -> TransformerConfig:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": s.parallel.get("tensor_model_parallel_size", 1),
+        "expert_model_parallel_size": s.parallel.get("expert_model_parallel_size", 1),
         "pipeline_model_parallel_size": s.parallel.get("pipeline_model_parallel_size", 1),
         "virtual_pipeline_model_parallel_size": s.parallel.get(
             "virtual_pipeline_model_parallel_size"
