@@ -1,0 +1,45 @@
+"""The shape that pipeline stages make room for, and what they refuse to send."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.patches.pipeline_width import pipeline_width_patch
+from megatron_mhc.pipeline import mark_streams, streams_of
+
+
+def communicate(config: Any, shape: tuple[int, ...], **sent: torch.Tensor | None) -> Any:
+    """The shape that Megatron's own `_communicate` would be called with."""
+    patched = pipeline_width_patch(streams_of).replace(
+        lambda self, *, tensor_shape, **_: tensor_shape
+    )
+    return patched(SimpleNamespace(config=config), tensor_shape=shape, **sent)
+
+
+def config_with(mhc: MHCConfig | None, variable: bool = False) -> SimpleNamespace:
+    """What is read of a TransformerConfig."""
+    config = SimpleNamespace(variable_seq_lengths=variable)
+    if mhc is not None:
+        mark_streams(config, mhc)
+    return config
+
+
+def test_the_last_dimension_is_widened_for_mhc_alone() -> None:
+    assert communicate(config_with(MHCConfig(num_streams=4)), (16, 2, 8)) == (16, 2, 32)
+    assert communicate(config_with(MHCConfig(num_streams=1)), (16, 2, 8)) == (16, 2, 8)
+    assert communicate(config_with(None), (16, 2, 8)) == (16, 2, 8)
+    # nothing is received where there is no shape; stages tell each other theirs in the other case
+    assert communicate(config_with(MHCConfig()), ()) == ()
+    assert communicate(config_with(MHCConfig(), variable=True), (16, 2, 8)) == (16, 2, 8)
+
+
+@pytest.mark.parametrize("name", ["tensor_send_next", "tensor_send_prev"])
+def test_a_tensor_of_another_shape_is_not_sent(name: str) -> None:
+    config = config_with(MHCConfig())
+    communicate(config, (16, 2, 8), **{name: torch.empty(16, 2, 32)})
+    # as many bytes, another shape: a backend would deliver it without a word
+    with pytest.raises(ValueError, match=rf"{name} of shape \(32, 2, 16\).*expects \(16, 2, 32\)"):
+        communicate(config, (16, 2, 8), **{name: torch.empty(32, 2, 16)})
