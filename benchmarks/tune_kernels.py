@@ -20,6 +20,7 @@ import torch
 from triton.testing import do_bench, do_bench_cudagraph
 
 from megatron_mhc.kernels import triton_config as config
+from megatron_mhc.kernels import triton_launch
 from megatron_mhc.kernels.triton_gradients import (
     coefficients_gradients,
     phi_gradient,
@@ -37,19 +38,23 @@ FLOORS = {
 """Passes that each kernel must move at n = 4, partial sums left out."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
-        *itertools.product((16,), (64,), (8, 10, 16), (2,), (1,), (255,)),
-        *itertools.product((16,), (128,), (8,), (4,), (1,), (255,)),
-        *itertools.product((32,), (64,), (8,), (4,), (1,), (255,)),
-        (32, 32, 5, 2, 1, 255),
+        *itertools.product((16,), (128,), (4, 8), (4,), (1, 2), (255,)),
+        *itertools.product((16,), (64,), (8,), (4,), (1, 2, 3), (128, 168)),
+        *itertools.product((8, 16), (64,), (8,), (2,), (1, 2, 3), (255,)),
+        *itertools.product((8,), (128,), (8,), (2, 4), (1, 2), (255,)),
+        *itertools.product((32,), (64,), (8,), (4,), (1, 2), (255,)),
+        (16, 128, 8, 8, 1, 128),
+        (8, 256, 16, 8, 1, 128),
     ],
-    "finish": list(itertools.product((4, 8), (256, 512), (1,), (4,), (1,))),
-    "coefficients_backward": list(itertools.product((8, 16), (64, 128), (1,), (4, 8), (1,))),
+    "finish": list(itertools.product((4, 8, 16), (128, 256, 512), (1,), (4,), (1,))),
+    "coefficients_backward": list(itertools.product((8, 16), (64, 128, 256), (1,), (4, 8), (1,))),
     "streams_backward": [
-        *itertools.product((8,), (64,), (8, 16), (2,), (1,), (255,)),
+        *itertools.product((8,), (64,), (4, 8, 16), (2,), (1,), (255,)),
         *itertools.product((16,), (64,), (8,), (4,), (1,), (255,)),
-        *itertools.product((8,), (32,), (8,), (1,), (1,), (255,)),
+        *itertools.product((8,), (128,), (8,), (4,), (1,), (255,)),
+        *itertools.product((16,), (32,), (8,), (2,), (1,), (255,)),
     ],
-    "phi_gradient": list(itertools.product((64,), (128, 256), (4, 7, 8), (4,), (2,))),
+    "phi_gradient": list(itertools.product((64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
 }
 
 
@@ -100,8 +105,11 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     }
 
 
-def compile_tiles(width: int, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
+def compile_tiles(
+    width: int, apart: bool, terms: int, tiles: list[tuple[str, tuple[int, ...]]]
+) -> None:
     """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
+    config.SEPARATE_D_PHI, triton_launch.PHI_TERMS = apart, terms
     calls = subjects(64, width)
     for kernel, numbers in tiles:
         default = getattr(config, kernel)
@@ -122,7 +130,13 @@ def main() -> None:
     parser.add_argument("--tiles", nargs="*", default=[], help="KERNEL=tokens,channels,...")
     parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
     parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
+    parser.add_argument(
+        "--phi-apart", action=argparse.BooleanOptionalAction, default=config.SEPARATE_D_PHI
+    )
+    parser.add_argument("--terms", type=int, default=triton_launch.PHI_TERMS, help="2 or 4")
     arguments = parser.parse_args()
+    triton_launch.PHI_TERMS = arguments.terms
+    config.SEPARATE_D_PHI = arguments.phi_apart
     grids = {kernel: GRIDS[kernel] for kernel in arguments.kernels}
     if arguments.tiles:
         grids = {}
@@ -137,6 +151,8 @@ def main() -> None:
             target=compile_tiles,
             args=(
                 arguments.width,
+                arguments.phi_apart,
+                arguments.terms,
                 everything[i :: arguments.processes],
             ),
         )

@@ -40,28 +40,18 @@ def padded(count: int) -> int:
     return size
 
 
-def share(tokens: int, splits: int) -> int:
-    """Tokens a program of a kernel that splits them goes through: a multiple of any tile's."""
-    return -(-tokens // (splits * 64)) * 64
-
-
-def _splits(width: int, channels: int, slots: int) -> int:
-    """Token shares for which all programs run at once: `slots` fit on a Hopper GPU's 132 SMs."""
-    return max(1, slots // -(-width // channels))
-
-
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.project_kernel`: a block of channels, a share of the tokens in turn."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=16, warps=4, stages=1)
-    return Tile(tokens=16, channels=64, splits=_splits(width, 64, 660), warps=2, stages=1)
+    return Tile(tokens=16, channels=128, splits=8, warps=4, stages=1)
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.finish_kernel`: a few tokens a program, all channels in turn."""
-    return Tile(tokens=4, channels=256 if n <= 4 else 128, warps=4, stages=2)
+    return Tile(tokens=8, channels=256 if n <= 4 else 128, warps=4, stages=2)
 
 
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
@@ -75,15 +65,18 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
-    return Tile(tokens=8, channels=64, splits=_splits(width, 64, 528), warps=2, stages=1)
+    return Tile(tokens=8, channels=64, splits=8, warps=2, stages=1)
+
+
+SEPARATE_D_PHI = True
+"""Whether phi's gradient has a kernel of its own, which reads the streams once more."""
 
 
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_gradients.phi_kernel`: a block of the n*C columns, a share of the tokens in turn."""
-    if dtype != torch.bfloat16 or n == 8:
+    if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
-    splits = _splits(n * width, 128, 900)
-    return Tile(tokens=64, channels=128, splits=splits, warps=4, stages=2)
+    return Tile(tokens=64, channels=128, splits=8, warps=4, stages=2)
 
 
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:

@@ -24,24 +24,6 @@ def product(a, b, accumulator):
 
 
 @triton.jit
-def tokens_from_the_ends(share, SHARES: tl.constexpr, BT: tl.constexpr):
-    """This program's first token, when programs go through all shares at once from their ends.
-
-    The kernel before went through them forward and left their ends in the L2 cache; the kernel
-    after will begin with their beginnings, which this order leaves there.
-    """
-    program = tl.program_id(0)
-    return (program % SHARES + 1) * share - (program // SHARES + 1) * BT
-
-
-@triton.jit
-def two_terms(value):
-    """An fp32 tile as two bf16 tiles whose sum carries 16 of its bits."""
-    high = value.to(tl.bfloat16)
-    return high, (value - high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def computed_once(tile):
     """The same tile, behind a wall (for 16 bits) that keeps Triton from computing it twice.
 

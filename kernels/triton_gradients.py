@@ -18,19 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_device import (
-    load_columns,
-    load_streams,
-    product,
-    row_sums,
-    sinkhorn_backward,
-    tokens_from_the_ends,
-    two_terms,
-)
-from .triton_launch import dense, on_device, phi_terms
+from .triton_device import load_columns, load_streams, product, row_sums, sinkhorn_backward
+from .triton_launch import dense, on_device, pack_weights
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
     x_ptr,
     du_ptr,
@@ -46,7 +38,6 @@ def coefficients_kernel(
     h_pre_ptr,
     d_parameters_ptr,
     T,
-    share,
     pre_eps,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -57,7 +48,6 @@ def coefficients_kernel(
     HAS_RES: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
-    SHARES: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -71,7 +61,7 @@ def coefficients_kernel(
     program = tl.program_id(0)
     d_bias_ptr = d_parameters_ptr + program * (ROWS + ALPHAS)
     d_alpha_ptr = d_bias_ptr + ROWS
-    t = tokens_from_the_ends(share, SHARES, BT) + tl.arange(0, BT)
+    t = program * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
     inverse = tl.load(inverse_ptr + t64, t_mask, 0.0)
@@ -188,7 +178,7 @@ def streams_kernel(
     d_z_ptr,
     k_ptr,
     h_pre_ptr,
-    phi_ptr,
+    weights_ptr,
     x_ptr,
     f_ptr,
     f_bias_ptr,
@@ -197,6 +187,7 @@ def streams_kernel(
     dx_ptr,
     df_ptr,
     d_mixing_ptr,
+    d_phi_ptr,
     d_f_bias_ptr,
     T,
     share,
@@ -206,6 +197,7 @@ def streams_kernel(
     R: tl.constexpr,
     TERMS: tl.constexpr,
     PROJECT: tl.constexpr,
+    D_PHI: tl.constexpr,
     HAS_DY: tl.constexpr,
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
@@ -216,8 +208,9 @@ def streams_kernel(
 ):
     """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
 
-    y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C]. Partial sums: d_mixing
-    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [token shares, C].
+    y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, R, N*C]. Partial sums: d_mixing
+    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_phi [token shares, ROWS, N*C];
+    d_f_bias [token shares, C].
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -227,16 +220,17 @@ def streams_kernel(
     first = part * share
     last = tl.minimum(first + share, T)
 
+    d_phi = ()
     weights = ()
     if PROJECT:
         for i in tl.static_range(N):
-            w = phi_ptr + row[:, None] * (N * C) + (i * C + c)[None, :]  # [R, BC]
-            weight = tl.load(w, (row < ROWS)[:, None] & c_mask[None, :], 0.0)
+            if D_PHI:
+                d_phi = d_phi + (tl.zeros((BC, R), tl.float32),)
+            w = weights_ptr + row[:, None] * (N * C) + (i * C + c)[None, :]  # [R, BC]
+            weights = weights + (tl.trans(tl.load(w, c_mask[None, :], 0.0)),)
             if TERMS > 1:
-                high, low = two_terms(weight)
-                weights = weights + (tl.trans(high), tl.trans(low))
-            else:
-                weights = weights + (tl.trans(weight),)
+                low = tl.load(w + R * N * C, c_mask[None, :], 0.0)
+                weights = weights + (tl.trans(low),)
     d_f_bias = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
@@ -278,7 +272,8 @@ def streams_kernel(
             z_mask = t_mask[:, None] & (row < ROWS)[None, :]
             d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
             if TERMS > 1:
-                d_z_high, d_z_low = two_terms(d_z)
+                d_z_high = d_z.to(tl.bfloat16)
+                d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
             through = ()
             for i in tl.static_range(N):
                 projected = tl.zeros((BC, BT), tl.float32)
@@ -314,6 +309,7 @@ def streams_kernel(
         )
 
         streams_dy = ()
+        longer = ()
         for i in tl.static_range(N):
             if HAS_DY:
                 dy = dys[i].to(tl.float32)
@@ -324,7 +320,16 @@ def streams_kernel(
             if PROJECT:
                 dy = tl.fma(k, ys[i].to(tl.float32), dy)
                 dy += tl.trans(through[i])
+                if D_PHI:
+                    if TERMS == 1:
+                        y_t = tl.trans(ys[i].to(tl.float32))
+                        d_phi_i = tl.dot(y_t, d_z, d_phi[i], input_precision="tf32x3")
+                    else:
+                        d_phi_i = product(tl.trans(ys[i]), d_z_high, d_phi[i])
+                        d_phi_i = product(tl.trans(ys[i]), d_z_low, d_phi_i)
+                    longer = longer + (d_phi_i,)
             streams_dy = streams_dy + (dy,)
+        d_phi = longer
 
         if COMBINE:
             f = f[0].to(tl.float32)
@@ -362,6 +367,10 @@ def streams_kernel(
                 dx = streams_dy[i].to(dx_ptr.dtype.element_ty)
                 tl.store(dx_ptr + offsets + i * C, dx, mask)
 
+    if D_PHI:
+        for i in tl.static_range(N):
+            rows_out = (part * ROWS + row)[None, :] * (N * C) + (i * C + c)[:, None]
+            tl.store(d_phi_ptr + rows_out, d_phi[i], c_mask[:, None] & (row < ROWS)[None, :])
     if HAS_BIAS:
         tl.store(d_f_bias_ptr + part * C + c, tl.sum(d_f_bias, axis=0), c_mask)
 
@@ -398,7 +407,8 @@ def phi_kernel(
         if TERMS == 1:
             d_phi = tl.dot(tl.trans(y.to(tl.float32)), d_z, d_phi, input_precision="tf32x3")
         else:
-            d_z_high, d_z_low = two_terms(d_z)
+            d_z_high = d_z.to(tl.bfloat16)
+            d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
             d_phi = product(tl.trans(y), d_z_high, d_phi)
             d_phi = product(tl.trans(y), d_z_low, d_phi)
     out = (part * ROWS + row)[None, :] * WIDTH + column[:, None]
@@ -509,9 +519,7 @@ def coefficients_gradients(
     if du is None and d_pre is None:
         d_pre = inverse.new_zeros(tokens, n)
     tile = config.coefficients_backward(n, width, y.dtype)
-    shares = config.streams_backward(n, width, y.dtype).splits
-    share = config.share(tokens, shares)
-    programs = shares * share // tile.tokens
+    programs = triton.cdiv(tokens, tile.tokens)
     d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
     h_pre = inverse.new_empty(tokens, n)
     d_parameters = inverse.new_empty(programs, rows + alpha.numel())
@@ -534,7 +542,6 @@ def coefficients_gradients(
             h_pre,
             d_parameters,
             tokens,
-            share,
             pre_eps,
             N=n,
             C=width,
@@ -545,7 +552,6 @@ def coefficients_gradients(
             HAS_RES=d_res is not None,
             ITERATIONS=iterations,
             SINKHORN_EPS=sinkhorn_eps,
-            SHARES=shares,
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
@@ -562,7 +568,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     rows = d_z.shape[1]
     tile = config.phi_gradient(n, width, y.dtype)
     partial = d_z.new_empty(tile.splits, rows, n * width)
-    share = config.share(tokens, tile.splits)
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
     with on_device(y):
         phi_kernel[(triton.cdiv(n * width, tile.channels), tile.splits)](
             y,
@@ -573,7 +579,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
             WIDTH=n * width,
             ROWS=rows,
             R=config.padded(rows),
-            TERMS=phi_terms(y.dtype),
+            TERMS=2 if y.dtype == torch.bfloat16 else 1,
             BT=tile.tokens,
             BC=tile.channels,
             STAGES=tile.stages,
@@ -617,6 +623,8 @@ def streams_gradients(
     x, f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 5
     rows = n if phi is None else phi.shape[0]
     new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
+    weights = None if phi is None else pack_weights(phi, y.dtype)
+    d_phi = None if phi is None else new(tile.splits, rows, n * width)
     d_f_bias = None if f_bias is None else new(tile.splits, width)
     d_mixing = None if mixing is None else new(blocks, tokens, n + n * n)
     dx = torch.empty_like(y)
@@ -627,7 +635,7 @@ def streams_gradients(
         no_phi = None if phi is None else torch.zeros_like(phi)
         no_bias = None if f_bias is None else torch.zeros_like(f_bias)
         return StreamsGradients(dx, df, d_post, d_res, no_bias, no_phi)
-    share = config.share(tokens, tile.splits)
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
     with on_device(y):
         streams_kernel[(blocks, tile.splits)](
             y,
@@ -636,7 +644,7 @@ def streams_gradients(
             None if token is None else token.d_z,
             None if token is None else token.k,
             None if token is None else token.h_pre,
-            phi,
+            weights,
             x,
             f,
             f_bias,
@@ -645,6 +653,7 @@ def streams_gradients(
             dx,
             df,
             d_mixing,
+            d_phi,
             d_f_bias,
             tokens,
             share,
@@ -652,8 +661,9 @@ def streams_gradients(
             C=width,
             ROWS=rows,
             R=config.padded(rows),
-            TERMS=phi_terms(y.dtype),
+            TERMS=1 if weights is None else weights.shape[0],
             PROJECT=phi is not None,
+            D_PHI=phi is not None and not config.SEPARATE_D_PHI,
             HAS_DY=dy is not None,
             HAS_DU=du is not None,
             COMBINE=mixing is not None,
@@ -670,5 +680,8 @@ def streams_gradients(
             )
     if d_f_bias is not None:
         d_f_bias = sum_rows(d_f_bias, new(width)).to(f_bias.dtype)
-    d_phi = None if phi is None else phi_gradient(y, token.d_z)
+    if d_phi is not None and config.SEPARATE_D_PHI:
+        d_phi = phi_gradient(y, token.d_z)
+    elif d_phi is not None:
+        d_phi = sum_rows(d_phi, torch.empty_like(phi))
     return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)

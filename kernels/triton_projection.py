@@ -24,10 +24,8 @@ from .triton_device import (
     product,
     sinkhorn_forward,
     sum_blocks,
-    tokens_from_the_ends,
-    two_terms,
 )
-from .triton_launch import on_device, phi_terms
+from .triton_launch import on_device, pack_weights
 
 
 @triton.jit
@@ -48,7 +46,7 @@ def project_kernel(
     h_post_ptr,
     h_res_ptr,
     y_ptr,
-    phi_ptr,
+    weights_ptr,
     z_ptr,
     square_ptr,
     T,
@@ -70,7 +68,7 @@ def project_kernel(
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
     A program keeps phi of its channels in shared memory and goes through `share` tokens.
-    x, y [T, N, C]; f [T, C]; phi [ROWS, N*C]; z [blocks, T, ROWS]; square [blocks, T].
+    x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; z [blocks, T, ROWS]; square [blocks, T].
     """
     block = tl.program_id(0)
     first = tl.program_id(1) * share
@@ -83,12 +81,8 @@ def project_kernel(
     if PROJECT:
         weights = ()
         for i in tl.static_range(N):
-            phi = phi_ptr + (term_row % R)[:, None] * (N * C) + (i * C + c)[None, :]
-            weight = tl.load(phi, (term_row % R < ROWS)[:, None] & (c < C)[None, :], 0.0)
-            if TERMS > 1:  # the high terms of all rows, then the low ones
-                high, low = two_terms(weight)
-                weight = computed_once(tl.where((term_row < R)[:, None], high, low))
-            weights = weights + (weight,)  # [TERMS * R, BC]
+            w = weights_ptr + term_row[:, None] * (N * C) + (i * C + c)[None, :]
+            weights = weights + (tl.load(w, (c < C)[None, :], 0.0),)  # [TERMS * R, BC]
 
     t = first + tl.arange(0, BT)
     mask = (t < last)[:, None] & (c < C)[None, :]
@@ -141,7 +135,7 @@ def project_kernel(
             tl.store(square_ptr + base, tl.sum(square, axis=1), t_mask)
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def finish_kernel(
     x_ptr,
     z_ptr,
@@ -155,7 +149,6 @@ def finish_kernel(
     normed_ptr,
     inverse_ptr,
     T,
-    share,
     norm_eps,
     pre_eps,
     N: tl.constexpr,
@@ -166,7 +159,6 @@ def finish_kernel(
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SHARES: tl.constexpr,
     BS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -176,7 +168,7 @@ def finish_kernel(
     Without MIXING (`head`) there are only the N rows of H_pre. normed [T, ROWS] is z / r and
     inverse [T] is 1 / r: what the backward keeps. Sinkhorn comes last, so that u need not wait.
     """
-    t = tokens_from_the_ends(share, SHARES, BT) + tl.arange(0, BT)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
     stride = T.to(tl.int64)
@@ -260,16 +252,16 @@ def project(
     f, h_post, h_res, f_bias = mixing if mixing is not None else (None, None, None, None)
     y = x if mixing is None else torch.empty_like(x)
     partial = None
-    rows = n
+    rows, weights = n, None
     if phi is not None:
-        rows = phi.shape[0]
+        rows, weights = phi.shape[0], pack_weights(phi, x.dtype)
         partial = Partial(
             x.new_empty(blocks, tokens, rows, dtype=torch.float32),
             x.new_empty(blocks, tokens, dtype=torch.float32),
         )
     if tokens == 0:
         return y, partial
-    share = config.share(tokens, tile.splits)
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
     with on_device(x):
         project_kernel[(blocks, tile.splits)](
             x,
@@ -278,7 +270,7 @@ def project(
             h_post,
             h_res,
             y,
-            phi,
+            weights,
             None if partial is None else partial.z,
             None if partial is None else partial.square,
             tokens,
@@ -287,7 +279,7 @@ def project(
             C=width,
             ROWS=rows,
             R=config.padded(rows),
-            TERMS=phi_terms(x.dtype),
+            TERMS=1 if weights is None else weights.shape[0],
             COMBINE=mixing is not None,
             HAS_BIAS=f_bias is not None,
             PROJECT=phi is not None,
@@ -341,10 +333,8 @@ def finish(
     )
     if tokens == 0:
         return out
-    shares = config.project(n, width, x.dtype).splits
-    share = config.share(tokens, shares)
     with on_device(x):
-        finish_kernel[(shares * share // tile.tokens,)](
+        finish_kernel[(triton.cdiv(tokens, tile.tokens),)](
             x,
             partial.z,
             partial.square,
@@ -357,7 +347,6 @@ def finish(
             out.normed,
             out.inverse,
             tokens,
-            share,
             norm_eps,
             pre_eps,
             N=n,
@@ -368,7 +357,6 @@ def finish(
             ITERATIONS=iterations,
             SINKHORN_EPS=sinkhorn_eps,
             BLOCKS=partial.z.shape[0],
-            SHARES=shares,
             BS=min(triton.next_power_of_2(partial.z.shape[0]), 32 if n <= 4 else 4),
             BT=tile.tokens,
             BC=tile.channels,
