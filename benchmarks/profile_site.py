@@ -1,6 +1,6 @@
 """One site forward and backward, for a profiler: python benchmarks/profile_site.py [kernel tile].
 
-    ncu --clock-control none --set full -k regex:project_kernel python benchmarks/profile_site.py
+ncu --clock-control none --set full -k regex:project_kernel python benchmarks/profile_site.py
 """
 
 import sys
