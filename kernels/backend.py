@@ -56,7 +56,6 @@ def why_not_triton(
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile bakes the choice in; it cannot trace it
 def resolve(
     backend: str | None,
     num_streams: int,
