@@ -25,6 +25,7 @@ class _Ahead(NamedTuple):
     """What the site before has computed for this one: its streams [s, b, n*C] and its `pre`."""
 
     streams: Tensor
+    version: int
     u: Tensor
     h_post: Tensor
     h_res: Tensor
@@ -34,7 +35,9 @@ class _Ahead(NamedTuple):
         return (
             streams.data_ptr() == self.streams.data_ptr()
             and streams.shape == self.streams.shape
-            and streams._version == self.streams._version
+            # a viewless copy, which Megatron makes between layers, counts its own changes from 0
+            and self.streams._version == self.version
+            and streams._version in (0, self.version)
         )
 
 
@@ -67,7 +70,7 @@ class Site:
         x = streams.unflatten(-1, (n, width))
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
-            _, u, h_post, h_res = ahead
+            u, h_post, h_res = ahead.u, ahead.h_post, ahead.h_res
         else:
             _, u, h_post, h_res = self.connection(x)
         self._pending = (streams, x, h_post, h_res)
@@ -101,7 +104,7 @@ class Site:
             # through the next connection's __call__: only then are its parameters sure to be there
             y, u, h_post, h_res = self.following.connection(x, ended)
             streams = y.flatten(-2)
-            self.following._ahead = _Ahead(streams, u, h_post, h_res)
+            self.following._ahead = _Ahead(streams, streams._version, u, h_post, h_res)
             return streams
 
         return combine

@@ -73,12 +73,11 @@ def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
     assert float(whole[-1]) < float(whole[0]) - 0.1, "it does not train"
 
 
-def test_without_our_patch_megatron_cannot_resume(tmp_path: Path) -> None:
+def test_without_our_patch_megatron_cannot_save(tmp_path: Path) -> None:
     """What `optimizer-checkpoint` is for; when Megatron mends it, this says so."""
     flags = ["--save", str(tmp_path), "--save-interval", "3"]
     ids = ("optimizer-checkpoint", "optimizer-checkpoint-map", "optimizer-checkpoint-load")
     off = {"MEGATRON_MHC_PATCHES": ",".join(f"-{patch}" for patch in ids)}
     _, printed = train(1, [*flags, "--exit-interval", "3"], **off)
-    saved = (tmp_path / "latest_checkpointed_iteration.txt").exists()
-    resumed, resuming = train(1, [*flags, "--load", str(tmp_path)], **off) if saved else ([], "")
-    assert not resumed, printed[-1000:] + resuming[-1000:]
+    assert "does not match model shape" in printed, printed[-2000:]
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()

@@ -292,6 +292,14 @@ def test_layers_are_linked_within_their_own_model(single: dict[str, Any]) -> Non
         assert result["linked"] == [linked] * 3, name
 
 
+def test_no_streams_are_read_twice(single: dict[str, Any]) -> None:
+    """What a site leaves on the next is taken there; full recompute runs each layer once more."""
+    for name, result in single.items():
+        again = 2 if name == "recompute" else 1
+        assert set(result["calls"].values()) == {again}, name
+        assert len(result["calls"]) == 8
+
+
 def test_an_exception_in_mid_forward_leaves_the_next_step_right(single: dict[str, Any]) -> None:
     assert_same_training(single["sgd interrupted"], single["sgd"], bound=None)
 

@@ -39,6 +39,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig  #
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
+from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 from megatron_mhc.pipeline import check_stages  # noqa: E402
 
@@ -296,7 +297,8 @@ def run(s: Scenario) -> dict[str, Any]:
     Returns:
         losses (one a step), parameters (whole, after training), gradients (of the parameters of
         mHC on this rank, a dict a step), dtypes and weight_decay (of each parameter, by name), and
-        linked (for each layer but the last, whether its last site knows the next layer's first).
+        linked (for each layer but the last, whether its last site knows the next layer's first),
+        calls (how often each connection ran for a microbatch, on average).
     """
     parallel_state.initialize_model_parallel(**s.parallel)
     if s.mhc_by_rank is not None:
@@ -359,6 +361,14 @@ def run(s: Scenario) -> dict[str, Any]:
         )
         return mean_loss(reduced)
 
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        return lambda *_: calls.update({name: calls.get(name, 0) + 1})
+
+    for name, module in cores[0].named_modules():
+        if isinstance(module, HyperConnection):
+            module.register_forward_hook(count(name))
     losses, gradients = [], []
     for step in range(s.first_step, s.first_step + s.steps):
         for chunk in model:
@@ -388,6 +398,7 @@ def run(s: Scenario) -> dict[str, Any]:
         "gradients": gradients,
         "parameters": full_parameters(cores),
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
+        "calls": {name: calls[name] / (s.steps * s.microbatches) for name in calls},
         "linked": [
             layer.mlp_site.following is after.attention_site
             for layer, after in itertools.pairwise(core.decoder.layers)
