@@ -1,12 +1,12 @@
 """Time each kernel of a steady-state site over a list of tiles; the fastest go to triton_config.
 
-    python benchmarks/tune_kernels.py                       # all four kernels, T 8192, C 4096, n 4
+    python benchmarks/tune_kernels.py                       # all kernels, T 8192, C 4096, n 4
     python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
     python benchmarks/tune_kernels.py --tiles streams_backward=64,32,8,8,1 finish=8,512,1,4,2
 
-Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. Inputs are
-larger than the L2 cache, times are the
-medians of CUDA-graph replays, passes are T*C bf16 elements at the measured copy bandwidth.
+Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit and the parts.
+Inputs are larger than the L2 cache, times are the medians of CUDA-graph replays, passes are T*C
+bf16 elements at the measured copy bandwidth.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from triton.testing import do_bench, do_bench_cudagraph
 
 from megatron_mhc.kernels import triton_config as config
-from megatron_mhc.kernels import triton_launch
+from megatron_mhc.kernels.triton_aggregate import weighted_sum
 from megatron_mhc.kernels.triton_gradients import (
     coefficients_gradients,
     phi_gradient,
@@ -30,7 +30,8 @@ from megatron_mhc.kernels.triton_projection import finish, project
 
 FLOORS = {
     "project": 9,
-    "finish": 5,
+    "finish": 0,
+    "aggregate": 5,
     "coefficients_backward": 5,
     "streams_backward": 19,
     "phi_gradient": 4,
@@ -38,23 +39,34 @@ FLOORS = {
 """Passes that each kernel must move at n = 4, partial sums left out."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
-        *itertools.product((16,), (128,), (4, 8), (4,), (1, 2), (255,)),
-        *itertools.product((16,), (64,), (8,), (4,), (1, 2, 3), (128, 168)),
-        *itertools.product((8, 16), (64,), (8,), (2,), (1, 2, 3), (255,)),
-        *itertools.product((8,), (128,), (8,), (2, 4), (1, 2), (255,)),
-        *itertools.product((32,), (64,), (8,), (4,), (1, 2), (255,)),
-        (16, 128, 8, 8, 1, 128),
-        (8, 256, 16, 8, 1, 128),
+        (16, 128, 8, 4, 1, 255, 1),
+        (16, 64, 8, 2, 1, 255, 1),
+        (16, 64, 8, 2, 1, 255, 2),
+        (16, 64, 8, 4, 1, 255, 2),
+        (32, 64, 8, 4, 1, 255, 1),
+        (32, 64, 8, 4, 1, 255, 2),
+        (32, 64, 8, 4, 1, 168, 2),
+        (32, 64, 8, 8, 1, 128, 2),
+        (32, 128, 8, 8, 1, 128, 1),
+        (32, 32, 8, 4, 1, 168, 4),
+        (16, 128, 16, 4, 1, 255, 1),
+        (64, 32, 8, 4, 1, 255, 4),
     ],
-    "finish": list(itertools.product((4, 8, 16), (128, 256, 512), (1,), (4,), (1,))),
-    "coefficients_backward": list(itertools.product((8, 16), (64, 128, 256), (1,), (4, 8), (1,))),
+    "finish": [(tokens, 1, 1, warps, 1) for tokens in (8, 16, 32) for warps in (2, 4)],
+    "aggregate": [
+        *itertools.product((1, 2, 4, 8), (512, 1024), (1,), (4,), (1,)),
+        *itertools.product((4, 8), (256, 512), (1,), (8,), (1,)),
+    ],
+    "coefficients_backward": [
+        *itertools.product((8, 16, 32), (64, 128), (1,), (4,), (1, 2)),
+        *itertools.product((8, 16), (256, 512), (1,), (8,), (2,)),
+    ],
     "streams_backward": [
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1,), (255,)),
         *itertools.product((16,), (64,), (8,), (4,), (1,), (255,)),
         *itertools.product((8,), (128,), (8,), (4,), (1,), (255,)),
-        *itertools.product((16,), (32,), (8,), (2,), (1,), (255,)),
     ],
-    "phi_gradient": list(itertools.product((64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
+    "phi_gradient": list(itertools.product((32, 64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
 }
 
 
@@ -66,7 +78,7 @@ def copy_bandwidth() -> float:
 
 
 def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], object]]:
-    """The four kernels with their small companions, as closures over one site's tensors."""
+    """The kernels with their small companions, as closures over one site's tensors."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -92,11 +104,12 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
         state["partial"] = project(x, phi, mixing)[1]
 
     def run_finish() -> None:
-        finish(y, state["partial"], alpha, bias, aggregate=True, norm_eps=1e-6, **eps)
+        finish(y, state["partial"], alpha, bias, aggregate=False, norm_eps=1e-6, **eps)
 
     return {
         "project": run_project,
         "finish": run_finish,
+        "aggregate": lambda: weighted_sum(y, done.h_pre),
         "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small, **eps),
         "streams_backward": lambda: streams_gradients(
             y, dy=dy, du=du, phi=phi, token=token, mixing=(x, *mixing)
@@ -105,11 +118,8 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     }
 
 
-def compile_tiles(
-    width: int, apart: bool, terms: int, tiles: list[tuple[str, tuple[int, ...]]]
-) -> None:
+def compile_tiles(width: int, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
     """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
-    config.SEPARATE_D_PHI, triton_launch.PHI_TERMS = apart, terms
     calls = subjects(64, width)
     for kernel, numbers in tiles:
         default = getattr(config, kernel)
@@ -130,13 +140,7 @@ def main() -> None:
     parser.add_argument("--tiles", nargs="*", default=[], help="KERNEL=tokens,channels,...")
     parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
     parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
-    parser.add_argument(
-        "--phi-apart", action=argparse.BooleanOptionalAction, default=config.SEPARATE_D_PHI
-    )
-    parser.add_argument("--terms", type=int, default=triton_launch.PHI_TERMS, help="2 or 4")
     arguments = parser.parse_args()
-    triton_launch.PHI_TERMS = arguments.terms
-    config.SEPARATE_D_PHI = arguments.phi_apart
     grids = {kernel: GRIDS[kernel] for kernel in arguments.kernels}
     if arguments.tiles:
         grids = {}
@@ -151,8 +155,6 @@ def main() -> None:
             target=compile_tiles,
             args=(
                 arguments.width,
-                arguments.phi_apart,
-                arguments.terms,
                 everything[i :: arguments.processes],
             ),
         )

@@ -1,7 +1,6 @@
 """Which implementation runs: "triton", "torch" (the reference) or "auto"."""
 
 import contextlib
-import contextvars
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ TRITON_STREAMS = (1, 2, 4, 8)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_default: contextvars.ContextVar[str] = contextvars.ContextVar("mhc_backend", default="auto")
+# a plain global, as torch.compile guards on those: a change of it compiles anew
+_default: str = "auto"
 
 
 def check_backend(backend: str) -> None:
@@ -27,17 +27,18 @@ def check_backend(backend: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Within this context, operations called without `backend=` use this one.
+    """Within this context, operations called without `backend=` use this one, on every thread.
 
     Raises:
         ValueError: unknown backend.
     """
+    global _default
     check_backend(backend)
-    token = _default.set(backend)
+    before, _default = _default, backend
     try:
         yield
     finally:
-        _default.reset(token)
+        _default = before
 
 
 def why_not_triton(
@@ -70,7 +71,7 @@ def resolve(
     Raises:
         ValueError: unknown backend, or "triton" where Triton cannot run (says why and what to do).
     """
-    backend = _default.get() if backend is None else backend
+    backend = _default if backend is None else backend
     check_backend(backend)
     if backend == "torch":
         return "torch"

@@ -12,20 +12,29 @@ from .triton_device import load_columns, load_streams
 from .triton_launch import check_dtype, dense, on_device
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "share"])
 def aggregate_kernel(
     x_ptr,
     h_pre_ptr,
     u_ptr,
     T,
+    share,
     N: tl.constexpr,
     C: tl.constexpr,
+    SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """u [T, C] of x [T, N, C] and h_pre [T, N], one tile a program."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    """u [T, C] of x [T, N, C] and h_pre [T, N], one tile a program.
+
+    The kernel that made x went through SPLITS shares of the tokens side by side; programs here take
+    the ends of all shares first, which the L2 cache still holds.
+    """
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    c = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    token_tile = tl.program_id(0) // BLOCKS
+    t_end = token_tile % SPLITS * share + share - token_tile // SPLITS * BT
+    t = t_end - BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     mask = (t < T)[:, None] & (c < C)[None, :]
     h_pre = load_columns(h_pre_ptr, t64, t < T, N)
@@ -73,19 +82,36 @@ def aggregate_backward_kernel(
         tl.store(d_pre_ptr + t64 * N + j, tl.sum(d_pre[j], axis=1), t_mask)
 
 
+def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
+    """Launch `aggregate_kernel`: x [T, n, C], h_pre [T, n] -> u [T, C]."""
+    tokens, n, width = x.shape
+    u = x.new_empty(tokens, width)
+    if tokens == 0:
+        return u
+    tile = config.aggregate(n, width, x.dtype)
+    splits = config.project(n, width, x.dtype).splits
+    tiles = triton.cdiv(tokens, splits * tile.tokens)  # of each share
+    with on_device(x):
+        aggregate_kernel[(splits * tiles * triton.cdiv(width, tile.channels),)](
+            x,
+            h_pre,
+            u,
+            tokens,
+            tiles * tile.tokens,
+            N=n,
+            C=width,
+            SPLITS=splits,
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.warps,
+        )
+    return u
+
+
 @torch.library.custom_op("megatron_mhc::aggregate", mutates_args=())
 def _aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
     """x [T, n, C], h_pre [T, n] -> u [T, C]."""
-    tokens, n, width = x.shape
-    u = x.new_empty(tokens, width)
-    tile = config.aggregate(n, width, x.dtype)
-    if tokens > 0:
-        grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels))
-        with on_device(x):
-            aggregate_kernel[grid](
-                x, h_pre, u, tokens, n, width, tile.tokens, tile.channels, num_warps=tile.warps
-            )
-    return u
+    return weighted_sum(x, h_pre)
 
 
 @_aggregate.register_fake

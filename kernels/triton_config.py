@@ -17,6 +17,7 @@ class Tile:
         tokens, channels: the tile that it holds in registers; powers of two.
         splits: programs that share the tokens of one block of channels.
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
+        parts: tiles of channels that a program takes in turn for each of its tokens.
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class Tile:
     warps: int = 4
     stages: int = 2
     registers: int | None = None
+    parts: int = 1
 
 
 def rows(n: int) -> int:
@@ -50,8 +52,8 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_projection.finish_kernel`: a few tokens a program, all channels in turn."""
-    return Tile(tokens=8, channels=256 if n <= 4 else 128, warps=4, stages=2)
+    """`triton_projection.finish_kernel`: a few tokens a program; it reads no channels."""
+    return Tile(tokens=16, channels=1, warps=4)
 
 
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
@@ -66,10 +68,6 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
     return Tile(tokens=8, channels=64, splits=8, warps=2, stages=1)
-
-
-SEPARATE_D_PHI = True
-"""Whether phi's gradient has a kernel of its own, which reads the streams once more."""
 
 
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:

@@ -5,7 +5,11 @@ and the norm to what the streams' gradient needs of a token: d_z [rows], k and h
 `streams_kernel` (B31) builds the whole gradient of the projected streams y on chip,
     dY = dy + h_pre^T du + d_z phi + k y,
 and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
-once. Sums over tokens or channels are partial sums, added up in a fixed order: no atomics.
+once. `phi_kernel` reads y once more for d_phi (inside B31 its accumulators cost more). Sums over
+tokens or channels are partial sums, added up in a fixed order: no atomics.
+
+The three go through shares of the tokens side by side: B2 from the ends to the starts, B31 back,
+`phi_kernel` to the starts again: each finds what the one before read last in the L2 cache.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
@@ -19,10 +23,10 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import load_columns, load_streams, product, row_sums, sinkhorn_backward
-from .triton_launch import dense, on_device, pack_weights
+from .triton_launch import PHI_TERMS, dense, on_device, pack_weights
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "share"])
 def coefficients_kernel(
     x_ptr,
     du_ptr,
@@ -38,6 +42,7 @@ def coefficients_kernel(
     h_pre_ptr,
     d_parameters_ptr,
     T,
+    share,
     pre_eps,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -48,6 +53,7 @@ def coefficients_kernel(
     HAS_RES: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -61,7 +67,8 @@ def coefficients_kernel(
     program = tl.program_id(0)
     d_bias_ptr = d_parameters_ptr + program * (ROWS + ALPHAS)
     d_alpha_ptr = d_bias_ptr + ROWS
-    t = program * BT + tl.arange(0, BT)
+    t_end = program % SPLITS * share + share - program // SPLITS * BT
+    t = t_end - BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
     inverse = tl.load(inverse_ptr + t64, t_mask, 0.0)
@@ -187,7 +194,6 @@ def streams_kernel(
     dx_ptr,
     df_ptr,
     d_mixing_ptr,
-    d_phi_ptr,
     d_f_bias_ptr,
     T,
     share,
@@ -197,7 +203,6 @@ def streams_kernel(
     R: tl.constexpr,
     TERMS: tl.constexpr,
     PROJECT: tl.constexpr,
-    D_PHI: tl.constexpr,
     HAS_DY: tl.constexpr,
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
@@ -209,8 +214,7 @@ def streams_kernel(
     """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
 
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, R, N*C]. Partial sums: d_mixing
-    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_phi [token shares, ROWS, N*C];
-    d_f_bias [token shares, C].
+    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [token shares, C].
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -220,12 +224,9 @@ def streams_kernel(
     first = part * share
     last = tl.minimum(first + share, T)
 
-    d_phi = ()
     weights = ()
     if PROJECT:
         for i in tl.static_range(N):
-            if D_PHI:
-                d_phi = d_phi + (tl.zeros((BC, R), tl.float32),)
             w = weights_ptr + row[:, None] * (N * C) + (i * C + c)[None, :]  # [R, BC]
             weights = weights + (tl.trans(tl.load(w, c_mask[None, :], 0.0)),)
             if TERMS > 1:
@@ -309,7 +310,6 @@ def streams_kernel(
         )
 
         streams_dy = ()
-        longer = ()
         for i in tl.static_range(N):
             if HAS_DY:
                 dy = dys[i].to(tl.float32)
@@ -320,16 +320,7 @@ def streams_kernel(
             if PROJECT:
                 dy = tl.fma(k, ys[i].to(tl.float32), dy)
                 dy += tl.trans(through[i])
-                if D_PHI:
-                    if TERMS == 1:
-                        y_t = tl.trans(ys[i].to(tl.float32))
-                        d_phi_i = tl.dot(y_t, d_z, d_phi[i], input_precision="tf32x3")
-                    else:
-                        d_phi_i = product(tl.trans(ys[i]), d_z_high, d_phi[i])
-                        d_phi_i = product(tl.trans(ys[i]), d_z_low, d_phi_i)
-                    longer = longer + (d_phi_i,)
             streams_dy = streams_dy + (dy,)
-        d_phi = longer
 
         if COMBINE:
             f = f[0].to(tl.float32)
@@ -367,10 +358,6 @@ def streams_kernel(
                 dx = streams_dy[i].to(dx_ptr.dtype.element_ty)
                 tl.store(dx_ptr + offsets + i * C, dx, mask)
 
-    if D_PHI:
-        for i in tl.static_range(N):
-            rows_out = (part * ROWS + row)[None, :] * (N * C) + (i * C + c)[:, None]
-            tl.store(d_phi_ptr + rows_out, d_phi[i], c_mask[:, None] & (row < ROWS)[None, :])
     if HAS_BIAS:
         tl.store(d_f_bias_ptr + part * C + c, tl.sum(d_f_bias, axis=0), c_mask)
 
@@ -397,8 +384,9 @@ def phi_kernel(
     first = part * share
     last = tl.minimum(first + share, T)
     d_phi = tl.zeros((BC, R), tl.float32)
-    for t0 in tl.range(first, last, BT, num_stages=STAGES):
-        t = t0 + tl.arange(0, BT)
+    count = tl.cdiv(tl.maximum(last - first, 0), BT)
+    for i in tl.range(0, count, num_stages=STAGES):
+        t = first + (count - 1 - i) * BT + tl.arange(0, BT)
         t64 = t.to(tl.int64)
         mask = (t < last)[:, None] & (column < WIDTH)[None, :]
         y = tl.load(y_ptr + t64[:, None] * WIDTH + column[None, :], mask, 0.0)
@@ -407,10 +395,10 @@ def phi_kernel(
         if TERMS == 1:
             d_phi = tl.dot(tl.trans(y.to(tl.float32)), d_z, d_phi, input_precision="tf32x3")
         else:
-            d_z_high = d_z.to(tl.bfloat16)
-            d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
-            d_phi = product(tl.trans(y), d_z_high, d_phi)
-            d_phi = product(tl.trans(y), d_z_low, d_phi)
+            for _ in tl.static_range(TERMS):  # d_z as a sum of bf16 terms, 8 bits each
+                term = d_z.to(tl.bfloat16)
+                d_phi = product(tl.trans(y), term, d_phi)
+                d_z -= term.to(tl.float32)
     out = (part * ROWS + row)[None, :] * WIDTH + column[:, None]
     tl.store(d_phi_ptr + out, d_phi, (column < WIDTH)[:, None] & (row < ROWS)[None, :])
 
@@ -519,7 +507,9 @@ def coefficients_gradients(
     if du is None and d_pre is None:
         d_pre = inverse.new_zeros(tokens, n)
     tile = config.coefficients_backward(n, width, y.dtype)
-    programs = triton.cdiv(tokens, tile.tokens)
+    splits = config.streams_backward(n, width, y.dtype).splits
+    tiles = triton.cdiv(tokens, splits * tile.tokens)  # of each share
+    programs = splits * tiles
     d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
     h_pre = inverse.new_empty(tokens, n)
     d_parameters = inverse.new_empty(programs, rows + alpha.numel())
@@ -542,6 +532,7 @@ def coefficients_gradients(
             h_pre,
             d_parameters,
             tokens,
+            tiles * tile.tokens,
             pre_eps,
             N=n,
             C=width,
@@ -552,6 +543,7 @@ def coefficients_gradients(
             HAS_RES=d_res is not None,
             ITERATIONS=iterations,
             SINKHORN_EPS=sinkhorn_eps,
+            SPLITS=splits,
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
@@ -579,7 +571,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
             WIDTH=n * width,
             ROWS=rows,
             R=config.padded(rows),
-            TERMS=2 if y.dtype == torch.bfloat16 else 1,
+            TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
             BT=tile.tokens,
             BC=tile.channels,
             STAGES=tile.stages,
@@ -624,7 +616,6 @@ def streams_gradients(
     rows = n if phi is None else phi.shape[0]
     new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
     weights = None if phi is None else pack_weights(phi, y.dtype)
-    d_phi = None if phi is None else new(tile.splits, rows, n * width)
     d_f_bias = None if f_bias is None else new(tile.splits, width)
     d_mixing = None if mixing is None else new(blocks, tokens, n + n * n)
     dx = torch.empty_like(y)
@@ -653,7 +644,6 @@ def streams_gradients(
             dx,
             df,
             d_mixing,
-            d_phi,
             d_f_bias,
             tokens,
             share,
@@ -663,7 +653,6 @@ def streams_gradients(
             R=config.padded(rows),
             TERMS=1 if weights is None else weights.shape[0],
             PROJECT=phi is not None,
-            D_PHI=phi is not None and not config.SEPARATE_D_PHI,
             HAS_DY=dy is not None,
             HAS_DU=du is not None,
             COMBINE=mixing is not None,
@@ -680,8 +669,5 @@ def streams_gradients(
             )
     if d_f_bias is not None:
         d_f_bias = sum_rows(d_f_bias, new(width)).to(f_bias.dtype)
-    if d_phi is not None and config.SEPARATE_D_PHI:
-        d_phi = phi_gradient(y, token.d_z)
-    elif d_phi is not None:
-        d_phi = sum_rows(d_phi, torch.empty_like(phi))
+    d_phi = None if phi is None else phi_gradient(y, token.d_z)
     return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .triton_config import padded
 
-PHI_TERMS = 2
-"""bf16 terms that phi is split into for bf16 streams, a power of two: 16 bits or (4) all 24."""
+PHI_TERMS = 3
+"""bf16 terms that phi is split into for bf16 streams: 8 bits of its mantissa each, all of it."""
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
