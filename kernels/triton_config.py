@@ -48,12 +48,12 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=16, warps=4, stages=1)
-    return Tile(tokens=16, channels=128, splits=8, warps=4, stages=1)
+    return Tile(tokens=16, channels=64, splits=8, warps=2, stages=1)
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.finish_kernel`: a few tokens a program; it reads no channels."""
-    return Tile(tokens=16, channels=1, warps=4)
+    return Tile(tokens=16, channels=1, warps=2)
 
 
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
@@ -74,12 +74,12 @@ def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_gradients.phi_kernel`: a block of the n*C columns, a share of the tokens in turn."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
-    return Tile(tokens=64, channels=128, splits=8, warps=4, stages=2)
+    return Tile(tokens=32, channels=128, splits=8, warps=4, stages=2)
 
 
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:
     """The two kernels of `aggregate` alone."""
-    return Tile(tokens=4, channels=512 if n <= 4 else 256, warps=4, stages=2)
+    return Tile(tokens=4, channels=512 if n <= 4 else 256, warps=8, stages=2)
 
 
 SINKHORN_TOKENS = 8

@@ -22,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_device import load_columns, load_streams, product, row_sums, sinkhorn_backward
+from .triton_device import (
+    load_columns,
+    load_streams,
+    prefetch_tokens,
+    product,
+    row_sums,
+    sinkhorn_backward,
+)
 from .triton_launch import PHI_TERMS, dense, on_device, pack_weights
 
 
@@ -166,12 +173,12 @@ def load_tiles(
     offsets = t64[:, None] * (N * C) + c[None, :]
     dys, ys, xs, du, f = (), (), (), (), ()
     if HAS_DY:
-        dys = load_streams(dy_ptr, offsets, mask, C, N)
+        dys = load_streams(dy_ptr, offsets, mask, C, N, "evict_first")
     if PROJECT:
         ys = load_streams(y_ptr, offsets, mask, C, N)
     if COMBINE:
-        xs = load_streams(x_ptr, offsets, mask, C, N)
-        f = (tl.load(f_ptr + narrow, mask, 0.0),)
+        xs = load_streams(x_ptr, offsets, mask, C, N, "evict_first")
+        f = (tl.load(f_ptr + narrow, mask, 0.0, eviction_policy="evict_first"),)
     if HAS_DU:
         du = (tl.load(du_ptr + narrow, mask, 0.0),)
     return dys, ys, xs, du, f
@@ -263,11 +270,15 @@ def streams_kernel(
         offsets = t64[:, None] * (N * C) + c[None, :]
         if PROJECT:
             k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+            prefetch_tokens(d_z_ptr, t64 + BT, last, ROWS)
         if HAS_DU:
             h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+            prefetch_tokens(h_pre_ptr, t64 + BT, last, N)
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+            prefetch_tokens(h_post_ptr, t64 + BT, last, N)
+            prefetch_tokens(h_res_ptr, t64 + BT, last, N * N)
         if PROJECT:
             # [BC, BT]: the channels are M, and dY keeps the layout of its load
             z_mask = t_mask[:, None] & (row < ROWS)[None, :]

@@ -23,6 +23,7 @@ from .triton_device import (
     load_columns,
     load_streams,
     mixed_stream,
+    prefetch_tokens,
     product,
     sinkhorn_forward,
     sum_blocks,
@@ -33,10 +34,12 @@ from .triton_launch import on_device, pack_weights
 @triton.jit
 def load_tiles(x_ptr, f_ptr, t64, c, mask, N: tl.constexpr, C: tl.constexpr, COMBINE: tl.constexpr):
     """The tiles [BT, BC] of the N streams and, in a tuple of its own, of f (COMBINE)."""
-    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+    evict: tl.constexpr = "evict_first" if COMBINE else ""  # y is read next, x not any more
+    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N, evict)
     f = ()
     if COMBINE:
-        f = (tl.load(f_ptr + t64[:, None] * C + c[None, :], mask, 0.0),)
+        f_offsets = t64[:, None] * C + c[None, :]
+        f = (tl.load(f_ptr + f_offsets, mask, 0.0, eviction_policy=evict),)
     return streams, f
 
 
@@ -100,6 +103,8 @@ def project_kernel(
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+            prefetch_tokens(h_post_ptr, t64 + BT, last, N)
+            prefetch_tokens(h_res_ptr, t64 + BT, last, N * N)
         z = tl.zeros((HIGH, BT), tl.float32)
         z_low = tl.zeros((R, BT), tl.float32)
         square = tl.zeros((BT, BC), tl.float32)
@@ -130,8 +135,8 @@ def project_kernel(
                     y32 = y.to(tl.float32)
                     square = tl.fma(y32, y32, square)
                     if TERMS == 1:
-                        w = weights[part * N + i]
-                        z = tl.dot(w, tl.trans(y32), z, input_precision="tf32x3")
+                        weight = weights[part * N + i]
+                        z = tl.dot(weight, tl.trans(y32), z, input_precision="tf32x3")
                     else:
                         z = product(weights[part * N + i], tl.trans(y), z)
                         z_low = product(low_weights[part * N + i], tl.trans(y), z_low)
