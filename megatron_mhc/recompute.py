@@ -1,0 +1,320 @@
+"""Selective recompute of the streams (paper 4.3.2): dropped after the forward, rebuilt in one go.
+
+A block is some consecutive layers of one model chunk. When its last site has written, the storage
+of all that it can rebuild is released: the streams inside the block, u, and norm(u) where the norm
+is a module of its own. The streams at its start, F's outputs and the coefficients stay. A hook on
+the autograd node behind the block, which runs before anything inside needs its input, allocates the
+same storages again and refills them: no sublayer runs, and nothing is communicated.
+
+Whoever saved one of these tensors (autograd, Transformer Engine, a checkpoint around F) holds the
+storage, so finds its values again; saved-tensor hooks would see only what autograd saves. Nothing
+is released before the block is complete and its hook is set: an exception before that leaves all
+tensors whole, one after it leaves a graph that frees itself. What one microbatch dropped is known
+to its own graph alone.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mhc import kernels
+
+from .connection import Ended
+
+
+class Passed(NamedTuple):
+    """What a site that has read and written hands to its block.
+
+    Attributes:
+        x: the streams [..., n, C] that it read; u: [..., C]; h_pre: [..., n].
+        norm, normed: the norm slot's module, and norm(u) where that is not u itself.
+        ended: what it left for its `combine`.
+    """
+
+    x: Tensor
+    u: Tensor
+    h_pre: Tensor
+    norm: torch.nn.Module
+    normed: Tensor | None
+    ended: Ended
+
+
+def are_unchanged(now: Tensor, then: Tensor, version: int) -> bool:
+    """Whether `now` is the memory of `then`, which had this version, and neither has changed."""
+    return (
+        now.data_ptr() == then.data_ptr()
+        and now.numel() == then.numel()
+        # a viewless copy, which Megatron makes between layers, counts its own changes from 0
+        and then._version == version
+        and now._version in (0, version)
+    )
+
+
+def _outside_the_graph(tensor: Tensor) -> Tensor:
+    # unlike detach(), .data counts its changes apart: refilling it is no change to what was saved
+    return tensor.data
+
+
+class Dropped:
+    """One microbatch's tensors of one block: released when it is made, until `rebuild`.
+
+    Raises:
+        RuntimeError: a tensor to release is part of a larger storage.
+    """
+
+    def __init__(self, passed: Sequence[Passed], backend: str) -> None:
+        self._backend = backend
+        self._start = _outside_the_graph(passed[0].x)
+        self._ys = [_outside_the_graph(p.x) for p in passed[1:]]
+        self._us = [_outside_the_graph(p.u) for p in passed]
+        self._h_pre = [p.h_pre for p in passed]
+        self._ended = [p.ended.detach() for p in passed[:-1]]
+        self._norms = [
+            (_outside_the_graph(p.normed), u, p.norm)
+            for p, u in zip(passed, self._us, strict=True)
+            if p.normed is not None
+        ]
+        self.is_rebuilt = False
+        for tensor in self._dropped():
+            if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                raise RuntimeError(
+                    f"a tensor of {tensor.nbytes} bytes to release lies in a storage of"
+                    f" {tensor.untyped_storage().nbytes()}: a norm returned a part of a larger"
+                    " tensor, which recompute cannot release; turn --mhc-recompute off"
+                )
+        for tensor in self._dropped():
+            tensor.untyped_storage().resize_(0)
+
+    def _dropped(self) -> list[Tensor]:
+        return [*self._ys, *self._us, *(normed for normed, _, _ in self._norms)]
+
+    @torch.no_grad()
+    def rebuild(self) -> None:
+        """Give every tensor its storage and values back, on the current stream; once is enough."""
+        if self.is_rebuilt:
+            return
+        for tensor in self._dropped():
+            tensor.untyped_storage().resize_(tensor.nbytes)
+        kernels.rebuild(
+            self._start,
+            self._h_pre,
+            self._ended,
+            ys=self._ys,
+            us=self._us,
+            backend=self._backend,
+        )
+        for normed, u, norm in self._norms:
+            # with gradients on, as in the forward: a norm may have a kernel of its own without
+            with torch.enable_grad():
+                again = norm.forward(u.detach().requires_grad_())
+            normed.copy_(again.detach())
+        self.is_rebuilt = True
+        # what autograd still needs it holds itself, and frees as it goes
+        self._ys, self._us, self._norms, self._ended, self._h_pre = [], [], [], [], []
+        del self._start
+
+
+class Block:
+    """Consecutive layers of a model chunk that drop and rebuild their streams together.
+
+    Args:
+        layers: how many may join.
+        backend: as `MHCConfig.backend`.
+    """
+
+    def __init__(self, layers: int, backend: str) -> None:
+        self._layers = layers
+        self._backend = backend
+        self._sites: list[object] = []
+        self._passed: list[Passed] = []
+        self._written: tuple[Tensor, int] | None = None
+        # held by the graphs alone: a graph that is gone takes its microbatch off this list
+        self._microbatches: list[weakref.ref[Dropped]] = []
+
+    def has_room(self) -> bool:
+        """Whether another layer may join."""
+        return len(self._sites) < 2 * self._layers
+
+    def join(self, *sites: object) -> None:
+        """Add the sites of the next layer."""
+        self._sites.extend(sites)
+
+    def passed(self, site: object, passed: Passed, streams: Tensor) -> None:
+        """A site has read and written; `streams` [s, b, n*C] is what it wrote.
+
+        Raises:
+            RuntimeError: it read other streams than the site before it in the block wrote.
+        """
+        if site is self._sites[0]:
+            self._passed = []  # of a forward that an exception ended
+        elif self._written is None or not are_unchanged(passed.x, *self._written):
+            raise RuntimeError(
+                "inside a recompute block a site read other streams than the site before wrote:"
+                " something between the layers replaced them; turn --mhc-recompute off"
+            )
+        self._passed.append(passed)
+        self._written = (streams.detach(), streams._version)
+        if site is self._sites[-1]:
+            self._written = None
+            self._drop(streams)
+
+    def _drop(self, streams: Tensor) -> None:
+        """Release the block that ends with these streams, if a backward may come for it."""
+        passed, self._passed = self._passed, []
+        if streams.grad_fn is None or len(passed) != len(self._sites):
+            return
+        dropped = Dropped(passed, self._backend)
+        # every path of the backward into the block leads through this node
+        streams.grad_fn.register_prehook(lambda _: dropped.rebuild())
+        self._microbatches.append(weakref.ref(dropped))
+
+    def rebuild_oldest(self) -> bool:
+        """Rebuild what the oldest microbatch dropped here; whether there was one."""
+        self._microbatches = [
+            reference
+            for reference in self._microbatches
+            if (dropped := reference()) is not None and not dropped.is_rebuilt
+        ]
+        if not self._microbatches:
+            return False
+        dropped = self._microbatches.pop(0)()
+        if dropped is not None:
+            dropped.rebuild()
+        return dropped is not None
+
+
+def rebuild_ahead(chunk: torch.nn.Module) -> bool:
+    """Rebuild the last block of a model chunk for the microbatch whose backward comes next.
+
+    The rebuild needs no gradient, so a schedule can do it while it waits for one. Call it on the
+    stream that the backward runs on. It is never needed: the backward rebuilds what is not.
+
+    Args:
+        chunk: a model chunk, wrapped or not; it has one block's streams more in memory afterwards.
+
+    Returns:
+        Whether there was something to rebuild (not without recompute, nor when done already).
+    """
+    blocks = [m.recompute_block for m in chunk.modules() if hasattr(m, "recompute_block")]
+    return blocks[-1] is not None and blocks[-1].rebuild_oldest() if blocks else False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one pipeline stage by the formula of paper 4.3.2, with microbatches in flight.
+
+    Attributes:
+        num_streams: n. hidden_size: C.
+        chunk_layers: the layers of each model chunk of the stage.
+        in_flight: chunks' microbatches between their forward and their backward, at most.
+        norms: norms of a layer (0 to 2) that are modules of their own: norm(u) is dropped there.
+        setting: `MHCConfig.recompute`.
+    """
+
+    num_streams: int
+    hidden_size: int
+    chunk_layers: tuple[int, ...]
+    in_flight: int
+    norms: int
+    setting: int | str
+    element_size: int = field(default=2)
+
+    def kept(self, layers: int) -> float:
+        """Block starts kept, in streams of C a token, with blocks of so many layers."""
+        blocks = sum(-(-count // layers) for count in self.chunk_layers) / len(self.chunk_layers)
+        return self.in_flight * self.num_streams * blocks
+
+    def rebuilt(self, layers: int) -> int:
+        """A rebuilt block: x, u and where it is ours norm(u), in streams of C a token."""
+        layers = min(layers, max(self.chunk_layers))
+        return layers * (2 * self.num_streams + 2 + self.norms)
+
+    @property
+    def layers(self) -> int:
+        """Layers a block: the setting, or for "auto" the number of least memory."""
+        if isinstance(self.setting, int):
+            return self.setting
+        choices = range(1, max(self.chunk_layers) + 1)
+        return min(choices, key=lambda count: self.kept(count) + self.rebuilt(count))
+
+    @property
+    def bytes_a_token(self) -> dict[str, float]:
+        """What mHC adds to the ordinary model's activations, in bytes a token, term by term.
+
+        block starts, F's outputs and coefficients (fp32: H_pre, H_post, H_res, their n*n + 2n
+        logits and 1/r) are kept for every microbatch in flight; one block at a time is rebuilt; the
+        ordinary model keeps its residual, and where its norm is a module the norm's output.
+        """
+        n, wide = self.num_streams, self.hidden_size * self.element_size
+        layers = sum(self.chunk_layers) / len(self.chunk_layers) * self.in_flight
+        return {
+            "block starts": self.kept(self.layers) * wide,
+            "rebuilt block": self.rebuilt(self.layers) * wide,
+            "F's outputs": 2 * layers * wide,
+            "coefficients": 2 * layers * 4 * (2 * (n * n + 2 * n) + 1),
+            "ordinary residual and norm": -(2 + self.norms) * layers * wide,
+        }
+
+    def __str__(self) -> str:
+        """For the banner."""
+        total = sum(self.bytes_a_token.values())
+        auto = " (auto)" if self.setting == "auto" else ""
+        return (
+            f"recompute in blocks of {self.layers} layers{auto}: {total:,.0f} bytes a token beyond"
+            f" the ordinary model, {self.in_flight} microbatches in flight"
+        )
+
+
+def microbatches_in_flight(stage: int, stages: int, chunks: int = 1, group: int = 0) -> int:
+    """Chunks' microbatches that a stage holds at most between forward and backward.
+
+    1F1B: the stages from this one to the last. Interleaved: Megatron's warm-up
+    (`get_pp_rank_microbatches`) and one more.
+
+    Args:
+        stage: this pipeline rank of `stages`.
+        chunks: model chunks a stage.
+        group: `microbatch_group_size_per_vp_stage`, of interest with several chunks.
+    """
+    if chunks == 1:
+        return stages - stage
+    return 2 * (stages - stage - 1) + (chunks - 1) * group + 1
+
+
+def plan(config: Any, setting: int | str, num_streams: int, norms: int, stage: int) -> Plan:
+    """The plan of one pipeline stage.
+
+    Args:
+        config: its TransformerConfig.
+        setting: `MHCConfig.recompute`.
+        num_streams, norms: as in `Plan`.
+        stage: its pipeline rank.
+    """
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    stages = config.pipeline_model_parallel_size
+    group = config.microbatch_group_size_per_vp_stage
+    layers = tuple(
+        get_num_layers_to_build(config, chunk if chunks > 1 else None, stage)
+        for chunk in range(chunks)
+    )
+    return Plan(
+        num_streams,
+        config.hidden_size,
+        layers,
+        microbatches_in_flight(stage, stages, chunks, group or stages),
+        norms,
+        setting,
+        config.params_dtype.itemsize,
+    )
+
+
+def plan_of(chunks: Iterable[torch.nn.Module]) -> Plan | None:
+    """The plan that the layers of these model chunks follow, None without recompute."""
+    plans = [m.recompute_plan for chunk in chunks for m in chunk.modules() if hasattr(m, "mhc")]
+    return plans[0] if plans else None
