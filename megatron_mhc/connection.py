@@ -58,7 +58,8 @@ class Ended(NamedTuple):
 
     def detach(self) -> "Ended":
         """The same tensors outside their graph."""
-        return Ended(*(None if tensor is None else tensor.detach() for tensor in self))
+        f_bias = None if self.f_bias is None else self.f_bias.detach()
+        return Ended(self.f.detach(), self.h_post.detach(), self.h_res.detach(), f_bias)
 
     def combine(self, x: Tensor, backend: str) -> Tensor:
         """The next streams [..., n, C] from the streams x that the site read."""

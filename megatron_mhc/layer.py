@@ -20,8 +20,9 @@ from torch import Tensor
 from .compatibility import check_transformer_config
 from .config import MHCConfig
 from .connection import Begun, Ended, Head, HyperConnection
+from .memory import Plan, plan
 from .pipeline import mark_streams
-from .recompute import Block, Passed, Plan, are_unchanged, plan
+from .recompute import Block, Passed, are_unchanged
 
 
 class _Ahead(NamedTuple):
@@ -107,7 +108,7 @@ class Site:
                     "a residual slot got other streams than its norm slot read: something between"
                     " the two (a norm that returns its own residual, offloading) replaced them"
                 )
-            # Megatron turns gradients on around this slot, in evaluation too: no graph is wanted then
+            # Megatron turns gradients on around this slot even in evaluation, which wants no graph
             with torch.set_grad_enabled(pending.has_graph):
                 return self._write(pending, *output_with_bias, dropout if training else 0.0)
 

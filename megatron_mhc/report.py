@@ -8,7 +8,7 @@ import torch
 from megatron_mhc import kernels
 
 from .config import MHCConfig
-from .recompute import Plan
+from .memory import Plan
 
 
 class DenseModelError(RuntimeError):

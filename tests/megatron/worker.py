@@ -247,7 +247,8 @@ def held_bytes(s: Scenario, model: GPTModel) -> dict[str, int]:
     """What one microbatch's forward keeps for its backward, in bytes of distinct storages.
 
     kept: as the forward leaves it; ahead: when `rebuild_ahead` has done its work; whole: when the
-    backward has rebuilt all (these storages are held here, so nothing is freed).
+    backward has rebuilt all (these storages are held here, so nothing is freed); evaluation: what
+    a forward without gradients keeps.
     """
     storages: dict[int, Any] = {}
 
@@ -267,7 +268,10 @@ def held_bytes(s: Scenario, model: GPTModel) -> dict[str, int]:
     result["ahead"] = total()
     loss(output)[0].backward()
     result["whole"] = total()
-    return result
+    storages.clear()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward_step(batches(s, 99), model)
+    return {**result, "evaluation": total()}
 
 
 def batches(s: Scenario, step: int) -> Iterator[Tensor]:
