@@ -42,6 +42,22 @@ POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
         (lambda: kernels.head(X, PHI, ALPHA[:1], BIAS[:4]), "fn has shape"),
         (lambda: kernels.head(X, PHI[:4], ALPHA, BIAS[:4]), "scale has shape"),
         (lambda: kernels.hc_coefficients(X, PHI, ALPHA, BIAS), "theta has shape"),
+        (lambda: kernels.pre_with_h_pre(X, PHI[1:], ALPHA, BIAS), "phi has shape"),
+        (
+            lambda: kernels.combine_pre_with_h_pre(X, F[1:], POST, RES, PHI, ALPHA, BIAS),
+            "f has shape",
+        ),
+        (lambda: kernels.rebuild(X, [POST], [(F, POST, RES, None)]), "expected one more h_pre"),
+        (lambda: kernels.rebuild(X, [POST[:1]], []), r"h_pre\[0\] has shape"),
+        (
+            lambda: kernels.rebuild(X, [POST, POST], [(F[1:], POST, RES, None)]),
+            "f has shape",
+        ),
+        (lambda: kernels.rebuild(X, [POST], [], us=[]), "us has 0 tensors; expected 1"),
+        (
+            lambda: kernels.rebuild(X, [POST], [], us=[torch.ones(8, 3, 2).transpose(0, 2)]),
+            r"us\[0\] is not contiguous",
+        ),
         (lambda: kernels.pre(X, PHI, ALPHA, BIAS, backend="cuda"), "backend is 'cuda'"),
     ],
 )
