@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sizes = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8}
-    more = {"sequence": 4096, "batch": 2, "steps": 4, "rounds": 4}
+    more = {"sequence": 4096, "batch": 2, "steps": 4, "rounds": 3}
     for name, default in {**sizes, **more}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument(

@@ -34,7 +34,10 @@ class Plan:
         return self.in_flight * self.num_streams * blocks
 
     def rebuilt(self, layers: int) -> int:
-        """A rebuilt block: x, u and where it is ours norm(u), in streams of C a token."""
+        """A rebuilt block: x, u and where it is ours norm(u), in streams of C a token.
+
+        As the paper counts: with the first site's x, which is the block's start and kept already.
+        """
         layers = min(layers, max(self.chunk_layers))
         return layers * (2 * self.num_streams + 2 + self.norms)
 
@@ -68,9 +71,11 @@ class Plan:
         """For the banner."""
         total = sum(self.bytes_a_token.values())
         auto = " (auto)" if self.setting == "auto" else ""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        flight = "1 microbatch" if self.in_flight == 1 else f"{self.in_flight} microbatches"
         return (
-            f"recompute in blocks of {self.layers} layers{auto}: {total:,.0f} bytes a token beyond"
-            f" the ordinary model, {self.in_flight} microbatches in flight"
+            f"recompute in blocks of {layers}{auto}: {total:,.0f} bytes a token beyond"
+            f" the ordinary model, {flight} in flight"
         )
 
 

@@ -40,12 +40,13 @@ def banner(
             reason = "variant hc has the reference only"
         backend = "triton" if reason is None else f"torch, because {reason}"
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
+    dropped = ""
     if mhc.recompute is not None:
-        steps += f", {recompute or f'recompute {mhc.recompute}'}"
+        dropped = f"; {recompute or f'recompute {mhc.recompute}'}"
     return (
         f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
         f" {mhc.convention}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
-        f" {parameters:,} extra parameters (settings from {source})"
+        f" {parameters:,} extra parameters{dropped} (settings from {source})"
     )
 
 

@@ -70,5 +70,8 @@ def test_the_banner_says_how() -> None:
     line = banner(mhc, "flags", 16, 10, torch.device("cpu"), plan)
     assert f"recompute in blocks of {plan.layers} layers (auto): " in line
     assert f"{sum(plan.bytes_a_token.values()):,.0f} bytes a token" in line
+    assert "(auto)" not in str(Plan(4, 4096, (8,), 3, 0, 1)) and "1 layer: " in str(
+        Plan(4, 4096, (8,), 3, 0, 1)
+    )
     assert "recompute auto" in banner(mhc, "environment", 16, 10, torch.device("cpu"))
     assert "recompute" not in banner(MHCConfig(), "flags", 16, 10, torch.device("cpu"))
