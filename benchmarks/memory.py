@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mhc import MHCConfig
+from megatron_mhc import MHCConfig, kernels
+from megatron_mhc.kernels import triton_rebuild
 from megatron_mhc.memory import Plan, plan_of
 from megatron_mhc.recompute import rebuild_ahead
 
@@ -134,6 +135,41 @@ def compare(
     return row
 
 
+def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
+    """Microseconds a site of the rebuild kernel alone, by the sites that one launch goes through.
+
+    With one, every site reads the streams that the one before wrote: 2n + 2 passes of [T, C]; with
+    more they stay in registers: towards n + 2.
+    """
+    like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    x = torch.randn(tokens, n, width, **like)
+    h_pre = [torch.rand(tokens, n, device="cuda") for _ in range(sites)]
+    ended = [
+        (
+            torch.randn(tokens, width, **like),
+            torch.rand(tokens, n, device="cuda"),
+            torch.rand(tokens, n, n, device="cuda").softmax(-1),
+            None,
+        )
+        for _ in range(sites - 1)
+    ]
+    ys = [torch.empty_like(x) for _ in ended]
+    us = [torch.empty(tokens, width, **like) for _ in h_pre]
+    usual, result = triton_rebuild.SITES, {}
+    for triton_rebuild.SITES in (1, 2, 4, sites):
+        times = []
+        for _ in range(13):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            kernels.rebuild(x, h_pre, ended, ys=ys, us=us, backend="triton")
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        result[triton_rebuild.SITES] = 1000 * statistics.median(times[3:]) / sites
+    triton_rebuild.SITES = usual
+    return result
+
+
 COLUMNS = (
     *("step_ms", "spread_ms", "step_over_ordinary", "held", "peak"),
     *("starts", "formula_starts", "rest", "formula_rest", "rebuilt", "formula_rebuilt"),
@@ -232,9 +268,19 @@ def main() -> None:
         results[name] = compare(case, memories[name], memories["ordinary"], ordinary)
     print(torch.cuda.get_device_name(), torch.__version__)
     print(table(results))
+    replayed = replay(8, options.batch * options.sequence, options.hidden)
+    for sites, microseconds in replayed.items():
+        print(f"rebuild kernel, {sites} sites a launch: {microseconds:.1f} us a site")
     if options.json:
         kept = {k: v for k, v in vars(options).items() if k not in ("json", "png")}
-        text = json.dumps({"options": kept, "device": torch.cuda.get_device_name(), **results})
+        text = json.dumps(
+            {
+                "options": kept,
+                "device": torch.cuda.get_device_name(),
+                "replay_us": replayed,
+                **results,
+            }
+        )
         options.json.write_text(text)
     if options.png:
         plot(results, options.png)

@@ -154,13 +154,19 @@ def check(
 
 
 def check_rebuild(
-    tokens: int, n: int, width: int, sites: int, dtype: torch.dtype, device: str
+    tokens: int,
+    n: int,
+    width: int,
+    sites: int,
+    dtype: torch.dtype,
+    device: str,
+    backend: str = "triton",
 ) -> None:
     """Assert that `rebuild` writes the bits that `pre` and `combine_pre` returned, site by site."""
     first = inputs("pre", tokens, n, width, dtype, device)
     x = first["x"].detach()
     parameters = {name: first[name] for name in ("phi", "alpha", "bias")}
-    options: dict[str, Any] = {**DEEPSEEK, "iterations": 3, "backend": "triton"}
+    options: dict[str, Any] = {**DEEPSEEK, "iterations": 3, "backend": backend}
     plain = kernels.pre(x, **parameters, **options)
     *again, weights = kernels.pre_with_h_pre(x, **parameters, **options)
     assert all(map(torch.equal, plain, again)) and not weights.requires_grad
@@ -183,7 +189,7 @@ def check_rebuild(
         h_pre.append(weights)
     poisoned = [[torch.full_like(t, torch.nan) for t in tensors] for tensors in (ys, us)]
     for given in ({}, dict(zip(("ys", "us"), poisoned, strict=True))):
-        new_ys, new_us = kernels.rebuild(x, h_pre, ended, **given, backend="triton")
+        new_ys, new_us = kernels.rebuild(x, h_pre, ended, **given, backend=backend)
         for name, got, wanted in (("y", new_ys, ys), ("u", new_us, us)):
             for site, (a, b) in enumerate(zip(got, wanted, strict=True)):
                 assert torch.equal(a, b), f"{name} of site {site} differs"

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mhc import kernels
 from megatron_mhc.kernels import backend
+from tests.kernel_cases import check_rebuild
 
 X = torch.randn(2, 3, 4, 8)
 F = torch.randn(2, 3, 8)
@@ -129,3 +130,8 @@ def test_auto_takes_triton_on_a_gpu_where_there_is_a_kernel() -> None:
     assert [backend.resolve("auto", n, cuda) for n in (1, 2, 3, 4, 8)] == [
         *("triton", "triton", "torch", "triton", "triton")
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_references_rebuild_equals_its_forward_to_the_bit(dtype: torch.dtype) -> None:
+    check_rebuild(5, 3, 7, 4, dtype, "cpu", backend="torch")
