@@ -29,8 +29,12 @@ from megatron_mhc import MHCConfig, with_mhc
 VOCABULARY = 1024
 
 
-def build(options: argparse.Namespace, mhc: MHCConfig | None) -> torch.nn.Module:
-    """The model of these options in bf16, from the same seed every time."""
+def build(options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -> torch.nn.Module:
+    """The model of these options in bf16, from the same seed every time.
+
+    Args:
+        settings: of TransformerConfig, beyond the options'.
+    """
     config = TransformerConfig(
         num_layers=options.layers,
         hidden_size=options.hidden,
@@ -46,6 +50,7 @@ def build(options: argparse.Namespace, mhc: MHCConfig | None) -> torch.nn.Module
         bf16=True,
         params_dtype=torch.bfloat16,
         gradient_accumulation_fusion=False,
+        **settings,
     )
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)

@@ -5,8 +5,10 @@ Shapes, dtypes and equations: `reference`, under the same names. Every operation
 what came and what was wanted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -172,6 +174,78 @@ def combine_pre(
         pre_eps=pre_eps,
         sinkhorn_eps=sinkhorn_eps,
     )
+
+
+def pre_with_h_pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.pre_with_h_pre`."""
+    check_streams("x", x)
+    _check_projection(x, phi, alpha, bias, options.get("iterations", 20))
+    return _run("pre_with_h_pre", backend, x.shape[-2], x, phi, alpha, bias, **options)
+
+
+def combine_pre_with_h_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.combine_pre_with_h_pre`."""
+    check_streams("x", x)
+    _check_combine(x, f, h_post, h_res, f_bias)
+    _check_projection(x, phi, alpha, bias, options.get("iterations", 20))
+    tensors = (x, f, h_post, h_res, phi, alpha, bias)
+    n = x.shape[-2]
+    return _run("combine_pre_with_h_pre", backend, n, *tensors, f_bias=f_bias, **options)
+
+
+@torch.no_grad()
+def rebuild(
+    x: Tensor,
+    h_pre: Sequence[Tensor],
+    ended: Sequence[reference.Mixing],
+    *,
+    ys: Sequence[Tensor] | None = None,
+    us: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `reference.rebuild`."""
+    check_streams("x", x)
+    n, width = x.shape[-2:]
+    if len(h_pre) != len(ended) + 1:
+        raise ValueError(
+            f"h_pre has {len(h_pre)} sites and ended {len(ended)}; expected one more h_pre, that"
+            " of the last site"
+        )
+    for name, given, count, tail in (
+        ("ys", ys, len(ended), (n, width)),
+        ("us", us, len(h_pre), (width,)),
+    ):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name} has {len(given)} tensors; expected {count}")
+        for index, tensor in enumerate(given or ()):
+            check_tokens(f"{name}[{index}]", tensor, x, tail, x.dtype)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}[{index}] is not contiguous; results are written into it")
+    for index, weights in enumerate(h_pre):
+        check_tokens(f"h_pre[{index}]", weights, x, (n,), reference.accumulation_dtype(x))
+    for site in ended:
+        _check_combine(x, *site)
+    return _run("rebuild", backend, n, x, h_pre, ended, ys=ys, us=us)
 
 
 def head(

@@ -10,8 +10,14 @@ H_res[dst, src] mixes stream src into stream dst. Coefficients are computed and 
 (float64 where x is float64); u and y come back in the dtype of x.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+Mixing = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""What a site leaves for its `combine` beside the streams: f, h_post, h_res, f_bias (or None)."""
 
 HC_NORM_EPS = 1e-6
 """eps of the RMS norm that HC applies to each stream (`hc_coefficients`)."""
@@ -186,6 +192,74 @@ def combine_pre(
         sinkhorn_eps=sinkhorn_eps,
     )
     return y, u, h_post, h_res
+
+
+def pre_with_h_pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`pre`, and the h_pre that it used: what `rebuild` wants, so it carries no gradient.
+
+    Args:
+        options: the keywords of `pre`.
+
+    Returns:
+        u, h_post and h_res as `pre` returns them; h_pre [..., n].
+    """
+    h_pre, h_post, h_res = coefficients(x, phi, alpha, bias, **options)
+    return aggregate(x, h_pre), h_post, h_res, h_pre.detach()
+
+
+def combine_pre_with_h_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`combine_pre`, and the h_pre of the next site: what `rebuild` wants, without a gradient.
+
+    Returns:
+        y, u, h_post and h_res as `combine_pre` returns them; h_pre [..., n].
+    """
+    y = combine(x, f, h_post, h_res, f_bias)
+    return y, *pre_with_h_pre(y, phi, alpha, bias, **options)
+
+
+def rebuild(
+    x: Tensor,
+    h_pre: Sequence[Tensor],
+    ended: Sequence[Mixing],
+    *,
+    ys: Sequence[Tensor] | None = None,
+    us: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The streams and u of consecutive sites again, without running a sublayer (paper 4.3.2).
+
+    What it returns equals, bit for bit, what `pre` and `combine_pre` returned. Forward only.
+
+    Args:
+        x: [..., n, C], the streams that the first site read.
+        h_pre: of every site [..., n].
+        ended: what each site but the last left: its `combine` makes the streams of the next.
+        ys, us: tensors to write the results into, or None for new ones.
+
+    Returns:
+        ys, the streams [..., n, C] that each site but the first read; us [..., C], of every site.
+    """
+    new_ys, new_us = [], [aggregate(x, h_pre[0])]
+    for (f, h_post, h_res, f_bias), weights in zip(ended, h_pre[1:], strict=True):
+        x = combine(x, f, h_post, h_res, f_bias)
+        new_ys.append(x)
+        new_us.append(aggregate(x, weights))
+    for given, new in ((ys, new_ys), (us, new_us)):
+        for old, result in zip(given or (), new, strict=given is not None):
+            old.copy_(result)
+    return list(ys or new_ys), list(us or new_us)
 
 
 def transpose_res_rows(parameter: Tensor, n: int) -> Tensor:

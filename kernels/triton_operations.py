@@ -6,6 +6,18 @@ from .triton_combine import combine
 from .triton_combine_pre import combine_pre
 from .triton_head import head
 from .triton_pre import pre
+from .triton_rebuild import combine_pre_with_h_pre, pre_with_h_pre, rebuild
 from .triton_sinkhorn import sinkhorn
 
-__all__ = ["aggregate", "coefficients", "combine", "combine_pre", "head", "pre", "sinkhorn"]
+__all__ = [
+    "aggregate",
+    "coefficients",
+    "combine",
+    "combine_pre",
+    "combine_pre_with_h_pre",
+    "head",
+    "pre",
+    "pre_with_h_pre",
+    "rebuild",
+    "sinkhorn",
+]

@@ -15,7 +15,7 @@ from megatron_mhc.patches.training import (
     validation_patch,
 )
 
-from . import arguments, parameters, pipeline, report
+from . import arguments, memory, parameters, pipeline, report
 
 
 class _Seen:
@@ -46,7 +46,7 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
     counts = report.sites_and_parameters(config, args.num_layers, args.hidden_size)
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     if seen.banner is None:
-        seen.banner = report.banner(config, source, *counts, device)
+        seen.banner = report.banner(config, source, *counts, device, memory.plan_of(chunks))
         report.print_banner(seen.banner)
 
 

@@ -53,7 +53,11 @@ SETTINGS: Mapping[str, _Setting] = {
     "backend": _Setting(
         str, "'triton' kernels, the 'torch' reference, or 'auto' for what can run", BACKENDS
     ),
-    "recompute": _Setting(_recompute, "selective recompute of the streams: off, auto or layers"),
+    "recompute": _Setting(
+        _recompute,
+        "drop the streams after the forward and rebuild them in the backward, in blocks of so many"
+        " layers; 'auto' takes the number that needs the least memory, 'off' keeps them",
+    ),
     "overlap_p2p": _Setting(_switch, "overlap pipeline communication with the MLP's combine"),
 }
 """A row a field of MHCConfig."""
@@ -137,7 +141,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: names every such flag and what to do about it.
     """
     if args.mhc:
-        check_transformer_config(args)
+        check_transformer_config(args, config_from_arguments(args))
 
 
 def active_config() -> tuple[MHCConfig, str]:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .config import MHCConfig
+
 
 @dataclass(frozen=True)
 class Conflict:
@@ -100,16 +102,30 @@ CONFLICTS = (
 )
 
 
-def check_transformer_config(settings: Any) -> None:
+RECOMPUTE_CONFLICTS = (
+    Conflict(
+        "--recompute-granularity full beside --mhc-recompute",
+        _is_set("recompute_granularity", "selective"),
+        "it keeps nothing inside a layer, so the streams are gone already and rebuilding them is"
+        " work for nothing; use one of the two (selective goes with --mhc-recompute)",
+    ),
+)
+"""What selective recompute of the streams cannot work with."""
+
+
+def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> None:
     """Refuse settings that mHC cannot work with.
 
     Args:
         settings: a TransformerConfig, or Megatron's parsed arguments (the names agree).
+        mhc: mHC's own settings, the defaults if None.
 
     Raises:
         ValueError: names every such setting and what to do about it.
     """
-    found = [c for c in CONFLICTS if c.given(settings)]
+    recompute = mhc is not None and mhc.recompute is not None
+    conflicts = (*CONFLICTS, *(RECOMPUTE_CONFLICTS if recompute else ()))
+    found = [c for c in conflicts if c.given(settings)]
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)
         raise ValueError(f"mHC does not work with these settings: {lines}")

@@ -28,7 +28,9 @@ class MHCConfig:
             every bias at zero (H_pre 1/2, H_post 1, H_res uniform).
         variant: "mhc", or "hc" for the unconstrained hyper-connections it descends from.
         backend: "triton", "torch" (the reference) or "auto"; see `kernels.backend.resolve`.
-        recompute: selective recompute of the streams; None is off, the only choice so far.
+        recompute: selective recompute of the streams in blocks of so many layers, "auto" for the
+            number that needs the least memory, None for off. Gives the memory back with the Triton
+            kernels; the reference keeps fp32 copies of bf16 streams all the same.
         overlap_p2p: pipeline overlap; False is the only choice so far.
 
     Raises:
@@ -62,10 +64,15 @@ class MHCConfig:
             )
         if self.variant == "hc" and self.backend == "triton":
             raise ValueError("backend is 'triton', but variant 'hc' has the reference only")
-        if self.recompute is not None:
+        whole = isinstance(self.recompute, int) and not isinstance(self.recompute, bool)
+        if not (self.recompute in (None, "auto") or (whole and int(self.recompute) >= 1)):
             raise ValueError(
-                f"recompute is {self.recompute!r}, but selective recompute is not built yet; leave"
-                " it off (Megatron's own --recompute-granularity full works)"
+                f"recompute is {self.recompute!r}; expected None, 'auto' or a number of layers"
+            )
+        if self.variant == "hc" and self.recompute is not None:
+            raise ValueError(
+                f"recompute is {self.recompute!r}, but variant 'hc' keeps fp32 copies of the"
+                " streams, which recompute cannot give back; leave it off"
             )
         if self.overlap_p2p:
             raise ValueError(

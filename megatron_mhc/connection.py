@@ -56,9 +56,27 @@ class Ended(NamedTuple):
     h_res: Tensor
     f_bias: Tensor | None
 
+    def detach(self) -> "Ended":
+        """The same tensors outside their graph."""
+        f_bias = None if self.f_bias is None else self.f_bias.detach()
+        return Ended(self.f.detach(), self.h_post.detach(), self.h_res.detach(), f_bias)
+
     def combine(self, x: Tensor, backend: str) -> Tensor:
         """The next streams [..., n, C] from the streams x that the site read."""
         return kernels.combine(x, self.f, self.h_post, self.h_res, self.f_bias, backend=backend)
+
+
+class Begun(NamedTuple):
+    """What stands in front of a sublayer: the streams that its site reads, and what comes of them.
+
+    h_pre, outside the graph, is there for selective recompute alone.
+    """
+
+    x: Tensor
+    u: Tensor
+    h_post: Tensor
+    h_res: Tensor
+    h_pre: Tensor | None = None
 
 
 class HyperConnection(Fp32Module):
@@ -100,9 +118,7 @@ class HyperConnection(Fp32Module):
         """The settings, for `print(model)`."""
         return f"{self.mhc.variant}, num_streams={self.mhc.num_streams}, C={self.hidden_size}"
 
-    def forward(
-        self, x: Tensor, ended: Ended | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, ended: Ended | None = None) -> Begun:
         """What stands in front of the sublayer: `kernels.pre`, or `kernels.combine_pre`.
 
         Args:
@@ -111,14 +127,15 @@ class HyperConnection(Fp32Module):
 
         Returns:
             The streams [..., n, C] that this site reads (x itself without `ended`); u [..., C] for
-            the sublayer; h_post [..., n] and h_res [..., n, n] for this site's own `combine`.
+            the sublayer; h_post [..., n] and h_res [..., n, n] for this site's own `combine`; and
+            under selective recompute h_pre [..., n].
         """
         mhc = self.mhc
         if mhc.variant == "hc":
             if ended is not None:
                 x = ended.combine(x, mhc.backend)
             h_pre, h_post, h_res = kernels.hc_coefficients(x, self.theta, self.alpha, self.bias)
-            return x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res
+            return Begun(x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res)
         options: dict[str, Any] = {
             "iterations": mhc.sinkhorn_iterations,
             "norm_eps": mhc.norm_eps,
@@ -127,10 +144,13 @@ class HyperConnection(Fp32Module):
             "backend": mhc.backend,
         }
         parameters = (self.phi, self.alpha, self.bias)
+        keep = mhc.recompute is not None
         if ended is None:
-            return x, *kernels.pre(x, *parameters, **options)
+            pre = kernels.pre_with_h_pre if keep else kernels.pre
+            return Begun(x, *pre(x, *parameters, **options))
         f, h_post, h_res, f_bias = ended
-        return kernels.combine_pre(x, f, h_post, h_res, *parameters, f_bias=f_bias, **options)
+        combine_pre = kernels.combine_pre_with_h_pre if keep else kernels.combine_pre
+        return Begun(*combine_pre(x, f, h_post, h_res, *parameters, f_bias=f_bias, **options))
 
 
 class Head(Fp32Module):

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from .compatibility import check_transformer_config
 from .config import MHCConfig
-from .connection import Ended, Head, HyperConnection
+from .connection import Begun, Ended, Head, HyperConnection
+from .memory import Plan, plan
 from .pipeline import mark_streams
+from .recompute import Block, Passed, are_unchanged
 
 
 class _Ahead(NamedTuple):
@@ -26,19 +30,21 @@ class _Ahead(NamedTuple):
 
     streams: Tensor
     version: int
-    u: Tensor
-    h_post: Tensor
-    h_res: Tensor
+    begun: Begun
 
     def is_of(self, streams: Tensor) -> bool:
         """Whether these are the same streams, unchanged (`self` keeps their memory from reuse)."""
-        return (
-            streams.data_ptr() == self.streams.data_ptr()
-            and streams.shape == self.streams.shape
-            # a viewless copy, which Megatron makes between layers, counts its own changes from 0
-            and self.streams._version == self.version
-            and streams._version in (0, self.version)
-        )
+        return are_unchanged(streams, self.streams, self.version)
+
+
+class _Pending(NamedTuple):
+    """What a site has read and its `write` waits for; norm(u) joins when the norm has run."""
+
+    streams: Tensor
+    begun: Begun
+    norm: torch.nn.Module
+    has_graph: bool
+    normed: Tensor | None = None
 
 
 class Site:
@@ -46,12 +52,14 @@ class Site:
 
     Where `following` names the next site, `write` computes that one's `pre` too, in one pass over
     the streams, and leaves it there; `read` of the next site takes it if the streams are the same.
+    `block` is where what the site read is dropped after the forward, None without recompute.
     """
 
     def __init__(self, connection: HyperConnection) -> None:
         self.connection = connection
         self.following: Site | None = None
-        self._pending: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.block: Block | None = None
+        self._pending: _Pending | None = None
         self._ahead: _Ahead | None = None
 
     def read(self, norm: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,14 +75,21 @@ class Site:
                 f"a site got hidden states of width {streams.shape[-1]}; expected"
                 f" {n} streams of {width} = {n * width} channels"
             )
-        x = streams.unflatten(-1, (n, width))
         ahead, self._ahead = self._ahead, None
+        x = streams.unflatten(-1, (n, width))
         if ahead is not None and ahead.is_of(streams):
-            u, h_post, h_res = ahead.u, ahead.h_post, ahead.h_res
+            begun = ahead.begun._replace(x=x)
         else:
-            _, u, h_post, h_res = self.connection(x)
-        self._pending = (streams, x, h_post, h_res)
-        return (u, *rest)
+            begun = self.connection(x)
+        self._pending = _Pending(streams, begun, norm, torch.is_grad_enabled())
+        return (begun.u, *rest)
+
+    def keep_normed(self, norm: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of the norm slot, under recompute: notes norm(u), to be dropped too."""
+        pending = self._pending
+        is_tensor = isinstance(output, Tensor)  # `write` refuses what else a norm may return
+        if pending is not None and is_tensor and output.data_ptr() != pending.begun.u.data_ptr():
+            self._pending = pending._replace(normed=output)
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
@@ -88,26 +103,34 @@ class Site:
                 RuntimeError: the residual is not the streams that `read` saw.
             """
             pending, self._pending = self._pending, None
-            if pending is None or pending[0] is not residual:
+            if pending is None or pending.streams is not residual:
                 raise RuntimeError(
                     "a residual slot got other streams than its norm slot read: something between"
                     " the two (a norm that returns its own residual, offloading) replaced them"
                 )
-            _, x, h_post, h_res = pending
-            f, bias = output_with_bias
-            if training and dropout > 0:
-                f = f if bias is None else f + bias
-                f, bias = torch.nn.functional.dropout(f, dropout), None
-            ended = Ended(f, h_post, h_res, bias)
-            if self.following is None:
-                return ended.combine(x, self.connection.mhc.backend).flatten(-2)
-            # through the next connection's __call__: only then are its parameters sure to be there
-            y, u, h_post, h_res = self.following.connection(x, ended)
-            streams = y.flatten(-2)
-            self.following._ahead = _Ahead(streams, streams._version, u, h_post, h_res)
-            return streams
+            # Megatron turns gradients on around this slot even in evaluation, which wants no graph
+            with torch.set_grad_enabled(pending.has_graph):
+                return self._write(pending, *output_with_bias, dropout if training else 0.0)
 
         return combine
+
+    def _write(self, pending: _Pending, f: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        x, u, h_post, h_res, h_pre = pending.begun
+        if dropout > 0:
+            f = f if bias is None else f + bias
+            f, bias = torch.nn.functional.dropout(f, dropout), None
+        ended = Ended(f, h_post, h_res, bias)
+        if self.following is None:
+            streams = ended.combine(x, self.connection.mhc.backend).flatten(-2)
+        else:
+            # through the next connection's __call__: only then are its parameters sure to be there
+            begun = self.following.connection(x, ended)
+            streams = begun.x.flatten(-2)
+            self.following._ahead = _Ahead(streams, streams._version, begun)
+        if self.block is not None and pending.has_graph and h_pre is not None:
+            passed = Passed(x, u, h_pre, pending.norm, pending.normed, ended)
+            self.block.passed(self, passed, streams)
+        return streams
 
 
 class MHCLayer(TransformerLayer):
@@ -121,7 +144,7 @@ class MHCLayer(TransformerLayer):
     """
 
     def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
-        check_transformer_config(config)
+        check_transformer_config(config, mhc)
         super().__init__(config, *args, **kwargs)
         mark_streams(config, mhc)
         self.mhc = mhc
@@ -139,11 +162,42 @@ class MHCLayer(TransformerLayer):
         self.pre_mlp_layernorm.register_forward_pre_hook(self.mlp_site.read)
         self.mlp_bda = self.mlp_site.write
         self.attention_site.following = self.mlp_site
-        _link_to_layer_before(self)
+        before = _layer_before(self)
+        # not under full recompute: what a checkpointed layer leaves on the next has no gradient
+        if before is not None and config.recompute_granularity != "full":
+            before.mlp_site.following = self.attention_site
+        self.recompute_block: Block | None = None
+        self.recompute_plan: Plan | None = None
+        if mhc.recompute is not None:
+            self._join_block(before)
         self.is_entry = self.layer_number == 1
         self.is_exit = self.layer_number == config.num_layers
         if self.is_exit and mhc.learned_head:
             self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
+
+    def _join_block(self, before: "MHCLayer | None") -> None:
+        """Drop and rebuild the streams together with the layer before, if its block has room."""
+        assert self.mhc.recompute is not None
+        slots = (self.input_layernorm, self.pre_mlp_layernorm)
+        if before is not None:
+            block, self.recompute_plan = before.recompute_block, before.recompute_plan
+        else:
+            block = None
+            self.recompute_plan = plan(
+                self.config,
+                self.mhc.recompute,
+                self.mhc.num_streams,
+                norms=sum(not isinstance(norm, IdentityOp) for norm in slots),
+                stage=get_pg_rank(self.pg_collection.pp),
+            )
+        if block is None or not block.has_room():
+            assert self.recompute_plan is not None
+            block = Block(self.recompute_plan.layers, self.mhc.backend)
+        self.recompute_block = block
+        for site, norm in zip((self.attention_site, self.mlp_site), slots, strict=True):
+            site.block = block
+            norm.register_forward_hook(site.keep_normed)
+        block.join(self.attention_site, self.mlp_site)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C]."""
@@ -173,23 +227,18 @@ class MHCLayer(TransformerLayer):
 _last_built: weakref.ref[MHCLayer] | None = None
 
 
-def _link_to_layer_before(layer: MHCLayer) -> None:
-    """Let the layer before, if one was just built for the same stage, compute this one's `pre`.
-
-    Not under full recompute: what one checkpointed layer leaves on the next would have no gradient.
-    """
+def _layer_before(layer: MHCLayer) -> MHCLayer | None:
+    """The layer before this one in its model chunk, if that was the last one built."""
     global _last_built
     before = _last_built() if _last_built is not None else None
     _last_built = weakref.ref(layer)
-    if (
+    is_before = (
         before is not None
         and before.config is layer.config
         and before.chunk == layer.chunk
         and before.layer_number == layer.layer_number - 1
-        and before.mlp_site.following is None
-        and layer.config.recompute_granularity != "full"
-    ):
-        before.mlp_site.following = layer.attention_site
+    )
+    return before if is_before else None
 
 
 @functools.cache

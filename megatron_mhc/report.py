@@ -8,6 +8,7 @@ import torch
 from megatron_mhc import kernels
 
 from .config import MHCConfig
+from .memory import Plan
 
 
 class DenseModelError(RuntimeError):
@@ -23,8 +24,15 @@ def sites_and_parameters(mhc: MHCConfig, num_layers: int, hidden_size: int) -> t
     return sites, sites * (projection + 3 + rows) + head
 
 
-def banner(mhc: MHCConfig, source: str, sites: int, parameters: int, device: torch.device) -> str:
-    """The line that says how mHC is on."""
+def banner(
+    mhc: MHCConfig,
+    source: str,
+    sites: int,
+    parameters: int,
+    device: torch.device,
+    recompute: Plan | None = None,
+) -> str:
+    """The line that says how mHC is on (`recompute`: what the first stage's layers follow)."""
     backend: str = mhc.backend
     if backend == "auto":
         reason = kernels.why_not_triton(mhc.num_streams, device)
@@ -32,10 +40,13 @@ def banner(mhc: MHCConfig, source: str, sites: int, parameters: int, device: tor
             reason = "variant hc has the reference only"
         backend = "triton" if reason is None else f"torch, because {reason}"
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
+    dropped = ""
+    if mhc.recompute is not None:
+        dropped = f"; {recompute or f'recompute {mhc.recompute}'}"
     return (
         f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
         f" {mhc.convention}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
-        f" {parameters:,} extra parameters (settings from {source})"
+        f" {parameters:,} extra parameters{dropped} (settings from {source})"
     )
 
 

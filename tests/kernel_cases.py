@@ -151,3 +151,46 @@ def check(
         if name in ("d_alpha", "d_scale"):
             bound = CANCELLING
         assert error <= bound, f"{operation}: {name} is off by {error:.2e} > {bound:.1e}"
+
+
+def check_rebuild(
+    tokens: int,
+    n: int,
+    width: int,
+    sites: int,
+    dtype: torch.dtype,
+    device: str,
+    backend: str = "triton",
+) -> None:
+    """Assert that `rebuild` writes the bits that `pre` and `combine_pre` returned, site by site."""
+    first = inputs("pre", tokens, n, width, dtype, device)
+    x = first["x"].detach()
+    parameters = {name: first[name] for name in ("phi", "alpha", "bias")}
+    options: dict[str, Any] = {**DEEPSEEK, "iterations": 3, "backend": backend}
+    plain = kernels.pre(x, **parameters, **options)
+    *again, weights = kernels.pre_with_h_pre(x, **parameters, **options)
+    assert all(map(torch.equal, plain, again)) and not weights.requires_grad
+    u, h_post, h_res = again
+    y, ys, us, h_pre, ended = x, [], [u], [weights], []
+    for site in range(1, sites):
+        own = inputs("combine_pre", tokens, n, width, dtype, device, seed=site)
+        f_bias = own["f_bias"] if site % 2 else None  # an attention's, and none of an MoE's
+        parameters = {name: own[name] for name in ("phi", "alpha", "bias")}
+        mixing = (own["f"], h_post, h_res)
+        plain = kernels.combine_pre(y, *mixing, **parameters, f_bias=f_bias, **options)
+        *again, weights = kernels.combine_pre_with_h_pre(
+            y, *mixing, **parameters, f_bias=f_bias, **options
+        )
+        assert all(map(torch.equal, plain, again)), site
+        ended.append((*mixing, f_bias))
+        y, u, h_post, h_res = again
+        ys.append(y)
+        us.append(u)
+        h_pre.append(weights)
+    poisoned = [[torch.full_like(t, torch.nan) for t in tensors] for tensors in (ys, us)]
+    for given in ({}, dict(zip(("ys", "us"), poisoned, strict=True))):
+        new_ys, new_us = kernels.rebuild(x, h_pre, ended, **given, backend=backend)
+        for name, got, wanted in (("y", new_ys, ys), ("u", new_us, us)):
+            for site, (a, b) in enumerate(zip(got, wanted, strict=True)):
+                assert torch.equal(a, b), f"{name} of site {site} differs"
+    assert all(map(torch.equal, poisoned[0], ys)) and all(map(torch.equal, poisoned[1], us))

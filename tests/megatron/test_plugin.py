@@ -84,6 +84,16 @@ def test_the_runner_trains_with_one_banner_line(
     assert losses(wide)[2] != losses(ordinary)[2]
 
 
+def test_the_runner_says_how_it_recomputes(wide: subprocess.CompletedProcess[str]) -> None:
+    result = python(*RUN, "--mhc", "--mhc-recompute", "auto")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert (
+        "12,396 extra parameters; recompute in blocks of 1 layer (auto): 2,832 bytes a token beyond"
+        " the ordinary model, 1 microbatch in flight (settings from flags)"
+    ) in result.stdout
+    assert losses(result) == losses(wide)
+
+
 def test_auto_is_one_line_in_ones_own_script(
     wide: subprocess.CompletedProcess[str], tmp_path: Path
 ) -> None:

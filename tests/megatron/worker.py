@@ -42,6 +42,7 @@ from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 from megatron_mhc.pipeline import check_stages  # noqa: E402
+from megatron_mhc.recompute import rebuild_ahead  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
 
@@ -64,7 +65,11 @@ class Scenario:
         bf16: train in bf16.
         fuse: which boundaries between sites run in one operation: "all", "layer" (none across
             layers) or "none".
-        interrupt: throw an exception in the middle of a forward before training, and catch it.
+        interrupt: throw an exception in the middle of a forward before training, and catch it:
+            True or "forward", or "backward" for the middle of a backward.
+        evaluate_between: run the microbatches of a step forward only, after every step.
+        hold: count the bytes that a forward keeps for its backward (`held_bytes`).
+        rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
     """
 
     steps: int = 3
@@ -85,7 +90,10 @@ class Scenario:
     first_step: int = 0
     bf16: bool = False
     fuse: str = "all"
-    interrupt: bool = False
+    interrupt: bool | str = False
+    evaluate_between: bool = False
+    hold: bool = False
+    rebuild_ahead: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -215,19 +223,55 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     return model
 
 
-def interrupted_forward(s: Scenario, model: GPTModel) -> None:
-    """A forward that an exception ends in the second layer's MLP, behind a site's own work."""
+def interrupted(s: Scenario, model: GPTModel) -> None:
+    """A step that an exception ends at the second layer's MLP: of its forward or its backward."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    hook = model.decoder.layers[1].mlp.register_forward_pre_hook(interrupt)
+    mlp = model.decoder.layers[1].mlp
+    if s.interrupt == "backward":
+        hook = mlp.register_forward_hook(lambda *a: a[-1][0].register_hook(interrupt) and None)
+    else:
+        hook = mlp.register_forward_pre_hook(interrupt)
     try:
-        forward_step(batches(s, 99), model)
+        output, loss = forward_step(batches(s, 99), model)
+        loss(output)[0].backward()
     except KeyboardInterrupt:
         hook.remove()
     else:
-        raise AssertionError("the forward was not interrupted")
+        raise AssertionError(f"the {s.interrupt} was not interrupted")
+
+
+def held_bytes(s: Scenario, model: GPTModel) -> dict[str, int]:
+    """What one microbatch's forward keeps for its backward, in bytes of distinct storages.
+
+    kept: as the forward leaves it; ahead: when `rebuild_ahead` has done its work; whole: when the
+    backward has rebuilt all (these storages are held here, so nothing is freed); evaluation: what
+    a forward without gradients keeps.
+    """
+    storages: dict[int, Any] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    def total() -> int:
+        return sum(storage.nbytes() for storage in storages.values())
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output, loss = forward_step(batches(s, 99), model)
+    result = {"kept": total()}
+    while rebuild_ahead(model):
+        pass
+    result["ahead"] = total()
+    loss(output)[0].backward()
+    result["whole"] = total()
+    storages.clear()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward_step(batches(s, 99), model)
+    return {**result, "evaluation": total()}
 
 
 def batches(s: Scenario, step: int) -> Iterator[Tensor]:
@@ -345,13 +389,20 @@ def run(s: Scenario) -> dict[str, Any]:
     if s.ddp.get("overlap_param_gather"):
         config.param_sync_func = model[0].start_param_sync
     if s.interrupt:
-        interrupted_forward(s, cores[0])
+        interrupted(s, cores[0])
+    held = held_bytes(s, cores[0]) if s.hold else None
     ranks = parallel_state.get_data_parallel_world_size()
+
+    def step_func(iterator: Iterator[Tensor], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        result = forward_step(iterator, chunk)
+        if s.rebuild_ahead:
+            rebuild_ahead(chunk)
+        return result
 
     def run_step(step: int, forward_only: bool = False) -> float:
         iterators = [batches(s, step) for _ in model]
         reduced = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=step_func,
             data_iterator=iterators if len(model) > 1 else iterators[0],
             model=model,
             num_microbatches=s.microbatches,
@@ -384,6 +435,9 @@ def run(s: Scenario) -> dict[str, Any]:
             }
         )
         optimizer.step()
+        if s.evaluate_between:
+            with torch.no_grad():
+                losses.append(run_step(step, forward_only=True))
     if s.ddp.get("overlap_param_gather"):
         model[0].disable_forward_pre_hook(param_sync=True)
     if s.evaluate:
@@ -397,6 +451,7 @@ def run(s: Scenario) -> dict[str, Any]:
         "losses": losses,
         "gradients": gradients,
         "parameters": full_parameters(cores),
+        "held": held,
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
         "calls": {name: calls[name] / (s.steps * s.microbatches) for name in calls},
         "linked": [

@@ -14,7 +14,11 @@ from megatron_mhc.arguments import (
     config_from_environment,
     prepare_arguments,
 )
-from megatron_mhc.compatibility import CONFLICTS, check_transformer_config
+from megatron_mhc.compatibility import (
+    CONFLICTS,
+    RECOMPUTE_CONFLICTS,
+    check_transformer_config,
+)
 from megatron_mhc.connection import Head, HyperConnection
 from megatron_mhc.report import sites_and_parameters
 
@@ -31,7 +35,10 @@ from megatron_mhc.report import sites_and_parameters
         ({"variant": "hc", "convention": "deepseek_v4"}, "variant 'hc' knows neither"),
         ({"variant": "hc", "init": "zero"}, "variant 'hc' knows neither"),
         ({"variant": "hc", "backend": "triton"}, "has the reference only"),
-        ({"recompute": "auto"}, "recompute is 'auto', but"),
+        ({"recompute": 0}, "recompute is 0; expected None, 'auto' or a number of layers"),
+        ({"recompute": True}, "recompute is True; expected"),
+        ({"recompute": "full"}, "recompute is 'full'; expected"),
+        ({"recompute": 2, "variant": "hc"}, "recompute is 2, but variant 'hc' keeps fp32"),
         ({"overlap_p2p": True}, "overlap_p2p is on, but"),
     ],
 )
@@ -131,6 +138,7 @@ GIVEN = {
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--use-megatron-fsdp": {"use_megatron_fsdp": True},
     "--use-torch-fsdp2": {"use_torch_fsdp2": True},
+    "--recompute-granularity full beside --mhc-recompute": {"recompute_granularity": "full"},
 }
 
 
@@ -142,6 +150,30 @@ def test_conflicts_are_named(conflict) -> None:
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings)
     assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+@pytest.mark.parametrize("conflict", RECOMPUTE_CONFLICTS, ids=lambda conflict: conflict.flag)
+def test_conflicts_with_recompute_are_named(conflict) -> None:
+    settings = argparse.Namespace(**GIVEN[conflict.flag])
+    check_transformer_config(settings, MHCConfig())
+    check_transformer_config(
+        argparse.Namespace(recompute_granularity="selective", recompute_modules=["mlp"]),
+        MHCConfig(recompute="auto"),
+    )
+    with pytest.raises(ValueError) as error:
+        check_transformer_config(settings, MHCConfig(recompute="auto"))
+    assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [("auto", "auto"), ("3", 3), ("off", None), (None, None)]
+)
+def test_recompute_from_flag_and_environment(given: str | None, value: int | str | None) -> None:
+    args = parse("--mhc", *(() if given is None else ("--mhc-recompute", given)))
+    prepare_arguments(args)
+    assert config_from_arguments(args).recompute == value
+    environ = {} if given is None else {"MHC_RECOMPUTE": given}
+    assert config_from_environment(environ).recompute == value
 
 
 @pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mhc import kernels
 from megatron_mhc.kernels import backend
+from tests.kernel_cases import check_rebuild
 
 X = torch.randn(2, 3, 4, 8)
 F = torch.randn(2, 3, 8)
@@ -42,6 +43,22 @@ POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
         (lambda: kernels.head(X, PHI, ALPHA[:1], BIAS[:4]), "fn has shape"),
         (lambda: kernels.head(X, PHI[:4], ALPHA, BIAS[:4]), "scale has shape"),
         (lambda: kernels.hc_coefficients(X, PHI, ALPHA, BIAS), "theta has shape"),
+        (lambda: kernels.pre_with_h_pre(X, PHI[1:], ALPHA, BIAS), "phi has shape"),
+        (
+            lambda: kernels.combine_pre_with_h_pre(X, F[1:], POST, RES, PHI, ALPHA, BIAS),
+            "f has shape",
+        ),
+        (lambda: kernels.rebuild(X, [POST], [(F, POST, RES, None)]), "expected one more h_pre"),
+        (lambda: kernels.rebuild(X, [POST[:1]], []), r"h_pre\[0\] has shape"),
+        (
+            lambda: kernels.rebuild(X, [POST, POST], [(F[1:], POST, RES, None)]),
+            "f has shape",
+        ),
+        (lambda: kernels.rebuild(X, [POST], [], us=[]), "us has 0 tensors; expected 1"),
+        (
+            lambda: kernels.rebuild(X, [POST], [], us=[torch.ones(8, 3, 2).transpose(0, 2)]),
+            r"us\[0\] is not contiguous",
+        ),
         (lambda: kernels.pre(X, PHI, ALPHA, BIAS, backend="cuda"), "backend is 'cuda'"),
     ],
 )
@@ -113,3 +130,8 @@ def test_auto_takes_triton_on_a_gpu_where_there_is_a_kernel() -> None:
     assert [backend.resolve("auto", n, cuda) for n in (1, 2, 3, 4, 8)] == [
         *("triton", "triton", "torch", "triton", "triton")
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_references_rebuild_equals_its_forward_to_the_bit(dtype: torch.dtype) -> None:
+    check_rebuild(5, 3, 7, 4, dtype, "cpu", backend="torch")

@@ -29,7 +29,16 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 else:
-    from tests.kernel_cases import DEEPSEEK, OPERATIONS, PAPER, check, inputs, run, settings
+    from tests.kernel_cases import (
+        DEEPSEEK,
+        OPERATIONS,
+        PAPER,
+        check,
+        check_rebuild,
+        inputs,
+        run,
+        settings,
+    )
 
     CASES = (
         # tokens, n, width, convention, iterations: an odd width, several tiles, every n
@@ -63,6 +72,14 @@ else:
         second = {name: arguments[name] for name in ("phi", "alpha", "bias")}
         for got, wanted in zip(rest, kernels.pre(y, **second, backend="triton"), strict=True):
             assert torch.equal(got, wanted)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize(
+        "case", [(5, 4, 131, 7), (1, 1, 33, 1), (9, 2, 40, 2), (3, 8, 40, 6), (0, 4, 24, 3)]
+    )
+    def test_rebuild_equals_the_forward_to_the_bit(case: tuple, dtype: torch.dtype) -> None:
+        """One site alone, several launches, an odd width, every n, no tokens."""
+        check_rebuild(*case, dtype, "cpu")
 
     def test_strided_arguments_and_leading_dimensions() -> None:
         arguments = inputs("combine_pre", 6, 2, 20, torch.float32, "cpu")

@@ -1,0 +1,291 @@
+"""Memory and step time of mHC with selective recompute, beside the formula, on one GPU.
+
+    python benchmarks/memory.py --json memory.json --png memory.png
+
+The model of `benchmarks/layers.py` (Transformer Engine's spec, bf16, one microbatch): ordinary,
+mHC, mHC with recompute in blocks of several lengths, and mHC under Megatron's full recompute. All
+cases are timed in turn, --rounds times, so that a clock that drifts drifts for all; step times are
+medians over all rounds.
+
+What is measured, in GiB beyond the ordinary model:
+  starts   n-wide storages among the tensors saved for the backward: the block starts
+  rest     everything else that is held between forward and backward
+  rebuilt  what allocating grows by when the last block is rebuilt ahead of the backward
+  sum      of the three; the formula's terms are `megatron_mhc.memory.Plan.bytes_a_token`
+  peak     the allocator's peak in a step, transient gradients of the streams included
+"""
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import layers
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mhc import MHCConfig, kernels
+from megatron_mhc.kernels import triton_rebuild
+from megatron_mhc.memory import Plan, plan_of
+from megatron_mhc.recompute import rebuild_ahead
+
+GIB = 2**30
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+class Case:
+    """One model of the comparison, its step times and its memory."""
+
+    def __init__(self, options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -> None:
+        self.options = options
+        self.model = layers.build(options, mhc, **settings)
+        self.plan: Plan | None = plan_of([self.model])
+        self.times: list[float] = []
+        shape = (options.batch, options.sequence + 1)
+        self.tokens = torch.randint(0, layers.VOCABULARY, shape, device="cuda")
+        self.wide = options.batch * options.sequence * options.hidden * 2  # bytes of one stream
+        self.streams = 0 if mhc is None else mhc.num_streams
+
+    def forward(self) -> torch.Tensor:
+        """The loss of the one microbatch."""
+        return layers.loss_of(self.model, self.options, self.tokens)
+
+    def time(self, steps: int) -> None:
+        """Forward and backward, by CUDA events."""
+        for _ in range(steps):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self.forward().backward()
+            end.record()
+            torch.cuda.synchronize()
+            self.times.append(begin.elapsed_time(end))
+
+    def memory(self) -> dict[str, float]:
+        """GiB: held, starts (a part of held), rebuilt; and the peak of a step."""
+        saved: dict[int, Any] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage
+            return tensor
+
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = self.forward()
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        del loss
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.forward()
+        wide = [s for s in saved.values() if s.nbytes() == self.streams * self.wide]
+        starts = sum(s.nbytes() for s in wide) if self.streams else 0
+        saved.clear()
+        wide.clear()
+        loss.backward()
+        del loss
+
+        loss = self.forward()
+        base = torch.cuda.memory_allocated()
+        rebuild_ahead(self.model)
+        rebuilt = torch.cuda.memory_allocated() - base
+        loss.backward()
+        del loss
+
+        torch.cuda.reset_peak_memory_stats()
+        self.forward().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        sizes = {"held": held, "starts": starts, "rebuilt": rebuilt, "peak": peak}
+        return {name: size / GIB for name, size in sizes.items()}
+
+
+def compare(
+    case: Case, memory: dict[str, float], ordinary: dict[str, float], step: float
+) -> dict[str, float]:
+    """A case's memory beyond the ordinary model's, in GiB, and what the formula says of it."""
+    row = {
+        "step_ms": statistics.median(case.times),
+        "spread_ms": max(case.times) - min(case.times),
+        "held": memory["held"],
+        "starts": memory["starts"],
+        "rest": memory["held"] - ordinary["held"] - memory["starts"],
+        "rebuilt": memory["rebuilt"],
+        "peak": memory["peak"] - ordinary["peak"],
+    }
+    row["sum"] = row["starts"] + row["rest"] + row["rebuilt"]
+    row["step_over_ordinary"] = row["step_ms"] / step
+    if case.plan is not None:
+        tokens = case.options.batch * case.options.sequence
+        terms = {name: size * tokens / GIB for name, size in case.plan.bytes_a_token.items()}
+        row |= {
+            "blocks_of": case.plan.layers,
+            "formula_starts": terms.pop("block starts"),
+            "formula_rebuilt": terms.pop("rebuilt block"),
+            "formula_rest": sum(terms.values()),
+        }
+        row["formula"] = sum(row[f"formula_{part}"] for part in ("starts", "rest", "rebuilt"))
+        row["sum_over_formula"] = row["sum"] / row["formula"]
+    return row
+
+
+def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
+    """Microseconds a site of the rebuild kernel alone, by the sites that one launch goes through.
+
+    With one, every site reads the streams that the one before wrote: 2n + 2 passes of [T, C]; with
+    more they stay in registers: towards n + 2.
+    """
+    like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    x = torch.randn(tokens, n, width, **like)
+    h_pre = [torch.rand(tokens, n, device="cuda") for _ in range(sites)]
+    ended = [
+        (
+            torch.randn(tokens, width, **like),
+            torch.rand(tokens, n, device="cuda"),
+            torch.rand(tokens, n, n, device="cuda").softmax(-1),
+            None,
+        )
+        for _ in range(sites - 1)
+    ]
+    ys = [torch.empty_like(x) for _ in ended]
+    us = [torch.empty(tokens, width, **like) for _ in h_pre]
+    usual, result = triton_rebuild.SITES, {}
+    for triton_rebuild.SITES in (1, 2, 4, sites):
+        times = []
+        for _ in range(13):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            kernels.rebuild(x, h_pre, ended, ys=ys, us=us, backend="triton")
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        result[triton_rebuild.SITES] = 1000 * statistics.median(times[3:]) / sites
+    triton_rebuild.SITES = usual
+    return result
+
+
+COLUMNS = (
+    *("step_ms", "spread_ms", "step_over_ordinary", "held", "peak"),
+    *("starts", "formula_starts", "rest", "formula_rest", "rebuilt", "formula_rebuilt"),
+    *("sum", "formula", "sum_over_formula"),
+)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown, a row a case."""
+    head = "| model | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |"
+    lines = [head, "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, row in results.items():
+        cells = (f"{row[column]:.3f}" if column in row else "" for column in COLUMNS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, float]], file: Path) -> None:
+    """Memory beyond the ordinary model, with the formula's, and step time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(results)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    bottom = [0.0] * len(names)
+    for part in ("starts", "rest", "rebuilt"):
+        heights = [results[name][part] for name in names]
+        left.bar(names, heights, bottom=bottom, label=part)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    predicted = [name for name in names if "formula" in results[name]]
+    left.plot(
+        predicted, [results[name]["formula"] for name in predicted], "k_", ms=24, label="formula"
+    )
+    left.set_ylabel("activations beyond the ordinary model, GiB")
+    left.legend()
+    right.bar(names, [results[name]["step_ms"] for name in names], color="tab:gray")
+    right.set_ylabel("forward and backward, ms (median)")
+    for axes in (left, right):
+        axes.tick_params(axis="x", rotation=60)
+    figure.savefig(file, dpi=110)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8}
+    more = {"sequence": 4096, "batch": 2, "steps": 4, "rounds": 3}
+    for name, default in {**sizes, **more}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument(
+        "--blocks", default="1,2,4,auto", help="layers a block, by commas (default: 1,2,4,auto)"
+    )
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--png", type=Path, help="draw them here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every case, print the table, and write what was asked for."""
+    options = parse()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29534")
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    wanted: dict[str, tuple[MHCConfig | None, dict[str, Any]]] = {
+        "ordinary": (None, {}),
+        "mHC": (MHCConfig(backend="triton"), {}),
+    }
+    for text in options.blocks.split(","):
+        number = text if text == "auto" else int(text)
+        wanted[f"recompute {text}"] = (MHCConfig(backend="triton", recompute=number), {})
+    wanted["full recompute"] = (MHCConfig(backend="triton"), FULL)
+    memories: dict[str, dict[str, float]] = {}
+    cases: dict[str, Case] = {}
+    times: dict[str, list[float]] = {name: [] for name in wanted}
+    for turn in range(options.rounds):
+        for name, (mhc, settings) in wanted.items():
+            case = cases[name] = Case(options, mhc, **settings)
+            case.time(2)  # warms up: kernels, the allocator, gradients
+            case.times.clear()
+            if turn == 0:
+                memories[name] = case.memory()
+            case.time(options.steps)
+            times[name] += case.times
+            case.model = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()
+    ordinary = statistics.median(times["ordinary"])
+    results = {}
+    for name, case in cases.items():
+        case.times = times[name]
+        results[name] = compare(case, memories[name], memories["ordinary"], ordinary)
+    print(torch.cuda.get_device_name(), torch.__version__)
+    print(table(results))
+    replayed = replay(8, options.batch * options.sequence, options.hidden)
+    for sites, microseconds in replayed.items():
+        print(f"rebuild kernel, {sites} sites a launch: {microseconds:.1f} us a site")
+    if options.json:
+        kept = {k: v for k, v in vars(options).items() if k not in ("json", "png")}
+        text = json.dumps(
+            {
+                "options": kept,
+                "device": torch.cuda.get_device_name(),
+                "replay_us": replayed,
+                **results,
+            }
+        )
+        options.json.write_text(text)
+    if options.png:
+        plot(results, options.png)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""`rebuild` in Triton: the streams of several sites again, from what each of them kept.
+
+One kernel goes through the sites with the streams in registers: it reads f and writes y and u of
+each, n + 2 passes a site. It mixes and sums with the device functions and in the order of the
+forward kernels, so what it writes equals, bit for bit, what they wrote. Forward only.
+"""
+
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import Mixing
+from .triton_combine_pre import _combine_pre
+from .triton_config import Tile
+from .triton_device import load_columns, load_streams, mixed_stream
+from .triton_launch import check_dtype, dense, on_device
+from .triton_pre import _pre
+
+SITES = 4
+"""Sites that one launch goes through at most: each is compiled out in full."""
+TILE = Tile(tokens=4, channels=256, warps=4)
+TILE_OF_EIGHT = Tile(tokens=4, channels=128, warps=4)
+"""The same for n = 8, whose streams want twice the registers."""
+
+
+@triton.jit(do_not_specialize=["T"])
+def weights_kernel(
+    normed_ptr,
+    alpha_ptr,
+    bias_ptr,
+    h_pre_ptr,
+    T,
+    pre_eps,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """H_pre [T, N] from z / r [T, ROWS], by the words of `triton_projection.finish_kernel`."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    j = tl.arange(0, N)
+    mask = (t < T)[:, None] & (j >= 0)[None, :]
+    normed = tl.load(normed_ptr + t64[:, None] * ROWS + j[None, :], mask, 0.0)
+    alpha = tl.load(alpha_ptr)
+    weights = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j)[None, :])) + pre_eps
+    tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], weights, mask)
+
+
+def _weights(normed: Tensor, alpha: Tensor, bias: Tensor, n: int, pre_eps: float) -> Tensor:
+    """H_pre [T, n] of z / r [T, rows]: no pass over the streams, and no gradient."""
+    tokens, rows = normed.shape
+    h_pre = normed.new_empty(tokens, n)
+    if tokens > 0:
+        with on_device(normed):
+            weights_kernel[(triton.cdiv(tokens, 128),)](
+                normed, alpha, bias, h_pre, tokens, pre_eps, n, rows, 128
+            )
+    return h_pre
+
+
+def pre_with_h_pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.pre_with_h_pre`."""
+    check_dtype("x", x)
+    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
+    alpha, bias = alpha.contiguous(), bias.contiguous()
+    u, h_post, h_res, normed, _ = _pre(
+        x.reshape(-1, n, width).contiguous(),
+        phi.contiguous(),
+        alpha,
+        bias,
+        iterations,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+    )
+    h_pre = _weights(normed.detach(), alpha.detach(), bias.detach(), n, pre_eps)
+    return (
+        u.view(*tokens, width),
+        h_post.view(*tokens, n),
+        h_res.view(*tokens, n, n),
+        h_pre.view(*tokens, n),
+    )
+
+
+def combine_pre_with_h_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.combine_pre_with_h_pre`."""
+    check_dtype("x", x)
+    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
+    alpha, bias = alpha.contiguous(), bias.contiguous()
+    y, u, h_post, h_res, normed, _ = _combine_pre(
+        x.reshape(-1, n, width).contiguous(),
+        f.reshape(-1, width).contiguous(),
+        h_post.reshape(-1, n).contiguous(),
+        h_res.reshape(-1, n, n).contiguous(),
+        phi.contiguous(),
+        alpha,
+        bias,
+        dense(f_bias),
+        iterations,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+    )
+    h_pre = _weights(normed.detach(), alpha.detach(), bias.detach(), n, pre_eps)
+    return (
+        y.view(x.shape),
+        u.view(*tokens, width),
+        h_post.view(*tokens, n),
+        h_res.view(*tokens, n, n),
+        h_pre.view(*tokens, n),
+    )
+
+
+@triton.jit
+def store_u(u_ptr, streams, h_pre_ptr, t64, t_mask, offsets, mask, N: tl.constexpr):
+    """u = H_pre x of tiles in registers, summed as `finish_kernel` and `aggregate_kernel` do."""
+    h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+    u = tl.zeros_like(streams[0]).to(tl.float32)
+    for i in tl.static_range(N):
+        u = tl.fma(h_pre[i][:, None], streams[i].to(tl.float32), u)
+    tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def rebuild_kernel(
+    x_ptr,
+    first_u_ptr,
+    first_h_pre_ptr,
+    f_ptrs,
+    f_bias_ptrs,
+    h_post_ptrs,
+    h_res_ptrs,
+    h_pre_ptrs,
+    y_ptrs,
+    u_ptrs,
+    T,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,
+    SITES: tl.constexpr,
+    BIASES: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """u of the streams x (FIRST), then y and u of SITES boundaries, one tile a program.
+
+    x, y [T, N, C]; f, u [T, C]; bit k of BIASES: whether boundary k has an f_bias [C].
+    """
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    t_mask = t < T
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = t_mask[:, None] & (c < C)[None, :]
+    wide = t64[:, None] * (N * C) + c[None, :]
+    narrow = t64[:, None] * C + c[None, :]
+    streams = load_streams(x_ptr, wide, mask, C, N)
+    if FIRST:
+        store_u(first_u_ptr, streams, first_h_pre_ptr, t64, t_mask, narrow, mask, N)
+    for k in tl.static_range(SITES):
+        f = tl.load(f_ptrs[k] + narrow, mask, 0.0).to(tl.float32)
+        if (BIASES >> k) % 2 == 1:
+            f += tl.load(f_bias_ptrs[k] + c, c < C, 0.0).to(tl.float32)[None, :]
+        h_post = load_columns(h_post_ptrs[k], t64, t_mask, N)
+        h_res = load_columns(h_res_ptrs[k], t64, t_mask, N * N)
+        mixed = ()
+        for i in tl.static_range(N):
+            y = mixed_stream(streams, f, h_res, h_post, i, N).to(x_ptr.dtype.element_ty)
+            tl.store(y_ptrs[k] + wide + i * C, y, mask)
+            mixed = mixed + (y,)
+        streams = mixed
+        store_u(u_ptrs[k], streams, h_pre_ptrs[k], t64, t_mask, narrow, mask, N)
+
+
+def _flat(tensor: Tensor, dims: int) -> Tensor:
+    """The token dimensions as one, in front of the last `dims`."""
+    return tensor.reshape(-1, *tensor.shape[tensor.dim() - dims :]).contiguous()
+
+
+def rebuild(
+    x: Tensor,
+    h_pre: Sequence[Tensor],
+    ended: Sequence[Mixing],
+    *,
+    ys: Sequence[Tensor] | None = None,
+    us: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `reference.rebuild`; ys and us are contiguous."""
+    check_dtype("x", x)
+    n, width = x.shape[-2:]
+    ys = [torch.empty_like(x) for _ in ended] if ys is None else list(ys)
+    us = [x.new_empty(*x.shape[:-2], width) for _ in h_pre] if us is None else list(us)
+    tokens = x.numel() // (n * width)
+    if tokens == 0:
+        return ys, us
+    tile = TILE_OF_EIGHT if n == 8 else TILE
+    grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels))
+    first_h_pre, streams = _flat(h_pre[0], 1), _flat(x, 2)
+    for start in range(0, max(len(ended), 1), SITES):
+        part = slice(start, start + SITES)
+        after = slice(start + 1, start + 1 + SITES)
+        sites = ended[part]
+        biases = [f if f_bias is None else dense(f_bias) for f, _, _, f_bias in sites]
+        with on_device(x):
+            rebuild_kernel[grid](
+                streams,
+                us[0],
+                first_h_pre,
+                tuple(_flat(f, 1) for f, *_ in sites),
+                tuple(biases),
+                tuple(_flat(h_post, 1) for _, h_post, _, _ in sites),
+                tuple(_flat(h_res, 2) for _, _, h_res, _ in sites),
+                tuple(_flat(h, 1) for h in h_pre[after]),
+                tuple(ys[part]),
+                tuple(us[after]),
+                tokens,
+                N=n,
+                C=width,
+                FIRST=start == 0,
+                SITES=len(sites),
+                BIASES=sum(1 << k for k, site in enumerate(sites) if site[3] is not None),
+                BT=tile.tokens,
+                BC=tile.channels,
+                num_warps=tile.warps,
+            )
+        if sites:
+            streams = ys[start + len(sites) - 1]
+    return ys, us

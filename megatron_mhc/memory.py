@@ -1,0 +1,136 @@
+"""What recompute of the streams costs and saves, by formula, and the blocks of least memory."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one pipeline stage by the formula of paper 4.3.2, with microbatches in flight.
+
+    Attributes:
+        num_streams: n. hidden_size: C.
+        chunk_layers: the layers of each model chunk of the stage.
+        in_flight: chunks' microbatches between their forward and their backward, at most.
+        norms: norms of a layer (0 to 2) that are modules of their own: norm(u) is dropped there.
+        setting: `MHCConfig.recompute`.
+    """
+
+    num_streams: int
+    hidden_size: int
+    chunk_layers: tuple[int, ...]
+    in_flight: int
+    norms: int
+    setting: int | str
+    element_size: int = 2
+
+    def kept(self, layers: int) -> float:
+        """Block starts kept, in streams of C a token, with blocks of so many layers."""
+        blocks = sum(-(-count // layers) for count in self.chunk_layers) / len(self.chunk_layers)
+        return self.in_flight * self.num_streams * blocks
+
+    def rebuilt(self, layers: int) -> int:
+        """A rebuilt block: x, u and where it is ours norm(u), in streams of C a token.
+
+        As the paper counts: with the first site's x, which is the block's start and kept already.
+        """
+        layers = min(layers, max(self.chunk_layers))
+        return layers * (2 * self.num_streams + 2 + self.norms)
+
+    @property
+    def layers(self) -> int:
+        """Layers a block: the setting, or for "auto" the number of least memory."""
+        if isinstance(self.setting, int):
+            return self.setting
+        choices = range(1, max(self.chunk_layers) + 1)
+        return min(choices, key=lambda count: self.kept(count) + self.rebuilt(count))
+
+    @property
+    def bytes_a_token(self) -> dict[str, float]:
+        """What mHC adds to the ordinary model's activations, in bytes a token, term by term.
+
+        block starts, F's outputs and coefficients (fp32: H_pre, H_post, H_res, their n*n + 2n
+        logits and 1/r) are kept for every microbatch in flight; one block at a time is rebuilt; the
+        ordinary model keeps its residual, and where its norm is a module the norm's output.
+        """
+        n, wide = self.num_streams, self.hidden_size * self.element_size
+        layers = sum(self.chunk_layers) / len(self.chunk_layers) * self.in_flight
+        return {
+            "block starts": self.kept(self.layers) * wide,
+            "rebuilt block": self.rebuilt(self.layers) * wide,
+            "F's outputs": 2 * layers * wide,
+            "coefficients": 2 * layers * 4 * (2 * (n * n + 2 * n) + 1),
+            "ordinary residual and norm": -(2 + self.norms) * layers * wide,
+        }
+
+    def __str__(self) -> str:
+        """For the banner."""
+        total = sum(self.bytes_a_token.values())
+        auto = " (auto)" if self.setting == "auto" else ""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        flight = "1 microbatch" if self.in_flight == 1 else f"{self.in_flight} microbatches"
+        return (
+            f"recompute in blocks of {layers}{auto}: {total:,.0f} bytes a token beyond"
+            f" the ordinary model, {flight} in flight"
+        )
+
+
+def microbatches_in_flight(stage: int, stages: int, chunks: int = 1, group: int = 0) -> int:
+    """Chunks' microbatches that a stage holds at most between forward and backward.
+
+    1F1B: the stages from this one to the last. Interleaved: Megatron's warm-up
+    (`get_pp_rank_microbatches`) and one more.
+
+    Args:
+        stage: this pipeline rank of `stages`.
+        chunks: model chunks a stage.
+        group: `microbatch_group_size_per_vp_stage`, of interest with several chunks.
+    """
+    if chunks == 1:
+        return stages - stage
+    return 2 * (stages - stage - 1) + (chunks - 1) * group + 1
+
+
+def plan(config: Any, setting: int | str, num_streams: int, norms: int, stage: int) -> Plan:
+    """The plan of one pipeline stage.
+
+    Args:
+        config: its TransformerConfig.
+        setting: `MHCConfig.recompute`.
+        num_streams, norms: as in `Plan`.
+        stage: its pipeline rank.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    stages = config.pipeline_model_parallel_size
+    group = config.microbatch_group_size_per_vp_stage
+    layers = tuple(
+        get_num_layers_to_build(config, chunk if chunks > 1 else None, stage)
+        for chunk in range(chunks)
+    )
+    in_flight = microbatches_in_flight(stage, stages, chunks, group or stages)
+    # where Megatron knows how many there are (outside its training loop it does not)
+    with contextlib.suppress(AttributeError):
+        in_flight = min(in_flight, chunks * get_num_microbatches())
+    return Plan(
+        num_streams,
+        config.hidden_size,
+        layers,
+        in_flight,
+        norms,
+        setting,
+        config.params_dtype.itemsize,
+    )
+
+
+def plan_of(chunks: Iterable[torch.nn.Module]) -> Plan | None:
+    """The plan that the layers of these model chunks follow, None without recompute."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    plans = (getattr(module, "recompute_plan", None) for module in modules)
+    return next((found for found in plans if isinstance(found, Plan)), None)

@@ -1,0 +1,167 @@
+"""Selective recompute on a GPU: the rebuild's bits, and models of Transformer Engine's spec."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from megatron_mhc import MHCConfig
+from tests.kernel_cases import check_rebuild
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "width", "sites"),
+    [(1000, 4, 4096, 8), (127, 4, 7168, 4), (33, 4, 1111, 3), (8191, 4, 1280, 2), (70, 8, 520, 6)],
+)
+def test_rebuild_equals_the_forward_to_the_bit(tokens: int, n: int, width: int, sites: int) -> None:
+    check_rebuild(tokens, n, width, sites, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rebuild_in_other_dtypes(n: int, dtype: torch.dtype) -> None:
+    check_rebuild(130, n, 1280, 5, dtype, "cuda")
+
+
+SEQUENCE, BATCH, HIDDEN, LAYERS, VOCABULARY = 256, 2, 512, 5, 128
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[None]:
+    """Megatron-Core with Transformer Engine, alone on this GPU, its algorithms deterministic."""
+    pytest.importorskip("transformer_engine")
+    chosen = {
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29535",
+    }
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    from megatron.core import parallel_state
+
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "dropout": {"hidden_dropout": 0.1},
+    "mlp recomputed": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "core_attn recomputed": {"recompute_granularity": "selective"},
+    "moe": {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_ffn_hidden_size": 512,
+        "moe_grouped_gemm": True,
+    },
+}
+
+
+def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
+    """Losses and gradients of two accumulated microbatches, both in flight; the bytes they hold."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_mhc import with_mhc
+
+    settings = KINDS[kind]
+    config = TransformerConfig(
+        **{
+            "num_layers": LAYERS,
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": 1024,
+            "num_attention_heads": 8,
+            "normalization": "RMSNorm",
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "bf16": True,
+            "params_dtype": torch.bfloat16,
+            "gradient_accumulation_fusion": False,
+            "deterministic_mode": True,
+        }
+        | settings
+    )
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        config.num_moe_experts, settings.get("moe_grouped_gemm", False)
+    )
+    core = GPTModel(
+        config,
+        with_mhc(spec, MHCConfig(backend="triton", recompute=recompute)),
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+    )
+    with torch.no_grad():  # away from the start, where phi is zero and the streams are equal
+        for name, parameter in core.named_parameters():
+            if "connection" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    model = Float16Module(config, core.cuda())
+    positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, -1)
+
+    def forward() -> torch.Tensor:
+        tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), device="cuda")
+        return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).float().mean()
+
+    forward().backward()  # gradients exist, workspaces are allocated
+    for parameter in model.parameters():
+        parameter.grad = None
+    before = torch.cuda.memory_allocated()
+    losses = [forward(), forward()]
+    held = torch.cuda.memory_allocated() - before
+    for loss in losses:
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": [loss.item() for loss in losses], "gradients": gradients, "held": held}
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_trains_bit_for_bit_in_less_memory(kind: str) -> None:
+    whole, again = trained(kind, None), trained(kind, None)
+    for recompute in (2, "auto"):
+        got = trained(kind, recompute)
+        assert got["losses"] == whole["losses"]
+        assert got["gradients"].keys() == whole["gradients"].keys()
+        for name, gradient in got["gradients"].items():
+            # what differs between two equal runs says nothing of recompute
+            assert torch.equal(whole["gradients"][name], again["gradients"][name]), (
+                f"{name} is not deterministic here"
+            )
+            assert torch.equal(gradient, whole["gradients"][name]), f"{name}, {recompute}"
+        if recompute == 2:  # blocks of 2, 2 and 1 layers, two microbatches
+            stream = 2 * HIDDEN * SEQUENCE * BATCH
+            norms = LAYERS if kind == "moe" else 0  # its norm is a module of its own
+            fewer = 2 * stream * (4 * (3 + 3 + 1) + 2 * LAYERS + norms)
+            h_pre = 2 * 2 * LAYERS * 4 * 4 * SEQUENCE * BATCH
+            # the allocator counts in blocks of 512 bytes
+            assert abs(whole["held"] - got["held"] - fewer + h_pre) < 0.02 * fewer

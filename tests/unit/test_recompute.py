@@ -1,0 +1,146 @@
+"""Blocks of sites that drop and rebuild, alone: whose storage goes when, and what is refused."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.connection import HyperConnection
+from megatron_mhc.layer import Site
+from megatron_mhc.recompute import Block, rebuild_ahead
+
+N, WIDTH = 4, 8
+
+
+class Layers(torch.nn.Module):
+    """Two layers of two sites each around tanh, behind norms; one block with recompute."""
+
+    def __init__(self, recompute: bool = True) -> None:
+        super().__init__()
+        mhc = MHCConfig(recompute=2 if recompute else None)
+        self.connections = torch.nn.ModuleList(HyperConnection(mhc, WIDTH, i) for i in range(4))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(WIDTH) for _ in range(4))
+        self.recompute_block = Block(2, "torch") if recompute else None
+        self.sites = [Site(connection) for connection in self.connections]
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.connections.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for index, (site, norm) in enumerate(zip(self.sites, self.norms, strict=True)):
+            site.following = self.sites[index + 1] if index < 3 else None
+            site.block = self.recompute_block
+            norm.register_forward_pre_hook(site.read)
+            if recompute:
+                norm.register_forward_hook(site.keep_normed)
+        if self.recompute_block is not None:
+            assert self.recompute_block.has_room()
+            self.recompute_block.join(*self.sites)
+            assert not self.recompute_block.has_room()
+
+    def forward(self, streams: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        """[s, b, n*C] -> the same; `seen` gets every norm's output."""
+        for site, norm in zip(self.sites, self.norms, strict=True):
+            normed = norm(streams)
+            if seen is not None:
+                seen.append(normed.data)
+            streams = site.write(True, False)((normed.tanh(), None), streams, 0.0)
+        return streams
+
+
+def batch(seed: int) -> Tensor:
+    """Streams [s, b, n*C] that want a gradient."""
+    values = torch.randn(3, 2, N * WIDTH, generator=torch.Generator().manual_seed(seed))
+    return values.requires_grad_()
+
+
+def is_there(tensors: list[Tensor]) -> list[bool]:
+    """Whether each one's storage holds values."""
+    return [tensor.untyped_storage().nbytes() > 0 for tensor in tensors]
+
+
+def test_microbatches_drop_and_rebuild_each_their_own() -> None:
+    layers, whole = Layers(), Layers(recompute=False)
+    inputs, seen = [batch(i) for i in range(3)], [[], [], []]
+    outputs = [layers(x, tensors) for x, tensors in zip(inputs, seen, strict=True)]
+    assert not any(is_there(seen[0] + seen[1] + seen[2]))
+    assert rebuild_ahead(layers), "the oldest one"
+    assert all(is_there(seen[0])) and not any(is_there(seen[1] + seen[2]))
+    outputs[1].sum().backward()
+    assert all(is_there(seen[1])) and not any(is_there(seen[2]))
+    assert rebuild_ahead(layers), "the one that is left"
+    assert not rebuild_ahead(layers), "all are rebuilt"
+    for output in (outputs[0], outputs[2]):
+        output.sum().backward()
+    for seed in (1, 0, 2):
+        x = batch(seed)
+        whole(x).sum().backward()
+        assert torch.equal(x.grad, inputs[seed].grad)
+    for mine, theirs in zip(layers.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_a_second_backward_through_the_same_graph() -> None:
+    x = batch(0)
+    loss = Layers()(x).sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_a_graph_that_is_gone_leaves_nothing() -> None:
+    layers, seen = Layers(), []
+    output = layers(batch(0), seen)
+    kept = weakref.ref(layers.recompute_block._microbatches[0]())
+    assert kept() is not None
+    gc.disable()  # it must go by itself: a cycle through the graph would keep its memory
+    try:
+        del output
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert not rebuild_ahead(layers)
+
+
+def test_without_gradients_nothing_is_dropped() -> None:
+    layers, seen = Layers(), []
+    with torch.no_grad():
+        output = layers(batch(0), seen)
+    assert all(is_there(seen)) and output.grad_fn is None
+    assert not rebuild_ahead(layers)
+
+
+def test_without_recompute_there_is_nothing_to_rebuild() -> None:
+    layers = Layers(recompute=False)
+    layers(batch(0))
+    assert not rebuild_ahead(layers)
+
+
+def test_streams_replaced_inside_a_block_are_refused() -> None:
+    layers = Layers()
+    site, block = layers.sites[0], layers.recompute_block
+    x = batch(0)
+    streams = site.write(True, False)((layers.norms[0](x).tanh(), None), x, 0.0)
+    copy = streams.clone()
+    with pytest.raises(RuntimeError, match="read other streams than the site before wrote"):
+        layers.sites[1].write(True, False)((layers.norms[1](copy).tanh(), None), copy, 0.0)
+    x = batch(1)  # the next forward starts afresh
+    layers(x).sum().backward()
+    assert x.grad is not None and block is not None and not block.rebuild_oldest()
+
+
+class HalfOfALargerTensor(torch.nn.LayerNorm):
+    """A norm whose output shares its storage with something else."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """norm(u), a view of twice as much."""
+        return torch.cat([super().forward(u), u])[: u.shape[0]]
+
+
+def test_a_part_of_a_larger_storage_is_refused_before_anything_is_dropped() -> None:
+    layers, seen = Layers(), []
+    layers.norms[1].__class__ = HalfOfALargerTensor
+    with pytest.raises(RuntimeError, match="a norm returned a part of a larger tensor"):
+        layers(batch(0), seen)
+    assert all(is_there(seen))
