@@ -54,7 +54,14 @@ SETTINGS: Mapping[str, _Setting] = {
         str, "'triton' kernels, the 'torch' reference, or 'auto' for what can run", BACKENDS
     ),
     "recompute": _Setting(_recompute, "selective recompute of the streams: off, auto or layers"),
-    "overlap_p2p": _Setting(_switch, "overlap pipeline communication with the MLP's combine"),
+    "overlap_p2p": _Setting(
+        _switch, "overlap pipeline communication and the ends of each stage with the rest"
+    ),
+    "overlap_in_flight": _Setting(
+        int,
+        "with --mhc-overlap-p2p and 1F1B: microbatches started ahead for each stage behind; 2 hides"
+        " the way of a gradient back too, for up to twice the activations",
+    ),
 }
 """A row a field of MHCConfig."""
 
@@ -137,7 +144,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: names every such flag and what to do about it.
     """
     if args.mhc:
-        check_transformer_config(args)
+        check_transformer_config(args, overlap_p2p=args.mhc_overlap_p2p)
 
 
 def active_config() -> tuple[MHCConfig, str]:

@@ -99,17 +99,57 @@ CONFLICTS = (
     ),
 )
 
+_INTERLEAVED = "virtual_pipeline_model_parallel_size"
 
-def check_transformer_config(settings: Any) -> None:
+OVERLAP_CONFLICTS = (
+    Conflict(
+        "--mhc-overlap-p2p without --pipeline-model-parallel-size",
+        lambda s: getattr(s, "pipeline_model_parallel_size", 1) == 1,
+        "one stage has nobody to exchange anything with; drop the flag, or add stages",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with virtual stages and --no-overlap-p2p-communication",
+        lambda s: (
+            getattr(s, _INTERLEAVED, None) is not None and not getattr(s, "overlap_p2p_comm", False)
+        ),
+        "the interleaved schedule then waits for each exchange; drop one of the two",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with variable_seq_lengths",
+        _is_set("variable_seq_lengths"),
+        "stages then wait to tell each other their shapes; give every microbatch one length",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with use_ring_exchange_p2p",
+        _is_set("use_ring_exchange_p2p"),
+        "a ring exchange is waited for at once; turn one of the two off",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with num_microbatches_with_partial_activation_checkpoints",
+        _is_set("num_microbatches_with_partial_activation_checkpoints"),
+        "its schedule checkpoints all microbatches alike; leave it unset",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with moe_paged_stash",
+        _is_set("moe_paged_stash"),
+        "its schedule does not stash experts' activations; turn one of the two off",
+    ),
+)
+"""What the schedules of `overlap_p2p` have no place for."""
+
+
+def check_transformer_config(settings: Any, *, overlap_p2p: bool = False) -> None:
     """Refuse settings that mHC cannot work with.
 
     Args:
         settings: a TransformerConfig, or Megatron's parsed arguments (the names agree).
+        overlap_p2p: `MHCConfig.overlap_p2p`.
 
     Raises:
         ValueError: names every such setting and what to do about it.
     """
-    found = [c for c in CONFLICTS if c.given(settings)]
+    conflicts = CONFLICTS + (OVERLAP_CONFLICTS if overlap_p2p else ())
+    found = [c for c in conflicts if c.given(settings)]
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)
         raise ValueError(f"mHC does not work with these settings: {lines}")

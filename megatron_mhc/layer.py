@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from .compatibility import check_transformer_config
 from .config import MHCConfig
 from .connection import Ended, Head, HyperConnection
 from .pipeline import mark_streams
+from .streams import INLINE, Aside, Inline
 
 
 class _Ahead(NamedTuple):
@@ -46,11 +48,15 @@ class Site:
 
     Where `following` names the next site, `write` computes that one's `pre` too, in one pass over
     the streams, and leaves it there; `read` of the next site takes it if the streams are the same.
+
+    At the ends of a pipeline stage `aside` may name streams that run beside the compute stream: the
+    first site's `pre` and the last one's `combine` then run there, and so do their gradients.
     """
 
     def __init__(self, connection: HyperConnection) -> None:
         self.connection = connection
         self.following: Site | None = None
+        self.aside: Aside | Inline = INLINE
         self._pending: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._ahead: _Ahead | None = None
 
@@ -67,14 +73,24 @@ class Site:
                 f"a site got hidden states of width {streams.shape[-1]}; expected"
                 f" {n} streams of {width} = {n * width} channels"
             )
-        x = streams.unflatten(-1, (n, width))
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
+            x = streams.unflatten(-1, (n, width))
             u, h_post, h_res = ahead.u, ahead.h_post, ahead.h_res
         else:
-            _, u, h_post, h_res = self.connection(x)
+            x, u, h_post, h_res = self.aside.open(self._pre, streams)
         self._pending = (streams, x, h_post, h_res)
         return (u, *rest)
+
+    def _pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams as [s, b, n, C], and u, h_post and h_res of them."""
+        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
+        return self.connection(streams.unflatten(-1, (n, width)))
+
+    def _combine(self, x: Tensor, *ended: Any) -> Tensor:
+        """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
+        y = Ended(*ended).combine(x, self.connection.mhc.backend).flatten(-2)
+        return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
@@ -100,7 +116,7 @@ class Site:
                 f, bias = torch.nn.functional.dropout(f, dropout), None
             ended = Ended(f, h_post, h_res, bias)
             if self.following is None:
-                return ended.combine(x, self.connection.mhc.backend).flatten(-2)
+                return self.aside.run(self._combine, x, *ended)
             # through the next connection's __call__: only then are its parameters sure to be there
             y, u, h_post, h_res = self.following.connection(x, ended)
             streams = y.flatten(-2)
@@ -121,7 +137,7 @@ class MHCLayer(TransformerLayer):
     """
 
     def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
-        check_transformer_config(config)
+        check_transformer_config(config, overlap_p2p=mhc.overlap_p2p)
         super().__init__(config, *args, **kwargs)
         mark_streams(config, mhc)
         self.mhc = mhc

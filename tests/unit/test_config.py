@@ -14,7 +14,7 @@ from megatron_mhc.arguments import (
     config_from_environment,
     prepare_arguments,
 )
-from megatron_mhc.compatibility import CONFLICTS, check_transformer_config
+from megatron_mhc.compatibility import CONFLICTS, OVERLAP_CONFLICTS, check_transformer_config
 from megatron_mhc.connection import Head, HyperConnection
 from megatron_mhc.report import sites_and_parameters
 
@@ -32,7 +32,8 @@ from megatron_mhc.report import sites_and_parameters
         ({"variant": "hc", "init": "zero"}, "variant 'hc' knows neither"),
         ({"variant": "hc", "backend": "triton"}, "has the reference only"),
         ({"recompute": "auto"}, "recompute is 'auto', but"),
-        ({"overlap_p2p": True}, "overlap_p2p is on, but"),
+        ({"overlap_p2p": True, "overlap_in_flight": 3}, "overlap_in_flight is 3; expected 1 or 2"),
+        ({"overlap_in_flight": 2}, "overlap_in_flight is 2 without overlap_p2p"),
     ],
 )
 def test_refused_settings(settings: dict, message: str) -> None:
@@ -141,6 +142,33 @@ def test_conflicts_are_named(conflict) -> None:
     settings = argparse.Namespace(**(plain | GIVEN[conflict.flag]))
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings)
+    assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+GIVEN_WITH_OVERLAP = {
+    "without --pipeline-model-parallel-size": {"pipeline_model_parallel_size": 1},
+    "with virtual stages and --no-overlap-p2p-communication": {
+        "pipeline_model_parallel_size": 4,
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p_comm": False,
+    },
+    "with variable_seq_lengths": {"variable_seq_lengths": True},
+    "with use_ring_exchange_p2p": {"use_ring_exchange_p2p": True},
+    "with num_microbatches_with_partial_activation_checkpoints": {
+        "num_microbatches_with_partial_activation_checkpoints": 1
+    },
+    "with moe_paged_stash": {"moe_paged_stash": True},
+}
+
+
+@pytest.mark.parametrize("conflict", OVERLAP_CONFLICTS, ids=lambda conflict: conflict.flag)
+def test_conflicts_of_overlap_are_named(conflict) -> None:
+    given = GIVEN_WITH_OVERLAP[conflict.flag.removeprefix("--mhc-overlap-p2p ")]
+    settings = argparse.Namespace(**({"pipeline_model_parallel_size": 4} | given))
+    check_transformer_config(settings)
+    check_transformer_config(argparse.Namespace(pipeline_model_parallel_size=4), overlap_p2p=True)
+    with pytest.raises(ValueError) as error:
+        check_transformer_config(settings, overlap_p2p=True)
     assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
 
 
