@@ -25,6 +25,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core.pipeline_parallel import schedules
@@ -54,6 +55,19 @@ def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
         layers[0].attention_site.aside = aside
     if not layers[-1].is_exit:
         layers[-1].mlp_site.aside = aside
+
+
+_asides: WeakKeyDictionary[torch.nn.Module, Aside] = WeakKeyDictionary()
+
+
+def aside_of(chunks: list[torch.nn.Module], in_flight: int) -> Aside:
+    """The streams of these model chunks, the same ones in every step.
+
+    Each stream has a part of the allocator's memory to itself, which new ones would not find.
+    """
+    if chunks[0] not in _asides:
+        _asides[chunks[0]] = Aside(in_flight, chunks)
+    return _asides[chunks[0]]
 
 
 @contextlib.contextmanager
@@ -134,7 +148,7 @@ def one_forward_one_backward(
     if finalize:
         embedding = schedules.clear_embedding_activation_buffer(config, model, last)
 
-    aside = Aside(warmup)
+    aside = aside_of([model], behind * overlap_in_flight_of(config))
     links = Links(*directions, shape, num_microbatches, aside)
     waiting: deque[tuple[Tensor | None, Tensor]] = deque()
     results: list[Any] = []
@@ -226,7 +240,7 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
         raise ValueError("--mhc-overlap-p2p makes the interleaved schedule's communicator itself")
     if arguments.get("pg_collection") is None:
         arguments["pg_collection"] = schedules._build_default_pg_collection()
-    aside = Aside(1)
+    aside = aside_of(chunks, 1)
     communicator = AsideCommunicator(arguments["pg_collection"].pp, config, aside)
     with ends_aside(chunks, aside):
         result = original(**arguments, p2p_communicator=communicator)

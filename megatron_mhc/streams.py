@@ -5,7 +5,7 @@ of neighbouring operations by itself. So what `run` puts on a high-priority stre
 there too, beside whatever the compute stream does meanwhile. Order is kept by events alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any
 
@@ -53,14 +53,24 @@ class Aside:
     Args:
         in_flight: how many microbatches the stage holds between their forward and their backward,
             beside the one that it works on: the number of its warm-up microbatches.
+        chunks: the model chunks whose ends work here.
 
     Attributes:
         turn: the microbatch whose stream `run` and `open` use.
         arrived: the streams [s, b, n*C] that this turn's stream has waited for itself, if any.
     """
 
-    def __init__(self, in_flight: int) -> None:
+    def __init__(self, in_flight: int, chunks: Iterable[torch.nn.Module]) -> None:
         self._streams = [torch.cuda.Stream(priority=-1) for _ in range(_turns(in_flight))]
+        # Gradients are added up on the stream that was current when autograd made the place for it.
+        # Made here, and kept, that is the compute stream, whichever stream first reads a parameter
+        # (Megatron's DistributedDataParallel does the same, for its hooks).
+        self._accumulators = [
+            parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            for chunk in chunks
+            for parameter in chunk.parameters()
+            if parameter.requires_grad
+        ]
         self.turn = 0
         self.arrived: Tensor | None = None
 

@@ -315,14 +315,9 @@ def counted(owner: type, *names: str) -> Iterator[dict[str, int]]:
 
 
 MESSAGES = [
-    "recv_forward",
-    "send_forward",
-    "recv_backward",
-    "send_backward",
-    "send_forward_recv_backward",
-    "send_backward_recv_forward",
-    "send_forward_recv_forward",
-    "send_backward_recv_backward",
+    *("recv_forward", "send_forward", "recv_backward", "send_backward"),
+    *("send_forward_recv_backward", "send_backward_recv_forward"),
+    *("send_forward_recv_forward", "send_backward_recv_backward"),
 ]
 
 
