@@ -25,7 +25,6 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core.pipeline_parallel import schedules
@@ -57,17 +56,15 @@ def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
         layers[-1].mlp_site.aside = aside
 
 
-_asides: WeakKeyDictionary[torch.nn.Module, Aside] = WeakKeyDictionary()
-
-
-def aside_of(chunks: list[torch.nn.Module], in_flight: int) -> Aside:
+def aside_of(chunks: list[torch.nn.Module], in_flight: int) -> Any:
     """The streams of these model chunks, the same ones in every step.
 
     Each stream has a part of the allocator's memory to itself, which new ones would not find.
     """
-    if chunks[0] not in _asides:
-        _asides[chunks[0]] = Aside(in_flight, chunks)
-    return _asides[chunks[0]]
+    kept = vars(chunks[0])
+    if "mhc_aside" not in kept:
+        kept["mhc_aside"] = Aside(in_flight, chunks)
+    return kept["mhc_aside"]
 
 
 @contextlib.contextmanager

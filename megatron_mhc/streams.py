@@ -65,12 +65,13 @@ class Aside:
         # Gradients are added up on the stream that was current when autograd made the place for it.
         # Made here, and kept, that is the compute stream, whichever stream first reads a parameter
         # (Megatron's DistributedDataParallel does the same, for its hooks).
-        self._accumulators = [
-            parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-            for chunk in chunks
-            for parameter in chunk.parameters()
-            if parameter.requires_grad
-        ]
+        with torch.enable_grad():
+            self._accumulators = [
+                parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+                for chunk in chunks
+                for parameter in chunk.parameters()
+                if parameter.requires_grad
+            ]
         self.turn = 0
         self.arrived: Tensor | None = None
 
