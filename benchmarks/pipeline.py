@@ -6,7 +6,7 @@
 The stage is real, its neighbours are not (`stage.py`). Stock order is Megatron's own 1F1B function
 without its host synchronisations; exposed is what a step takes longer than over links that take no
 time. "ready" neighbours have every message waiting: what is exposed is this stage's doing.
-"computing" neighbours are as fast as this one, in the same schedule: a gradient's way back is in it.
+"computing" neighbours are as fast as this one, in the same schedule: a gradient's way back is in.
 """
 
 import argparse
@@ -27,15 +27,15 @@ if "--equal" in sys.argv:
     # Transformer Engine's attention has a faster backward that adds in any order
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import get_model_config
-from stage import Neighbours, Pace, Sizes, build_stage, cycles_per_ms
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import schedules  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+from stage import Neighbours, Pace, Sizes, build_stage, cycles_per_ms  # noqa: E402
 
-from megatron_mhc import MHCConfig
-from megatron_mhc.pipeline import IN_FLIGHT
+from megatron_mhc import MHCConfig  # noqa: E402
+from megatron_mhc.pipeline import IN_FLIGHT  # noqa: E402
 
 MODES = {"stock order": 0, "overlap": 1, "overlap, 2 in flight": 2}
 
@@ -51,24 +51,21 @@ class Stage:
         mhc = MHCConfig(overlap_p2p=True, backend="torch" if CPU else "triton")
         self.model, self.groups = build_stage(self.sizes, mhc)
         self.config = get_model_config(self.model)
-        self.cycles = cycles_per_ms()
-        self.shape = (self.sizes.sequence, self.sizes.batch, self.sizes.hidden * mhc.num_streams)
-        self.wire_bytes = 2 * torch.Size(self.shape).numel()
+        shape = (self.sizes.sequence, self.sizes.batch, self.sizes.hidden * mhc.num_streams)
+        self.wire_bytes = 2 * torch.Size(shape).numel()
+        self.neighbours = Neighbours(self.config, self.groups.pp, shape, Pace(), cycles_per_ms())
 
-    def neighbours(self, pace: Pace) -> Neighbours:
-        """Links and neighbours of this pace."""
-        return Neighbours(self.config, self.groups.pp, self.shape, pace, self.cycles)
-
-    def choose(self, mode: str) -> None:
-        """The order of the steps that follow."""
+    def choose(self, mode: str, pace: Pace) -> None:
+        """The order of the steps that follow, and the pace of links and neighbours."""
+        self.neighbours.set_pace(pace)
         setattr(self.config, IN_FLIGHT, MODES[mode])
         vars(self.model).pop("mhc_aside", None)
 
-    def step(self, neighbours: Neighbours, forward_only: bool = False) -> None:
+    def step(self, forward_only: bool = False) -> None:
         """One step; gradients stay in the parameters."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        neighbours.begin(self.microbatches, max(1, getattr(self.config, IN_FLIGHT)))
+        self.neighbours.begin(self.microbatches, max(1, getattr(self.config, IN_FLIGHT)))
         positions = torch.arange(self.sizes.sequence, device="cuda")[None]
 
         def forward_step(_: Any, model: torch.nn.Module) -> tuple[Any, Any]:
@@ -82,7 +79,7 @@ class Stage:
             seq_length=self.sizes.sequence,
             micro_batch_size=self.sizes.batch,
             forward_only=forward_only,
-            p2p_communicator=neighbours,
+            p2p_communicator=self.neighbours,
             pg_collection=self.groups,
         )
 
@@ -94,27 +91,25 @@ class Stage:
 
     def time(self, mode: str, pace: Pace, steps: int, forward_only: bool = False) -> Any:
         """Milliseconds of a step: median and spread; and peak memory in GiB."""
-        self.choose(mode)
-        neighbours = self.neighbours(pace)
+        self.choose(mode, pace)
         times = []
         for index in range(steps + 2):
             if index == 2:
                 torch.cuda.reset_peak_memory_stats()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            self.step(neighbours, forward_only)
+            self.step(forward_only)
             end.record()
             torch.cuda.synchronize()
             if index >= 2:
                 times.append(begin.elapsed_time(end))
         peak = torch.cuda.max_memory_allocated() / 2**30
-        del neighbours
         torch.cuda.empty_cache()
         return statistics.median(times), max(times) - min(times), peak
 
 
 def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
-    """The table: each mode with each kind of neighbour, over links that take time and that do not."""
+    """The table: each mode and kind of neighbour, over links that take time and that do not."""
     forward = stage.time("stock order", Pace(), options.steps, forward_only=True)[0]
     whole = stage.time("stock order", Pace(), options.steps)[0]
     forward, whole = forward / stage.microbatches, whole / stage.microbatches
@@ -192,17 +187,16 @@ def operations(events: list[dict[str, Any]]) -> dict[int, str]:
 
 def profile(stage: Stage, mode: str, pace: Pace, out: Path) -> dict[str, Any]:
     """One step under the profiler: spans by lane, what it says about them, and a chrome trace."""
-    stage.choose(mode)
-    neighbours = stage.neighbours(pace)
+    stage.choose(mode, pace)
     for _ in range(2):
-        stage.step(neighbours)
+        stage.step()
     torch.cuda.synchronize()
     lanes = {"compute": torch.cuda.current_stream()}
     aside = vars(stage.model).get("mhc_aside")
     if aside is not None:
         lanes |= {f"priority {i}": stream for i, stream in enumerate(aside._streams)}
     for name in ("from_prev", "to_next", "from_next", "to_prev"):
-        lanes[f"link {name}"] = getattr(neighbours, name).stream
+        lanes[f"link {name}"] = getattr(stage.neighbours, name).stream
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as records:
         # a mark on each stream, one after the other, says which number the records give it
@@ -210,7 +204,7 @@ def profile(stage: Stage, mode: str, pace: Pace, out: Path) -> dict[str, Any]:
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(1000)
             torch.cuda.synchronize()
-        stage.step(neighbours)
+        stage.step()
         torch.cuda.synchronize()
     path = out / f"{mode.replace(', ', '-').replace(' ', '-')}.json"
     records.export_chrome_trace(str(path))
@@ -269,7 +263,7 @@ def profile(stage: Stage, mode: str, pace: Pace, out: Path) -> dict[str, Any]:
         f" {result['exposed_ms']:.2f} ms without a compute kernel; priority streams"
         f" {result['priority_ms']:.2f} ms in {result['priority_kernels']} kernels, of that"
         f" {result['priority_beside_compute_ms']:.2f} ms beside compute;"
-        f" {result['combines_beside_compute']} of {result['combines']} combines there beside compute"
+        f" {result['combines_beside_compute']} of {result['combines']} combines beside compute"
     )
     return result
 
@@ -303,20 +297,20 @@ def train_equal(stage: Stage, options: argparse.Namespace) -> None:
     start = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
     ended: dict[str, dict[str, Any]] = {}
     for mode in MODES:
-        stage.choose(mode)
+        pace = Pace(options.gigabytes, options.latency_us, jitter_ms=1.0)
+        stage.choose(mode, pace)
         with torch.no_grad():
             for name, parameter in stage.model.named_parameters():
                 parameter.copy_(start[name])
-        neighbours = stage.neighbours(Pace(options.gigabytes, options.latency_us, jitter_ms=1.0))
         for _ in range(options.equal):
-            stage.step(neighbours)
+            stage.step()
             with torch.no_grad():
                 for parameter in stage.model.parameters():
                     parameter -= 1e-3 * parameter.grad
         torch.cuda.synchronize()
         ended[mode] = {n: p.detach().cpu().clone() for n, p in stage.model.named_parameters()} | {
-            "sent forward": neighbours.to_next.far.clone(),
-            "sent backward": neighbours.to_prev.far.clone(),
+            "sent forward": stage.neighbours.to_next.far.clone(),
+            "sent backward": stage.neighbours.to_prev.far.clone(),
         }
     stock = ended.pop("stock order")
     for name, value in stock.items():

@@ -139,14 +139,14 @@ def cycles_per_ms() -> float:
 class Wire:
     """One direction of one link: a stream of its own and pinned memory at its other end."""
 
-    def __init__(self, shape: tuple[int, ...], pace: Pace, seed: int, cycles: float) -> None:
+    def __init__(self, shape: tuple[int, ...], seed: int, cycles: float) -> None:
         self.stream = torch.cuda.Stream()
         generator = torch.Generator().manual_seed(seed)
         far = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
         self.far = far.bfloat16().pin_memory()
         self.near = self.far.cuda()
-        self.pace, self.cycles = pace, cycles
-        self.random = torch.Generator().manual_seed(seed)
+        self.pace, self.cycles = Pace(), cycles
+        self.random = torch.Generator()
         self.copy_ms = self._time_a_copy()
 
     def _time_a_copy(self) -> float:
@@ -201,7 +201,6 @@ class Request:
 class Neighbour:
     """A stage of the same speed: what it computes, as sleeps on a stream of its own."""
 
-    pace: Pace
     cycles: float
     stream: Any = field(default_factory=torch.cuda.Stream)
     ready: list[Any] = field(default_factory=list)
@@ -235,18 +234,25 @@ class Neighbours(P2PCommunicator):
         self.pp_group: Any = group
         self.config = config
         self.virtual_pipeline_model_parallel_size = None
-        self.shape, self.pace, self.cycles = shape, pace, cycles
-        make = [Wire(shape, pace, seed, cycles) for seed in range(4)]
-        self.to_next, self.from_next, self.to_prev, self.from_prev = make
+        self.shape = shape
+        self.wires = [Wire(shape, seed, cycles) for seed in range(4)]
+        self.to_next, self.from_next, self.to_prev, self.from_prev = self.wires
+        self.before, self.behind = Neighbour(cycles), Neighbour(cycles)
         self.in_flight = 1
         self.microbatches = 0
+        self.set_pace(pace)
+
+    def set_pace(self, pace: Pace) -> None:
+        """Another pace, and jitter from its start, for the steps that follow."""
+        self.pace = pace
+        for seed, wire in enumerate(self.wires):
+            wire.pace, wire.random = pace, torch.Generator().manual_seed(seed)
 
     def begin(self, microbatches: int, in_flight: int) -> None:
         """Before a step: how many microbatches, and how far stages start ahead."""
         self.microbatches, self.in_flight = microbatches, in_flight
-        self.before = Neighbour(self.pace, self.cycles)
-        self.behind = Neighbour(self.pace, self.cycles)
         for neighbour in (self.before, self.behind):
+            neighbour.ready = []
             neighbour.stream.wait_stream(torch.cuda.current_stream())
         self.sent_forward = self.sent_backward = 0
         self.received_forward = self.received_backward = 0
