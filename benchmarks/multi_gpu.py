@@ -49,7 +49,7 @@ SMALL = """
 TINY = """
     --num-layers 8 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
     --seq-length 32 --max-position-embeddings 32 --vocab-size 127
-    --micro-batch-size 1 --global-batch-size 16
+    --micro-batch-size 1 --global-batch-size 16 --make-vocab-size-divisible-by 64
 """
 LARGE = """
     --num-layers 8 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
@@ -141,7 +141,8 @@ class Bench:
         traces = sorted((self.out / run.name).rglob("*.json*"))
         run.trace = traces[0] if traces else None
         if run.failure:
-            run.remark = (re.findall(r"\w*(?:Error|Exception): .*", text) or [""])[-1][:150]
+            errors = re.findall(r"\w*(?:Error|Exception): .+", text)
+            run.remark = next((e for e in errors if not e.startswith("ChildFailed")), "")[:200]
         print(f"{run.name}: {run.seconds:.0f} s {run.failure} {run.remark}", flush=True)
         return run
 
@@ -280,8 +281,8 @@ def resume(bench: Bench, gpus: int, size: str) -> None:
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
     folder, steps = bench.out / "checkpoints", 3 if bench.cpu else 10
     shutil.rmtree(folder, ignore_errors=True)
-    both = f"{size} --use-distributed-optimizer --save {folder} --save-interval {steps}"
-    # the same learning rate, whatever the length of the run
+    both = f"{size} --save {folder} --save-interval {steps}"
+    # one learning rate, whatever the run's length
     both += " --lr-decay-style constant"
     bench.train("whole", gpus, f"{both} {stages}".replace(str(folder), f"{folder}-0"), 3 * steps)
     bench.train("save", gpus, f"{both} {stages}", steps)
