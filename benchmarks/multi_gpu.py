@@ -283,7 +283,7 @@ def resume(bench: Bench, gpus: int, size: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     both = f"{size} --save {folder} --save-interval {steps}"
     # one learning rate, whatever the run's length
-    both += " --lr-decay-style constant"
+    both += " --lr-decay-style constant --lr-decay-iters 100"
     bench.train("whole", gpus, f"{both} {stages}".replace(str(folder), f"{folder}-0"), 3 * steps)
     bench.train("save", gpus, f"{both} {stages}", steps)
     bench.train("resume-on-one", 1, f"{both} --load {folder} --mhc", 2 * steps)
