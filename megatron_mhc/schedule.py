@@ -4,10 +4,10 @@ A stage in its steady state, time from left to right: F is a forward, B a backwa
 rebuilt ahead of a backward; pre, cmb and their gradients pre', cmb' are the stage's first and last
 operation on the streams (paper section 4.3.3: F_post,res on a high-priority stream).
 
-    links in    x4 .....>      g2 .....>             x5 .....>      g3 .....>
-    priority         [pre 4]          [cmb' 2][cmb 4]       [pre' 2] [pre 5] [cmb' 3]
-    compute     [R 1][ B 1 ][    F 4    ][R 2][     B 2      ][    F 5    ][R 3][ B 3
-    links out        dx0 ..>                    y4 .....>          dx2 .....>
+    links in     x4 ....>       g2 ....>           x5 ....>    g3 ....>
+    priority            [pre 4][pre' 1][cmb' 2][cmb 4]         [pre 5][pre' 2][cmb' 3]
+    compute     [ R 1 ][  B 1 ][     F 4     ][ R 2 ][   B 2   ][     F 5     ][ R 3 ][ B 3
+    links out                        dx1 ....>       y4 ....>          dx2 ....>
 
 * Receives are posted a microbatch ahead; only the operation that reads them waits for them.
 * Sends leave from the stream that made their tensor, as soon as it is there; the compute stream
@@ -233,7 +233,7 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
     """
     chunks = arguments["model"]
     config = get_model_config(chunks[0])
-    if arguments.get("p2p_communicator") is not None:
+    if arguments.pop("p2p_communicator", None) is not None:
         raise ValueError("--mhc-overlap-p2p makes the interleaved schedule's communicator itself")
     if arguments.get("pg_collection") is None:
         arguments["pg_collection"] = schedules._build_default_pg_collection()
@@ -258,6 +258,5 @@ def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str,
     if overlap_in_flight_of(config) == 0:
         return original(**arguments)
     if name.endswith("_with_interleaving"):
-        arguments.pop("p2p_communicator", None)
         return interleaved(original, **arguments)
     return one_forward_one_backward(**arguments)
