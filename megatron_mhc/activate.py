@@ -1,6 +1,8 @@
 """Turning mHC on in a training script: the plugin's patches, composed and applied."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,6 +10,7 @@ from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
 from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
+from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from megatron_mhc.patches.training import (
     arguments_patch,
@@ -50,12 +53,20 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
         report.print_banner(seen.banner)
 
 
+def _run_schedule(name: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """`schedule.run_overlapped`, imported when there is a schedule to run."""
+    from .schedule import run_overlapped
+
+    return run_overlapped(name, original, arguments)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
         *parameter_group_patches(parameters.MARK),
         *OPTIMIZER_CHECKPOINT_PATCHES,
         pipeline_width_patch(pipeline.streams_of),
+        *pipeline_schedule_patches(_run_schedule),
     )
 
 

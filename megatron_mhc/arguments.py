@@ -58,7 +58,14 @@ SETTINGS: Mapping[str, _Setting] = {
         "drop the streams after the forward and rebuild them in the backward, in blocks of so many"
         " layers; 'auto' takes the number that needs the least memory, 'off' keeps them",
     ),
-    "overlap_p2p": _Setting(_switch, "overlap pipeline communication with the MLP's combine"),
+    "overlap_p2p": _Setting(
+        _switch, "overlap pipeline communication and the ends of each stage with the rest"
+    ),
+    "overlap_in_flight": _Setting(
+        int,
+        "with --mhc-overlap-p2p and 1F1B: microbatches started ahead for each stage behind; 2 hides"
+        " the way of a gradient back too, for up to twice the activations",
+    ),
 }
 """A row a field of MHCConfig."""
 

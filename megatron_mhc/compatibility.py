@@ -101,6 +101,7 @@ CONFLICTS = (
     ),
 )
 
+_INTERLEAVED = "virtual_pipeline_model_parallel_size"
 
 RECOMPUTE_CONFLICTS = (
     Conflict(
@@ -113,6 +114,43 @@ RECOMPUTE_CONFLICTS = (
 """What selective recompute of the streams cannot work with."""
 
 
+OVERLAP_CONFLICTS = (
+    Conflict(
+        "--mhc-overlap-p2p without --pipeline-model-parallel-size",
+        lambda s: getattr(s, "pipeline_model_parallel_size", 1) == 1,
+        "one stage has nobody to exchange anything with; drop the flag, or add stages",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with virtual stages and --no-overlap-p2p-communication",
+        lambda s: (
+            getattr(s, _INTERLEAVED, None) is not None and not getattr(s, "overlap_p2p_comm", False)
+        ),
+        "the interleaved schedule then waits for each exchange; drop one of the two",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with variable_seq_lengths",
+        _is_set("variable_seq_lengths"),
+        "stages then wait to tell each other their shapes; give every microbatch one length",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with use_ring_exchange_p2p",
+        _is_set("use_ring_exchange_p2p"),
+        "a ring exchange is waited for at once; turn one of the two off",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with num_microbatches_with_partial_activation_checkpoints",
+        _is_set("num_microbatches_with_partial_activation_checkpoints"),
+        "its schedule checkpoints all microbatches alike; leave it unset",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with moe_paged_stash",
+        _is_set("moe_paged_stash"),
+        "its schedule does not stash experts' activations; turn one of the two off",
+    ),
+)
+"""What the schedules of `overlap_p2p` have no place for."""
+
+
 def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> None:
     """Refuse settings that mHC cannot work with.
 
@@ -123,8 +161,10 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
     Raises:
         ValueError: names every such setting and what to do about it.
     """
-    recompute = mhc is not None and mhc.recompute is not None
-    conflicts = (*CONFLICTS, *(RECOMPUTE_CONFLICTS if recompute else ()))
+    asked = () if mhc is None or mhc.recompute is None else RECOMPUTE_CONFLICTS
+    if mhc is not None and mhc.overlap_p2p:
+        asked += OVERLAP_CONFLICTS
+    conflicts = CONFLICTS + asked
     found = [c for c in conflicts if c.given(settings)]
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)

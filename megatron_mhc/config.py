@@ -31,7 +31,11 @@ class MHCConfig:
         recompute: selective recompute of the streams in blocks of so many layers, "auto" for the
             number that needs the least memory, None for off. Gives the memory back with the Triton
             kernels; the reference keeps fp32 copies of bf16 streams all the same.
-        overlap_p2p: pipeline overlap; False is the only choice so far.
+        overlap_p2p: run the ends of a pipeline stage and its communication beside the rest
+            (`schedule`).
+        overlap_in_flight: with `overlap_p2p` and 1F1B, the microbatches that a stage starts ahead
+            for each stage behind it. 1 is 1F1B; 2 also hides the way of a gradient back, for up to
+            twice the activations.
 
     Raises:
         ValueError: a value that is unknown, out of range or cannot work with another.
@@ -45,6 +49,7 @@ class MHCConfig:
     backend: Backend = "auto"
     recompute: Literal["auto"] | int | None = None
     overlap_p2p: bool = False
+    overlap_in_flight: Literal[1, 2] = 1
 
     def __post_init__(self) -> None:
         if self.num_streams < 1:
@@ -74,10 +79,10 @@ class MHCConfig:
                 f"recompute is {self.recompute!r}, but variant 'hc' keeps fp32 copies of the"
                 " streams, which recompute cannot give back; leave it off"
             )
-        if self.overlap_p2p:
-            raise ValueError(
-                "overlap_p2p is on, but pipeline overlap is not built yet; leave it off"
-            )
+        if self.overlap_in_flight not in (1, 2):
+            raise ValueError(f"overlap_in_flight is {self.overlap_in_flight!r}; expected 1 or 2")
+        if self.overlap_in_flight == 2 and not self.overlap_p2p:
+            raise ValueError("overlap_in_flight is 2 without overlap_p2p: turn that on too")
 
     @property
     def norm_eps(self) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import get_pg_rank
+from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from .compatibility import check_transformer_config
@@ -23,6 +23,7 @@ from .connection import Begun, Ended, Head, HyperConnection
 from .memory import Plan, plan
 from .pipeline import mark_streams
 from .recompute import Block, Passed, are_unchanged
+from .streams import INLINE, Aside, Inline
 
 
 class _Ahead(NamedTuple):
@@ -53,11 +54,15 @@ class Site:
     Where `following` names the next site, `write` computes that one's `pre` too, in one pass over
     the streams, and leaves it there; `read` of the next site takes it if the streams are the same.
     `block` is where what the site read is dropped after the forward, None without recompute.
+
+    At the ends of a pipeline stage `aside` may name streams that run beside the compute stream: the
+    first site's `pre` and the last one's `combine` then run there, and so do their gradients.
     """
 
     def __init__(self, connection: HyperConnection) -> None:
         self.connection = connection
         self.following: Site | None = None
+        self.aside: Aside | Inline = INLINE
         self.block: Block | None = None
         self._pending: _Pending | None = None
         self._ahead: _Ahead | None = None
@@ -80,7 +85,7 @@ class Site:
         if ahead is not None and ahead.is_of(streams):
             begun = ahead.begun._replace(x=x)
         else:
-            begun = self.connection(x)
+            begun = self.aside.open(self._pre, streams)
         self._pending = _Pending(streams, begun, norm, torch.is_grad_enabled())
         return (begun.u, *rest)
 
@@ -90,6 +95,16 @@ class Site:
         is_tensor = isinstance(output, Tensor)  # `write` refuses what else a norm may return
         if pending is not None and is_tensor and output.data_ptr() != pending.begun.u.data_ptr():
             self._pending = pending._replace(normed=output)
+
+    def _pre(self, streams: Tensor) -> Begun:
+        """What this site's connection makes of streams that nobody has read for it."""
+        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
+        return self.connection(streams.unflatten(-1, (n, width)))
+
+    def _combine(self, x: Tensor, *ended: Any) -> Tensor:
+        """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
+        y = Ended(*ended).combine(x, self.connection.mhc.backend).flatten(-2)
+        return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
@@ -121,7 +136,7 @@ class Site:
             f, bias = torch.nn.functional.dropout(f, dropout), None
         ended = Ended(f, h_post, h_res, bias)
         if self.following is None:
-            streams = ended.combine(x, self.connection.mhc.backend).flatten(-2)
+            streams = self.aside.run(self._combine, x, *ended)
         else:
             # through the next connection's __call__: only then are its parameters sure to be there
             begun = self.following.connection(x, ended)

@@ -8,17 +8,24 @@ import torch
 from .config import MHCConfig
 
 STREAMS = "mhc_num_streams"
-"""The attribute that a layer with sites leaves on its TransformerConfig."""
+IN_FLIGHT = "mhc_overlap_in_flight"
+"""The attributes that a layer with sites leaves on its TransformerConfig."""
 
 
 def mark_streams(config: Any, mhc: MHCConfig) -> None:
-    """Note on a model's TransformerConfig how many streams its stages exchange."""
+    """Note on a model's TransformerConfig how many streams its stages exchange, and how."""
     setattr(config, STREAMS, mhc.num_streams)
+    setattr(config, IN_FLIGHT, mhc.overlap_in_flight if mhc.overlap_p2p else 0)
 
 
 def streams_of(config: Any) -> int:
     """How many streams the stages of a model with this configuration exchange: 1 without mHC."""
     return getattr(config, STREAMS, 1)
+
+
+def overlap_in_flight_of(config: Any) -> int:
+    """`MHCConfig.overlap_in_flight` of a model that overlaps its communication, else 0."""
+    return getattr(config, IN_FLIGHT, 0)
 
 
 def check_stages(chunks: Iterable[Any], mhc: MHCConfig) -> None:
@@ -31,7 +38,8 @@ def check_stages(chunks: Iterable[Any], mhc: MHCConfig) -> None:
         mhc: the settings of this rank.
 
     Raises:
-        ValueError: a chunk without sites, or stages with other widths or dtypes; on every rank.
+        ValueError: a chunk without sites, or stages that differ in width, dtype or overlap; on
+            every rank.
     """
     from megatron.core import parallel_state
 
@@ -44,20 +52,20 @@ def check_stages(chunks: Iterable[Any], mhc: MHCConfig) -> None:
         layers = [m for m in chunk.modules() if isinstance(m, MHCLayer)]
         width = layers[0].config.hidden_size * mhc.num_streams if layers else None
         dtype = str(layers[0].config.pipeline_dtype) if layers else None
-        mine.append((width, dtype))
+        mine.append((width, dtype, mhc.overlap_in_flight if mhc.overlap_p2p else 0))
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(stages, mine, group=group)
     described = "; ".join(f"stage {i}: {stage}" for i, stage in enumerate(stages))
     flat = [chunk for stage in stages for chunk in stage]
-    if any(width is None for width, _ in flat):
+    if any(width is None for width, *_ in flat):
         raise ValueError(
             "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
             " one on each. Give every stage a layer (fewer stages, another split)."
-            f" (width, dtype) of each chunk: {described}"
+            f" (width, dtype, overlap) of each chunk: {described}"
         )
     if len(set(flat)) > 1:
         raise ValueError(
-            "pipeline stages differ in streams times hidden size, or in dtype; start all of them"
-            f" with the same flags. (width, dtype) of each chunk: {described}"
+            "pipeline stages differ in streams times hidden size, in dtype or in overlap; start all"
+            f" of them with the same flags. (width, dtype, overlap) of each chunk: {described}"
         )

@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N -m tests.megatron.worker SCENARIOS_AS_JSON RESULT_FILE
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -34,6 +35,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs as specs  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
@@ -43,6 +45,7 @@ from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 from megatron_mhc.pipeline import check_stages  # noqa: E402
 from megatron_mhc.recompute import rebuild_ahead  # noqa: E402
+from megatron_mhc.streams import Aside  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
 
@@ -335,6 +338,33 @@ def _leaves(state: Any) -> Iterator[ShardedTensor]:
             yield from _leaves(value)
 
 
+@contextlib.contextmanager
+def counted(owner: type, *names: str) -> Iterator[dict[str, int]]:
+    """How often methods of a class are called, by name."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name: str, method: Any) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return method(*args, **kwargs)
+
+        return count
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            method = getattr(owner, name)
+            setattr(owner, name, counting(name, method))
+            stack.callback(setattr, owner, name, method)
+        yield counts
+
+
+MESSAGES = [
+    *("recv_forward", "send_forward", "recv_backward", "send_backward"),
+    *("send_forward_recv_backward", "send_backward_recv_forward"),
+    *("send_forward_recv_forward", "send_backward_recv_backward"),
+]
+
+
 def run(s: Scenario) -> dict[str, Any]:
     """Build, train and describe a scenario.
 
@@ -342,8 +372,15 @@ def run(s: Scenario) -> dict[str, Any]:
         losses (one a step), parameters (whole, after training), gradients (of the parameters of
         mHC on this rank, a dict a step), dtypes and weight_decay (of each parameter, by name), and
         linked (for each layer but the last, whether its last site knows the next layer's first),
-        calls (how often each connection ran for a microbatch, on average).
+        calls (how often each connection ran for a microbatch, on average),
+        messages (calls of each method of P2PCommunicator) and aside (of each method of Aside).
     """
+    with counted(P2PCommunicator, *MESSAGES) as messages, counted(Aside, "run", "open") as aside:
+        return train(s) | {"messages": messages, "aside": aside}
+
+
+def train(s: Scenario) -> dict[str, Any]:
+    """`run`, but for what is counted there."""
     parallel_state.initialize_model_parallel(**s.parallel)
     if s.mhc_by_rank is not None:
         s.mhc = s.mhc_by_rank[dist.get_rank()]

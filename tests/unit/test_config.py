@@ -16,6 +16,7 @@ from megatron_mhc.arguments import (
 )
 from megatron_mhc.compatibility import (
     CONFLICTS,
+    OVERLAP_CONFLICTS,
     RECOMPUTE_CONFLICTS,
     check_transformer_config,
 )
@@ -39,7 +40,8 @@ from megatron_mhc.report import sites_and_parameters
         ({"recompute": True}, "recompute is True; expected"),
         ({"recompute": "full"}, "recompute is 'full'; expected"),
         ({"recompute": 2, "variant": "hc"}, "recompute is 2, but variant 'hc' keeps fp32"),
-        ({"overlap_p2p": True}, "overlap_p2p is on, but"),
+        ({"overlap_p2p": True, "overlap_in_flight": 3}, "overlap_in_flight is 3; expected 1 or 2"),
+        ({"overlap_in_flight": 2}, "overlap_in_flight is 2 without overlap_p2p"),
     ],
 )
 def test_refused_settings(settings: dict, message: str) -> None:
@@ -174,6 +176,34 @@ def test_recompute_from_flag_and_environment(given: str | None, value: int | str
     assert config_from_arguments(args).recompute == value
     environ = {} if given is None else {"MHC_RECOMPUTE": given}
     assert config_from_environment(environ).recompute == value
+
+
+GIVEN_WITH_OVERLAP = {
+    "without --pipeline-model-parallel-size": {"pipeline_model_parallel_size": 1},
+    "with virtual stages and --no-overlap-p2p-communication": {
+        "pipeline_model_parallel_size": 4,
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p_comm": False,
+    },
+    "with variable_seq_lengths": {"variable_seq_lengths": True},
+    "with use_ring_exchange_p2p": {"use_ring_exchange_p2p": True},
+    "with num_microbatches_with_partial_activation_checkpoints": {
+        "num_microbatches_with_partial_activation_checkpoints": 1
+    },
+    "with moe_paged_stash": {"moe_paged_stash": True},
+}
+
+
+@pytest.mark.parametrize("conflict", OVERLAP_CONFLICTS, ids=lambda conflict: conflict.flag)
+def test_conflicts_of_overlap_are_named(conflict) -> None:
+    given = GIVEN_WITH_OVERLAP[conflict.flag.removeprefix("--mhc-overlap-p2p ")]
+    settings = argparse.Namespace(**({"pipeline_model_parallel_size": 4} | given))
+    check_transformer_config(settings)
+    overlap = MHCConfig(overlap_p2p=True)
+    check_transformer_config(argparse.Namespace(pipeline_model_parallel_size=4), overlap)
+    with pytest.raises(ValueError) as error:
+        check_transformer_config(settings, overlap)
+    assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
 
 
 @pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])

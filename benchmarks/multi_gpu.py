@@ -1,0 +1,364 @@
+"""Training runs on several GPUs of one host, through `examples/gpt/pretrain_gpt.py`, and a table.
+
+    benchmarks/multi_gpu.sh --out runs/multi_gpu
+
+Each run is a launch of its own with a time limit: one that fails is a line in the table and does
+not stop the others. What runs, in this order, the most wanted first:
+
+* pipeline: losses of all GPUs as stages (at most 4, data parallel beyond) against one GPU; stock
+  order, overlap and overlap with 2 in flight against each other, digit for digit;
+* step time of a larger model: ordinary, mHC, mHC with overlap; with recompute where it is built;
+  NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler;
+* MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
+* save on several GPUs, resume on one, and back.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COMMON = """
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --mock-data --tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --eval-interval 1000
+    --log-interval 1 --lr 1e-3 --clip-grad 0 --no-gradient-accumulation-fusion --seed 7
+    --ckpt-format torch_dist
+"""
+GPU = "--bf16 --transformer-impl transformer_engine"
+CPU = """
+    --transformer-impl local --distributed-backend gloo --disable-jit-fuser
+    --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --no-rope-fusion
+"""
+SMALL = """
+    --num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16
+    --seq-length 1024 --max-position-embeddings 1024 --vocab-size 8191
+    --micro-batch-size 1 --global-batch-size 16
+"""
+TINY = """
+    --num-layers 8 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
+    --seq-length 32 --max-position-embeddings 32 --vocab-size 127
+    --micro-batch-size 1 --global-batch-size 16 --make-vocab-size-divisible-by 64
+"""
+LARGE = """
+    --num-layers 8 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+    --group-query-attention --num-query-groups 8 --seq-length 4096 --max-position-embeddings 4096
+    --vocab-size 8191 --micro-batch-size 1 --global-batch-size 16
+"""
+MOE = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+OVERLAP = "--mhc --mhc-overlap-p2p"
+
+
+@dataclass
+class Run:
+    """A launch and what came of it."""
+
+    name: str
+    gpus: int
+    seconds: float = 0.0
+    failure: str = ""
+    losses: list[str] = field(default_factory=list)
+    step_ms: float = 0.0
+    peak_gib: float = 0.0
+    trace: Path | None = None
+    remark: str = ""
+
+
+class Bench:
+    """Launches runs, one after the other or side by side, and keeps what came of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.cpu: bool = options.cpu
+        self.out: Path = options.out.resolve()
+        self.begin = time.time()
+        self.runs: dict[str, Run] = {}
+
+    def left(self) -> float:
+        """Seconds of the whole call's limit that are left."""
+        return self.options.limit - (time.time() - self.begin)
+
+    def start(
+        self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **environment: str
+    ) -> tuple[Run, Any]:
+        """Start a launch on GPUs first, first + 1, ..."""
+        folder = self.out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(gpus), "-m", "megatron_mhc.run"),
+            *(["--cpu"] if self.cpu else []),
+            "examples/gpt/pretrain_gpt.py",
+            *COMMON.split(),
+            *(CPU if self.cpu else GPU).split(),
+            *flags.split(),
+            *("--train-iters", str(iterations), "--tensorboard-dir", str(folder / "tensorboard")),
+        ]
+        visible = ",".join(str(first + index) for index in range(gpus))
+        extra = {"CUDA_VISIBLE_DEVICES": "" if self.cpu else visible, **environment}
+        if self.cpu:
+            extra |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+        log = (folder / "log").open("w")
+        print(f"== {name}: {' '.join(flags.split())}", file=log, flush=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **extra}, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        self.runs[name] = Run(name, gpus)
+        return self.runs[name], process
+
+    def finish(self, run: Run, process: Any) -> Run:
+        """Wait for a launch, within its limit and the whole call's, and read what it printed."""
+        begin = time.time()
+        limit = max(5.0, min(self.options.each, self.left()))
+        try:
+            code = process.wait(limit)
+            run.failure = f"exit status {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            # the launcher and its ranks, which are a session of their own
+            os.killpg(process.pid, 9)
+            process.wait()
+            run.failure = f"more than {limit:.0f} s"
+        run.seconds = time.time() - begin
+        text = (self.out / run.name / "log").read_text(errors="replace")
+        run.losses = re.findall(r"iteration +\d+/.*?lm loss: (\S+)", text)
+        times = [float(t) for t in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
+        run.step_ms = statistics.median(times[3:]) if len(times) > 3 else 0.0
+        peaks = re.findall(r"mem-max-allocated-gigabytes: ([\d.]+)|max allocated: ([\d.]+)", text)
+        run.peak_gib = max((float(a or float(b) / 1024) for a, b in peaks), default=0.0)
+        traces = sorted((self.out / run.name).rglob("*.json*"))
+        run.trace = traces[0] if traces else None
+        if run.failure:
+            errors = re.findall(r"\w*(?:Error|Exception): .+", text)
+            run.remark = next((e for e in errors if not e.startswith("ChildFailed")), "")[:200]
+        print(f"{run.name}: {run.seconds:.0f} s {run.failure} {run.remark}", flush=True)
+        return run
+
+    def train(
+        self, name: str, gpus: int, flags: str, iterations: int, **environment: str
+    ) -> Run | None:
+        """Start and finish, unless the call's time is up."""
+        if self.left() < 15:
+            self.runs[name] = Run(name, gpus, failure="not run: no time left")
+            return None
+        return self.finish(*self.start(name, gpus, flags, iterations, **environment))
+
+    def alike(self, one: str, other: str, bound: float | None) -> None:
+        """Compare losses: digit for digit where bound is None, else relatively."""
+        a, b = self.runs[one], self.runs[other]
+        if a.failure or b.failure or not a.losses or len(a.losses) != len(b.losses):
+            a.remark = a.remark or f"not comparable with {other}"
+            return
+        if a.losses == b.losses:
+            a.remark = f"{len(a.losses)} losses as {other}'s, digit for digit"
+            return
+        worst = max(abs(float(x) / float(y) - 1) for x, y in zip(a.losses, b.losses, strict=True))
+        a.remark = f"losses within {worst:.1e} of {other}'s"
+        if bound is None or worst > bound:
+            a.failure = "differs"
+
+
+def exposed(trace: Path) -> dict[str, float]:
+    """Of NCCL's send and receive kernels in a chrome trace: milliseconds, and those alone.
+
+    A receive's kernel also waits for its neighbour: bubbles are in both figures.
+    """
+    from pipeline import together, union  # type: ignore[import-not-found]
+
+    with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
+        events = json.load(file)["traceEvents"]
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in events:
+        if event.get("cat") == "kernel":
+            begin = float(event["ts"])
+            nccl = "nccl" in event["name"].lower()
+            if not nccl or "SendRecv" in event["name"]:
+                spans[nccl].append((begin, begin + float(event["dur"])))
+    message = sum(end - begin for begin, end in union(spans[True]))
+    return {
+        "p2p_ms": message / 1e3,
+        "p2p_alone_ms": (message - together(spans[True], spans[False])) / 1e3,
+    }
+
+
+def common_start(bench: Bench, name: str, flags: str) -> str:
+    """Flags that start a run from weights which one GPU saved, whatever the run is split into.
+
+    Megatron draws a stage's weights by the stage's own seed: without this no losses would agree.
+    """
+    folder = bench.out / f"weights-{name}"
+    if not folder.exists():
+        bench.train(f"weights-{name}", 1, f"{flags} --save {folder} --save-interval 1", 1)
+    return f"{flags} --load {folder} --finetune --no-load-optim --no-load-rng"
+
+
+def pipelines(bench: Bench, gpus: int, size: str) -> None:
+    """Losses of a pipeline against one GPU, and of the orders against each other."""
+    size = common_start(bench, "dense", f"{size} --mhc")
+    stages = f"--pipeline-model-parallel-size {min(gpus, 4)}"
+    steps = 5 if bench.cpu else 100
+    pair = [
+        bench.start("one", 1, size, steps),
+        bench.start("one-again", 1, size, steps, first=min(1, gpus - 1)),
+    ]
+    for run in pair:
+        bench.finish(*run)
+    bench.alike("one-again", "one", None)
+    bench.train("pp", gpus, f"{size} {stages}", steps)
+    bench.alike("pp", "one", 1e-2)
+    for name, flags in (("pp-overlap", ""), ("pp-overlap-2", "--mhc-overlap-in-flight 2")):
+        bench.train(name, gpus, f"{size} {stages} {OVERLAP} {flags}", steps)
+        bench.alike(name, "pp", None)
+    virtual = f"{stages} --num-layers-per-virtual-pipeline-stage 1 {OVERLAP}"
+    bench.train("vpp-overlap", gpus, f"{size} {virtual}", steps)
+    bench.alike("vpp-overlap", "one", 1e-2)
+
+
+def step_times(bench: Bench, gpus: int, size: str) -> None:
+    """A larger model's steps, in stock order and with overlap."""
+    sys.path.insert(0, str(ROOT))
+    from megatron_mhc import MHCConfig
+
+    flags = {
+        "time-ordinary": "",
+        "time-mhc": "--mhc",
+        "time-overlap": OVERLAP,
+        "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
+    }
+    try:
+        MHCConfig(recompute="auto")
+        flags["time-overlap-recompute"] = f"{OVERLAP} --mhc-recompute auto"
+    except ValueError as error:
+        print(f"recompute is left out: {error}")
+    stages = f"--pipeline-model-parallel-size {min(gpus, 4)} --log-memory-interval 5"
+    profiler = "" if bench.cpu else (
+        "--profile --use-pytorch-profiler --profile-step-start 10 --profile-step-end 11"
+        " --profile-ranks 0"
+    )  # fmt: skip
+    for name, mhc in flags.items():
+        run = bench.train(name, gpus, f"{size} {stages} {profiler} {mhc}", 5 if bench.cpu else 12)
+        if run is not None and run.trace is not None:
+            run.remark += ", ".join(f"{k} {v:.1f}" for k, v in exposed(run.trace).items())
+
+
+def other_parallelism(bench: Bench, gpus: int, size: str) -> None:
+    """MoE over expert parallel ranks, TP with sequence parallelism, CP."""
+    steps = 5 if bench.cpu else 20
+    moe = common_start(bench, "moe", f"{size} {MOE} --mhc")
+    dense = common_start(bench, "dense", f"{size} --mhc")
+    pair = [
+        bench.start("moe-one", 1, moe, steps),
+        bench.start("dense-one", 1, dense, steps, first=min(1, gpus - 1)),
+    ]
+    for run in pair:
+        bench.finish(*run)
+    one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    bench.train("moe-ep", gpus, f"{moe} --expert-model-parallel-size {gpus}", steps)
+    bench.alike("moe-ep", "moe-one", 2e-2)
+    tensor = f"{dense} --tensor-model-parallel-size 2 --sequence-parallel"
+    bench.train("tp-sp", 2, tensor, steps, **one_queue)
+    bench.alike("tp-sp", "dense-one", 2e-2)
+    if not bench.cpu:
+        context = f"{dense} --context-parallel-size 2"
+        bench.train("cp", 2, context, steps, **one_queue)
+        bench.alike("cp", "dense-one", 2e-2)
+
+
+def resume(bench: Bench, gpus: int, size: str) -> None:
+    """Save on several GPUs, go on with one, and back on several."""
+    stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
+    folder, steps = bench.out / "checkpoints", 3 if bench.cpu else 10
+    shutil.rmtree(folder, ignore_errors=True)
+    both = f"{size} --save {folder} --save-interval {steps}"
+    # one learning rate, whatever the run's length
+    both += " --lr-decay-style constant --override-opt-param-scheduler"
+    bench.train("whole", gpus, f"{both} {stages}".replace(str(folder), f"{folder}-0"), 3 * steps)
+    bench.train("save", gpus, f"{both} {stages}", steps)
+    bench.train("resume-on-one", 1, f"{both} --load {folder} --mhc", 2 * steps)
+    bench.train("back", gpus, f"{both} --load {folder} {stages}", 3 * steps)
+    whole = bench.runs["whole"]
+    parts = [bench.runs[name] for name in ("save", "resume-on-one", "back")]
+    if any(run.failure for run in (whole, *parts)):
+        return
+    for index, run in enumerate(parts):
+        same = whole.losses[index * steps : (index + 1) * steps]
+        if len(run.losses) != len(same):
+            run.failure = f"{len(run.losses)} losses, expected {len(same)}"
+            continue
+        pairs = list(zip(run.losses, same, strict=True))
+        if run is not parts[0]:
+            # Megatron's second line after a resume is the mean of the first two losses
+            del pairs[1]
+        worst = max(abs(float(a) / float(b) - 1) for a, b in pairs)
+        run.remark = f"losses within {worst:.1e} of an uninterrupted run's"
+        run.failure = "differs" if worst > 1e-2 else ""
+    for kept in (folder, Path(f"{folder}-0")):
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+PARTS = {
+    "pipelines": pipelines,
+    "step_times": step_times,
+    "other_parallelism": other_parallelism,
+    "resume": resume,
+}
+
+
+def main() -> int:
+    """Run the parts, print the table; the number of failures is the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/multi_gpu"), help="logs and table")
+    parser.add_argument("--cpu", action="store_true", help="rehearse on CPU processes, tiny")
+    parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--each", type=float, default=90, help="seconds a run may take")
+    parser.add_argument("--limit", type=float, default=480, help="seconds the call may take")
+    options = parser.parse_args()
+    bench = Bench(options)
+    if options.cpu:
+        gpus = options.gpus or 2
+    else:
+        import torch
+
+        gpus = options.gpus or torch.cuda.device_count()
+    if gpus < 2:
+        sys.exit(f"multi_gpu.py: there is {gpus} GPU here and this needs 2; --cpu rehearses")
+    # of another call these would be another model's
+    for stale in options.out.glob("weights-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for name in options.parts:
+        small, large = (TINY, TINY) if options.cpu else (SMALL, LARGE)
+        try:
+            PARTS[name](bench, gpus, large if name == "step_times" else small)
+        except Exception as error:  # the next part does not depend on this one
+            bench.runs[name] = Run(name, gpus, failure=repr(error))
+    table = [f"{'run':24}{'GPUs':>5}{'s':>6}{'step ms':>9}{'GiB':>7}{'last loss':>14}  what"]
+    for run in bench.runs.values():
+        last = run.losses[-1] if run.losses else "-"
+        what = f"FAILED ({run.failure}) {run.remark}" if run.failure else run.remark
+        table.append(
+            f"{run.name:24}{run.gpus:5}{run.seconds:6.0f}{run.step_ms:9.1f}{run.peak_gib:7.1f}"
+            f"{last:>14}  {what}"
+        )
+    table.append(f"{time.time() - bench.begin:.0f} s in all")
+    print("\n".join(table))
+    (bench.out / "table.txt").write_text("\n".join(table) + "\n")
+    return sum(bool(run.failure) for run in bench.runs.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

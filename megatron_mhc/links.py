@@ -1,0 +1,183 @@
+"""What a pipeline stage exchanges with its neighbours, posted early and waited for by streams.
+
+    stage before  --- x -->   this stage   --- y -->   stage behind
+                 <-- dx ---               <--- g ---
+
+The directions have a process group each: over NCCL what a group exchanges with a neighbour is one
+queue, and a receive that is posted early would hold up the sends behind it.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from .streams import Aside, lend
+
+_backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def two_directions(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommunicator]:
+    """Communicators of a pipeline's ranks for its activations, and for its gradients.
+
+    The first call for a group is a collective over its ranks: it makes the second group.
+
+    Args:
+        group: the pipeline's process group.
+        config: the model's configuration.
+    """
+    if group not in _backward_groups:
+        ranks = torch.distributed.get_process_group_ranks(group)
+        backend = torch.distributed.get_backend(group)
+        _backward_groups[group] = torch.distributed.new_group(
+            ranks, backend=backend, use_local_synchronization=True
+        )
+    # a batch of messages is waited for as one
+    config = copy.copy(config)
+    config.batch_p2p_comm = False
+    return P2PCommunicator(group, config), P2PCommunicator(_backward_groups[group], config)
+
+
+class Inbox:
+    """Receives from one neighbour, posted ahead of their use, in the order of the microbatches.
+
+    Args:
+        receive: posts one; returns its tensor and the request to wait for.
+        total: how many there will be.
+        aside: the streams that wait for them.
+    """
+
+    def __init__(self, receive: Callable[[], tuple[Tensor, Any]], total: int, aside: Aside) -> None:
+        self._receive, self._total, self._aside = receive, total, aside
+        self._posted: deque[tuple[Tensor, Any]] = deque()
+        self._next = 0
+
+    def post(self) -> None:
+        """Make room for the next microbatch's tensor, if there is one to come."""
+        if self._next < self._total:
+            with torch.cuda.stream(self._aside.of(self._next)):
+                self._posted.append(self._receive())
+            self._next += 1
+
+    def take(self, microbatch: int) -> Tensor:
+        """A microbatch's tensor, once its stream has it; the one after it is posted first."""
+        self.post()
+        tensor, request = self._posted.popleft()
+        with torch.cuda.stream(self._aside.of(microbatch)):
+            request.wait()
+        lend(tensor, torch.cuda.current_stream())
+        return tensor
+
+
+class Outbox:
+    """Sends to one neighbour, each from the stream that made its tensor; nobody waits for them.
+
+    Args:
+        send: starts one; returns the request that says when its memory may be used again.
+        aside: the streams that send.
+    """
+
+    def __init__(self, send: Callable[[Tensor], Any], aside: Aside) -> None:
+        self._send, self._aside = send, aside
+        self._sent: tuple[Tensor, Any, int] | None = None
+
+    def put(self, tensor: Tensor, microbatch: int) -> None:
+        """Send what the microbatch's stream has made; the caller may give it up at once."""
+        self.drain()
+        # another tensor of the same memory: Megatron empties the one that it sent
+        wire = tensor.detach()
+        with torch.cuda.stream(self._aside.of(microbatch)):
+            self._sent = wire, self._send(wire), microbatch
+
+    def drain(self) -> None:
+        """Let the stream of the last send wait for it, and only then give up its memory."""
+        if self._sent is not None:
+            wire, request, microbatch = self._sent
+            with torch.cuda.stream(self._aside.of(microbatch)):
+                request.wait()
+            self._sent = None
+            del wire
+
+
+class Links:
+    """The four ends of a stage; None where the pipeline ends.
+
+    Args:
+        forward: the communicator of the activations.
+        backward: that of the gradients; another one, or one that keeps the directions apart.
+        shape: [s, b, C] of what is exchanged (the streams are added by the communicator).
+        microbatches: how many.
+        aside: the streams that wait and send.
+    """
+
+    def __init__(
+        self, forward: Any, backward: Any, shape: Any, microbatches: int, aside: Aside
+    ) -> None:
+        def receive_input() -> tuple[Tensor, Any]:
+            tensor, requests = forward.send_forward_recv_forward(None, True, shape, True)
+            return tensor, requests["recv_prev"]
+
+        def receive_gradient() -> tuple[Tensor, Any]:
+            tensor, requests = backward.send_backward_recv_backward(None, True, shape, True)
+            return tensor, requests["recv_next"]
+
+        def send_output(tensor: Tensor) -> Any:
+            return forward.send_forward_recv_forward(tensor, False, shape, True)[1]["send_next"]
+
+        def send_gradient(tensor: Tensor) -> Any:
+            return backward.send_backward_recv_backward(tensor, False, shape, True)[1]["send_prev"]
+
+        first, last = forward.is_pp_first_stage, forward.is_pp_last_stage
+        self.inputs = None if first else Inbox(receive_input, microbatches, aside)
+        self.outputs = None if last else Outbox(send_output, aside)
+        self.gradients = None if last else Inbox(receive_gradient, microbatches, aside)
+        self.input_gradients = None if first else Outbox(send_gradient, aside)
+
+    def drain(self) -> None:
+        """Wait for what was sent last."""
+        for outbox in (self.outputs, self.input_gradients):
+            if outbox is not None:
+                outbox.drain()
+
+
+class AsideCommunicator(P2PCommunicator):
+    """For Megatron's interleaved schedule: outputs leave from the stream that made them.
+
+    That schedule lets the compute stream wait for each send before it frees what was sent. Here
+    the memory is kept until then, and the compute stream goes straight on.
+
+    Args:
+        group, config: as for P2PCommunicator.
+        aside: the streams of this rank's chunks, which all share their turns.
+    """
+
+    def __init__(self, group: Any, config: Any, aside: Aside) -> None:
+        super().__init__(group, config)
+        self.aside = aside
+        self._outbox = Outbox(self._send, aside)
+        self._shape: Any = None
+
+    def _send(self, wire: Tensor) -> Any:
+        return super().send_forward_recv_forward(wire, False, self._shape, True)[1]["send_next"]
+
+    def send_forward_recv_forward(
+        self, output_tensor: Any, recv_prev: bool, tensor_shape: Any, overlap_p2p_comm: bool = False
+    ) -> Any:
+        """Send and receive apart; the send has no request that anybody needs to wait for."""
+        if output_tensor is not None and overlap_p2p_comm:
+            self._shape = tensor_shape
+            self._outbox.put(output_tensor, self.aside.turn)
+            self.aside.turn += 1
+            output_tensor = None
+        return super().send_forward_recv_forward(
+            output_tensor, recv_prev, tensor_shape, overlap_p2p_comm
+        )
+
+    def drain(self) -> None:
+        """Wait for what was sent last."""
+        self._outbox.drain()

@@ -1,0 +1,258 @@
+"""1F1B with the ends of a stage, and its links, on high-priority streams (`--mhc-overlap-p2p`).
+
+A stage in its steady state, time from left to right: F is a forward, B a backward, R what is
+rebuilt ahead of a backward; pre, cmb and their gradients pre', cmb' are the stage's first and last
+operation on the streams (paper section 4.3.3: F_post,res on a high-priority stream).
+
+    links in     x4 ....>       g2 ....>           x5 ....>    g3 ....>
+    priority            [pre 4][pre' 1][cmb' 2][cmb 4]         [pre 5][pre' 2][cmb' 3]
+    compute     [ R 1 ][  B 1 ][     F 4     ][ R 2 ][   B 2   ][     F 5     ][ R 3 ][ B 3
+    links out                        dx1 ....>       y4 ....>          dx2 ....>
+
+* Receives are posted a microbatch ahead; only the operation that reads them waits for them.
+* Sends leave from the stream that made their tensor, as soon as it is there; the compute stream
+  never waits for one. Their memory is kept until they are through (`links.Outbox`).
+* A microbatch's work beside the compute stream is on one stream, those that meet on different ones
+  (`streams.Aside`). Events alone keep the order; the host waits for nothing.
+* A stage starts by as many forwards as there are stages behind it, times `overlap_in_flight`. With
+  1 this is 1F1B: in its steady state a stage still waits for its gradient to make the round trip,
+  two messages, through the stage behind. With 2 that wait is gone, for twice the activations.
+
+The order of forwards and of backwards is 1F1B's, and so is every sum: bit for bit.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from .layer import MHCLayer
+from .links import AsideCommunicator, Links, two_directions
+from .pipeline import overlap_in_flight_of
+from .recompute import rebuild_ahead
+from .streams import INLINE, Aside, Inline
+
+
+def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
+    """Where the first and the last site of a model chunk work on the streams.
+
+    The first site of the model reads the embedding and the last one feeds the head: both of them
+    have no link, and stay on the compute stream.
+    """
+    layers = [module for module in chunk.modules() if isinstance(module, MHCLayer)]
+    if not layers[0].is_entry:
+        layers[0].attention_site.aside = aside
+    if not layers[-1].is_exit:
+        layers[-1].mlp_site.aside = aside
+
+
+def aside_of(chunks: list[torch.nn.Module], in_flight: int) -> Any:
+    """The streams of these model chunks, the same ones in every step.
+
+    Each stream has a part of the allocator's memory to itself, which new ones would not find.
+    """
+    kept = vars(chunks[0])
+    if "mhc_aside" not in kept:
+        kept["mhc_aside"] = Aside(in_flight, chunks)
+    return kept["mhc_aside"]
+
+
+@contextlib.contextmanager
+def ends_aside(chunks: list[torch.nn.Module], aside: Aside) -> Iterator[None]:
+    """For one step, the ends of these model chunks work beside the compute stream."""
+    for chunk in chunks:
+        set_ends(chunk, aside)
+    aside.begin()
+    try:
+        yield
+    finally:
+        aside.end()
+        for chunk in chunks:
+            set_ends(chunk, INLINE)
+
+
+def one_forward_one_backward(
+    *,
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: Any,
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+    adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+    p2p_communicator: Any = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    force_all_reduce: bool | None = False,
+    rebuild_ahead: Callable[[torch.nn.Module], bool] = rebuild_ahead,
+) -> list[Any]:
+    """A step of this stage, in the place of `forward_backward_pipelining_without_interleaving`.
+
+    Args:
+        rebuild_ahead: called with the model before a gradient is waited for; rebuilds, on the
+            current stream, what the oldest microbatch's backward reads first, and returns whether
+            it did.
+        p2p_communicator: one of the caller's own serves both directions, and must keep them apart.
+        (the rest): as for Megatron's function.
+
+    Returns:
+        What the loss function returned for each microbatch on the last stage, else nothing.
+
+    Raises:
+        ValueError: an argument that this schedule has no place for.
+    """
+    if adjust_tensor_shapes_fn is not None:
+        raise ValueError(
+            "--mhc-overlap-p2p does not work with adjust_tensor_shapes_fn (knowledge distillation):"
+            " drop one of them"
+        )
+    (model,) = model if isinstance(model, list) else [model]
+    (data_iterator,) = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+    config = get_model_config(model)
+    if pg_collection is None:
+        pg_collection = schedules._build_default_pg_collection()
+    directions = (p2p_communicator, p2p_communicator)
+    if p2p_communicator is None:
+        directions = two_directions(pg_collection.pp, config)
+    here = directions[0]
+    last = here.is_pp_last_stage
+    (shape,) = schedules.get_tensor_shapes(
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        decoder_seq_length=decoder_seq_length,
+        config=config,
+        tp_group=pg_collection.tp,
+        cp_group=pg_collection.cp,
+    )
+    behind = here.total_stages - here.current_stage - 1
+    warmup = min(behind * overlap_in_flight_of(config), num_microbatches)
+    if config.timers is not None:
+        config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    finalize = config.finalize_model_grads_func is not None and not forward_only
+    if finalize:
+        embedding = schedules.clear_embedding_activation_buffer(config, model, last)
+
+    aside = aside_of([model], behind * overlap_in_flight_of(config))
+    links = Links(*directions, shape, num_microbatches, aside)
+    waiting: deque[tuple[Tensor | None, Tensor]] = deque()
+    results: list[Any] = []
+    tokens = torch.zeros([], dtype=torch.int, device="cuda")
+
+    def forward(microbatch: int) -> None:
+        nonlocal tokens
+        aside.turn = microbatch
+        x = None if links.inputs is None else links.inputs.take(microbatch)
+        aside.arrived = x
+        y, new_tokens = schedules.forward_step(
+            forward_step_func,
+            data_iterator,
+            model,
+            num_microbatches,
+            x,
+            results,
+            config,
+            cp_group_size=pg_collection.cp.size(),
+            collect_non_loss_data=collect_non_loss_data,
+            is_first_microbatch=schedules.check_first_val_step(
+                first_val_step, forward_only, microbatch == 0
+            ),
+            current_microbatch=microbatch,
+            is_last_stage=last,
+        )
+        tokens += new_tokens
+        if links.outputs is not None:
+            links.outputs.put(y, microbatch)
+        if not forward_only:
+            waiting.append((x, y))
+            schedules.deallocate_output_tensor(y, config.deallocate_pipeline_outputs)
+
+    def backward(microbatch: int) -> None:
+        x, y = waiting.popleft()
+        stream = aside.of(microbatch)
+        # the one place for it: what is stored here is rebuilt before the gradient is waited for
+        rebuilt = rebuild_ahead(model)
+        if rebuilt or links.gradients is None:
+            stream.wait_stream(torch.cuda.current_stream())
+        g = None if links.gradients is None else links.gradients.take(microbatch)
+        # called from there, the first operation waits for the gradient alone, and the compute
+        # stream for nothing but what it reads
+        with torch.cuda.stream(stream):
+            dx = schedules.backward_step(x, y, g, config)
+        if links.input_gradients is not None:
+            links.input_gradients.put(dx, microbatch)
+
+    with contextlib.ExitStack() as no_sync, ends_aside([model], aside):
+        no_sync.enter_context((config.no_sync_func or contextlib.nullcontext)())
+        if links.inputs is not None:
+            links.inputs.post()
+        for microbatch in range(num_microbatches + (0 if forward_only else warmup)):
+            if microbatch == warmup and links.gradients is not None and not forward_only:
+                links.gradients.post()
+            if microbatch < num_microbatches:
+                forward(microbatch)
+            if microbatch >= warmup and not forward_only:
+                if microbatch - warmup == num_microbatches - 1 and (
+                    config.grad_sync_func is None or here.is_pp_first_stage
+                ):
+                    no_sync.close()
+                backward(microbatch - warmup)
+        links.drain()
+    if not (forward_only or config.grad_sync_func is None or here.is_pp_first_stage):
+        config.grad_sync_func(model.parameters())
+    if finalize:
+        schedules.finish_embedding_wgrad_compute(config, embedding, last, pg_collection.tp)
+        config.finalize_model_grads_func(
+            [model],
+            tokens if config.calculate_per_token_loss else None,
+            pg_collection=pg_collection,
+            force_all_reduce=force_all_reduce,
+        )
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+    return results
+
+
+def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
+    """Megatron's interleaved schedule, with the ends of each chunk beside the compute stream.
+
+    It posts receives early by itself. What is added: outputs leave from the stream that made them,
+    nobody waits for them, and the gradients of both ends run where their forwards ran.
+    """
+    chunks = arguments["model"]
+    config = get_model_config(chunks[0])
+    if arguments.pop("p2p_communicator", None) is not None:
+        raise ValueError("--mhc-overlap-p2p makes the interleaved schedule's communicator itself")
+    if arguments.get("pg_collection") is None:
+        arguments["pg_collection"] = schedules._build_default_pg_collection()
+    aside = aside_of(chunks, 1)
+    communicator = AsideCommunicator(arguments["pg_collection"].pp, config, aside)
+    with ends_aside(chunks, aside):
+        result = original(**arguments, p2p_communicator=communicator)
+        communicator.drain()
+    return result
+
+
+def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Run one of Megatron's schedules, or for a model that overlaps its communication, ours.
+
+    Args:
+        name: Megatron's name of the schedule.
+        original: Megatron's schedule.
+        arguments: what it was called with, all by keyword.
+    """
+    model = arguments["model"]
+    config = get_model_config(model[0] if isinstance(model, list) else model)
+    if overlap_in_flight_of(config) == 0:
+        return original(**arguments)
+    if name.endswith("_with_interleaving"):
+        return interleaved(original, **arguments)
+    return one_forward_one_backward(**arguments)

@@ -1,0 +1,120 @@
+"""`overlap_p2p`: the ends of a stage beside the compute stream, in another order of messages.
+
+In CPU processes a stream is a name alone. What is shown here is the order of messages and the
+arithmetic; `tests/gpu/test_overlap_gpu.py` shows the streams.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.megatron.launch import assert_same_training, run_scenarios
+from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
+
+OVERLAP = {"overlap_p2p": True}
+EAGER = {"overlap_p2p": True, "overlap_in_flight": 2}
+VIRTUAL = stages(2, virtual_pipeline_model_parallel_size=2)
+COMMON: dict[str, Any] = {"evaluate": True, "batch": 12, "parallel": stages(2)}
+SHARDED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
+# fewer, as many and more microbatches than stages; name: processes, settings of both runs
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 microbatch": (2, {"microbatches": 1}),
+    "2 microbatches": (2, {"microbatches": 2}),
+    "6 microbatches": (2, {"microbatches": 6}),
+    "MoE": (2, {"microbatches": 6, "kind": "moe"}),
+    "dropout": (2, {"microbatches": 6, "config": {"hidden_dropout": 0.1}}),
+    "full recompute": (2, {"microbatches": 6, "config": FULL_RECOMPUTE}),
+    "no deallocation": (2, {"microbatches": 6, "config": {"deallocate_pipeline_outputs": False}}),
+    "interleaved": (2, {"microbatches": 6, "parallel": VIRTUAL}),
+    "four stages": (4, {"microbatches": 6, "parallel": stages(4)}),
+    "four stages, 3 microbatches": (4, {"microbatches": 3, "parallel": stages(4)}),
+    "TP=2 with sequence parallelism": (
+        4,
+        {
+            "microbatches": 6,
+            "parallel": stages(2, tensor_model_parallel_size=2),
+            "config": {"sequence_parallel": True},
+        },
+    ),
+    "DP=2, overlapped": (4, {"microbatches": 6, "ddp": SHARDED}),
+    "DP=2, parameters gathered late": (
+        4,
+        {"microbatches": 6, "ddp": SHARDED | {"overlap_param_gather": True}},
+    ),
+}
+EAGER_CASES = ["1 microbatch", "6 microbatches", "four stages", "four stages, 3 microbatches"]
+ORDINARY = "z ordinary"
+
+
+def results(case: str) -> dict[str, dict[str, Any]]:
+    """What a case trains in stock order, with overlap and (where tried) with two in flight."""
+    size = CASES[case][0]
+    scenarios: dict[str, dict[str, Any]] = {}
+    for name, (processes, settings) in CASES.items():
+        if processes == size:
+            modes = {"off": {}, "on": OVERLAP} | ({"eager": EAGER} if name in EAGER_CASES else {})
+            for mode, mhc in modes.items():
+                scenarios[f"{name}, {mode}"] = {**COMMON, **settings, "mhc": mhc}
+    # the last of its processes: the patches of those before it are there
+    scenarios[ORDINARY] = {**COMMON, "mhc": None}
+    trained = run_scenarios(size, scenarios)
+    return {mode: trained.get(f"{case}, {mode}", {}) for mode in ("off", "on", "eager")} | {
+        "ordinary": trained[ORDINARY]
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_overlap_trains_bit_for_bit_as_stock_order_does(case: str) -> None:
+    result = results(case)
+    assert_same_training(result["on"], result["off"], bound=None)
+
+
+@pytest.mark.parametrize("case", EAGER_CASES)
+def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
+    result = results(case)
+    assert_same_training(result["eager"], result["off"], bound=None)
+
+
+STOCK_ONLY = ["send_forward_recv_backward", "recv_forward", "recv_backward", "send_forward"]
+
+
+@pytest.mark.parametrize("case", ["6 microbatches", "four stages", "four stages, 3 microbatches"])
+def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
+    """The first stage's messages: each schedule has its own."""
+    result = results(case)
+    microbatches = CASES[case][1]["microbatches"]
+    steps = 3
+    for mode in ("on", "eager"):
+        used = {name: number for name, number in result[mode]["messages"].items() if number}
+        # a send forward for each microbatch, evaluated ones too; a receive for each gradient
+        assert used == {
+            "send_forward_recv_forward": (steps + 1) * microbatches,
+            "send_backward_recv_backward": steps * microbatches,
+        }
+        assert result[mode]["aside"] == {"run": (steps + 1) * microbatches, "open": 0}
+    assert result["off"]["messages"]["send_forward_recv_forward"] == 0
+    assert result["off"]["aside"] == {"run": 0, "open": 0}
+
+
+def test_the_ends_of_interleaved_chunks_run_aside() -> None:
+    result = results("interleaved")
+    # of the first stage's two chunks, both send and one receives
+    assert result["on"]["aside"] == {"run": 2 * 4 * 6, "open": 4 * 6}
+    assert result["off"]["aside"] == {"run": 0, "open": 0}
+
+
+def test_an_ordinary_model_keeps_megatrons_schedule() -> None:
+    ordinary = results("6 microbatches")["ordinary"]
+    assert ordinary["messages"]["send_forward_recv_backward"] > 0
+    assert ordinary["messages"]["send_forward_recv_forward"] == 0
+
+
+def test_stages_that_differ_in_overlap_are_refused() -> None:
+    settings = {"mhc_by_rank": [OVERLAP, {}], "parallel": stages(2)}
+    with pytest.raises(AssertionError, match="in dtype or in overlap"):
+        run_scenarios(2, {"bad": settings})
+
+
+def test_one_stage_has_nothing_to_overlap() -> None:
+    with pytest.raises(AssertionError, match="one stage has nobody to exchange anything with"):
+        run_scenarios(1, {"bad": {"mhc": OVERLAP}})
