@@ -40,13 +40,29 @@ def _marker(points: list[int]) -> dict[str, Any]:
 STEP_AXIS = "training step (optimizer updates)"
 
 
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Means over the last `window` values, over fewer where there are no more."""
+    parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [sum(part) / len(part) for part in parts]
+
+
 def _loss(runs: list[Run]) -> Picture:
     figure, axes = _figure("Training loss", STEP_AXIS, "loss (nats a token)")
     for run in runs:
-        name = f"{run.label} (last {run.loss.values[-1]:.3f})"
-        axes.plot(*run.loss, color=run.color, lw=1.2, label=name, **_marker(run.loss.steps))
+        steps, values = run.loss
+        window = max(1, len(values) // 20)
+        mean = running_mean(values, window)
+        name = f"{run.label} (last {mean[-1]:.3f})"
+        axes.plot(steps, mean, color=run.color, lw=1.6, label=name, **_marker(steps))
+        if window > 1:
+            axes.plot(steps, values, color=run.color, lw=0.6, alpha=0.35)
     axes.legend()
-    return Picture("loss", figure, "Training loss of every run, as Megatron logged it.")
+    return Picture(
+        "loss",
+        figure,
+        "Training loss of every run, as Megatron logged it (thin), and its running mean over a"
+        " twentieth of the run (thick, and in the legend).",
+    )
 
 
 def _gradient_norm(runs: list[Run]) -> Picture:
