@@ -1,6 +1,7 @@
-"""`python -m megatron_mhc doctor`."""
+"""`python -m megatron_mhc doctor | plot`."""
 
 import argparse
+from pathlib import Path
 
 
 def main() -> None:
@@ -13,10 +14,23 @@ def main() -> None:
     commands.add_parser(
         "doctor", help="print versions, hooks found or missing, and every patch with its state"
     )
-    parser.parse_args()
-    from .doctor import report
+    plot = commands.add_parser(
+        "plot", help="draw loss, gradient norm, gains and H_res of runs, and a page with them"
+    )
+    plot.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of training runs")
+    plot.add_argument(
+        "--output", type=Path, default=Path("mhc_plots"), help="a folder (default: mhc_plots)"
+    )
+    args = parser.parse_args()
+    if args.command == "doctor":
+        from .doctor import report
 
-    print(report())
+        print(report())
+    else:
+        from .plot import write_plots
+
+        for file in write_plots(args.runs, args.output):
+            print(f"plot: wrote {file}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
@@ -18,7 +19,7 @@ from megatron_mhc.patches.training import (
     validation_patch,
 )
 
-from . import arguments, memory, parameters, pipeline, report
+from . import arguments, memory, monitor, parameters, pipeline, report
 
 
 class _Seen:
@@ -76,6 +77,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         arguments_patch(_add_arguments),
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
+        metrics_patch(monitor.observe),
         *model_patches(),
         SHIPPED_HELPERS,
     )

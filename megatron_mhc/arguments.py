@@ -10,6 +10,8 @@ from megatron_mhc.kernels.backend import BACKENDS
 
 from .compatibility import check_transformer_config
 from .config import Convention, Init, MHCConfig, Variant
+from .monitor import add_monitor_arguments
+from .monitor import check_arguments as check_monitor_arguments
 
 SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
 """What `--spec` must name for a model with mHC."""
@@ -85,6 +87,7 @@ def add_mhc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
             group.add_argument(flag, action="store_true", default=None, help=text)
         else:
             group.add_argument(flag, type=setting.parse, choices=setting.choices, help=text)
+    add_monitor_arguments(group)
     return parser
 
 
@@ -129,6 +132,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     """
     if list(args.spec or []) == SPEC:
         args.mhc = True
+    check_monitor_arguments(args)
     if not args.mhc:
         if given := _given(args):
             flags = ", ".join("--mhc-" + name.replace("_", "-") for name in given)

@@ -1,0 +1,93 @@
+"""What training runs left behind: Megatron's TensorBoard events and mHC's metrics file."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .monitor import METRICS_FILE
+
+LOSS_TAG, GRADIENT_TAG = "lm loss", "grad-norm"
+"""What Megatron calls them in TensorBoard."""
+
+
+class Curve(NamedTuple):
+    """A value by training step."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        label: its name in the legends; color: matplotlib's name of its colour in every picture.
+        loss: training loss, nats a token; gradient_norm: of all parameters, before clipping.
+        logged: the lines of the metrics file, by step; empty for the ordinary model.
+    """
+
+    label: str
+    color: str
+    loss: Curve
+    gradient_norm: Curve
+    logged: list[dict[str, Any]] = field(default_factory=list)
+
+    def over_steps(self, name: str) -> Curve:
+        """A number of every logged step: `gradient_norm`, or a composite gain by its name."""
+        steps = [line["step"] for line in self.logged]
+        if name == "gradient_norm":
+            return Curve(steps, [line[name] for line in self.logged])
+        end = -1 if "forward" in name else 0
+        return Curve(steps, [line["site"][f"depth_{name}"][end] for line in self.logged])
+
+
+def _curves(folder: Path) -> dict[str, Curve]:
+    """The scalars of all event files below a folder; where runs overlap the later event counts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, dict[int, tuple[float, float]]] = {LOSS_TAG: {}, GRADIENT_TAG: {}}
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        for tag in set(found) & set(log.Tags()["scalars"]):
+            for event in log.Scalars(tag):
+                value = (event.wall_time, event.value)
+                found[tag][event.step] = max(found[tag].get(event.step, value), value)
+    return {
+        tag: Curve(sorted(by_step), [by_step[step][1] for step in sorted(by_step)])
+        for tag, by_step in found.items()
+    }
+
+
+def read_run(text: str, color: str = "C0") -> Run:
+    """Read `FOLDER` or `LABEL=FOLDER`; the files may lie anywhere below the folder.
+
+    Raises:
+        SystemExit: the folder is not there, holds no training loss, or a metrics file is broken.
+    """
+    label, separator, path = text.partition("=")
+    folder = Path(path if separator else text)
+    if not folder.is_dir():
+        raise SystemExit(f"plot: {folder} is not a folder")
+    curves = _curves(folder)
+    if not curves[LOSS_TAG].steps:
+        raise SystemExit(
+            f"plot: no {LOSS_TAG!r} in TensorBoard event files below {folder}; train with"
+            " --tensorboard-dir"
+        )
+    by_step = {}
+    for file in sorted(folder.rglob(METRICS_FILE), key=lambda f: f.stat().st_mtime):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                metrics = json.loads(line)
+                by_step[metrics["step"]] = metrics
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                raise SystemExit(f"plot: {file}, line {number}: {error!r}") from error
+    return Run(
+        label if separator else folder.resolve().name,
+        color,
+        curves[LOSS_TAG],
+        curves[GRADIENT_TAG],
+        [by_step[step] for step in sorted(by_step)],
+    )
