@@ -38,7 +38,7 @@ def computed_once(tile):
 
 
 @triton.jit
-def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr, EVICT: tl.constexpr):
     """The N tiles [BT, BC] of the streams at `offsets` (of stream 0), in their own dtype.
 
     EVICT "evict_first" is for what nobody reads soon again: the L2 cache keeps other lines.

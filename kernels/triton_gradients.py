@@ -87,7 +87,7 @@ def coefficients_kernel(
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             mask = t_mask[:, None] & (c < C)[None, :]
-            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N, "")
             du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
             longer = ()
             for j in tl.static_range(N):
@@ -175,7 +175,7 @@ def load_tiles(
     if HAS_DY:
         dys = load_streams(dy_ptr, offsets, mask, C, N, "evict_first")
     if PROJECT:
-        ys = load_streams(y_ptr, offsets, mask, C, N)
+        ys = load_streams(y_ptr, offsets, mask, C, N, "")
     if COMBINE:
         xs = load_streams(x_ptr, offsets, mask, C, N, "evict_first")
         f = (tl.load(f_ptr + narrow, mask, 0.0, eviction_policy="evict_first"),)
