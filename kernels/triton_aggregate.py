@@ -38,7 +38,7 @@ def aggregate_kernel(
     t64 = t.to(tl.int64)
     mask = (t < T)[:, None] & (c < C)[None, :]
     h_pre = load_columns(h_pre_ptr, t64, t < T, N)
-    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N, "")
+    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
     u = tl.zeros((BT, BC), tl.float32)
     for j in tl.static_range(N):
         u = tl.fma(h_pre[j][:, None], streams[j].to(tl.float32), u)
@@ -70,7 +70,7 @@ def aggregate_backward_kernel(
         c = c0 + tl.arange(0, BC)
         mask = t_mask[:, None] & (c < C)[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
-        streams = load_streams(x_ptr, offsets, mask, C, N, "")
+        streams = load_streams(x_ptr, offsets, mask, C, N)
         du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
         longer = ()
         for j in tl.static_range(N):

@@ -38,34 +38,12 @@ def computed_once(tile):
 
 
 @triton.jit
-def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr, EVICT: tl.constexpr):
-    """The N tiles [BT, BC] of the streams at `offsets` (of stream 0), in their own dtype.
-
-    EVICT "evict_first" is for what nobody reads soon again: the L2 cache keeps other lines.
-    """
+def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr):
+    """The N tiles [BT, BC] of the streams at `offsets` (of stream 0), in their own dtype."""
     tiles = ()
     for j in tl.static_range(N):
-        tiles = tiles + (tl.load(ptr + offsets + j * C, mask, 0.0, eviction_policy=EVICT),)
+        tiles = tiles + (tl.load(ptr + offsets + j * C, mask, 0.0),)
     return tiles
-
-
-@triton.jit
-def prefetch_tokens(ptr, t64, last, COUNT: tl.constexpr):
-    """Bring the COUNT fp32 values of each token t64 (at most `last` - 1) into the L1 cache.
-
-    The columns of a token's coefficients are many small loads, which would cost registers if they
-    were loaded as early as the streams are.
-    """
-    if not INTERPRETED:
-        address = (ptr + tl.minimum(t64, last - 1) * COUNT).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [address],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from . import triton_config as config
 from .triton_device import (
     load_columns,
     load_streams,
-    prefetch_tokens,
     product,
     row_sums,
     sinkhorn_backward,
@@ -87,7 +86,7 @@ def coefficients_kernel(
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             mask = t_mask[:, None] & (c < C)[None, :]
-            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N, "")
+            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
             du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
             longer = ()
             for j in tl.static_range(N):
@@ -173,12 +172,12 @@ def load_tiles(
     offsets = t64[:, None] * (N * C) + c[None, :]
     dys, ys, xs, du, f = (), (), (), (), ()
     if HAS_DY:
-        dys = load_streams(dy_ptr, offsets, mask, C, N, "evict_first")
+        dys = load_streams(dy_ptr, offsets, mask, C, N)
     if PROJECT:
-        ys = load_streams(y_ptr, offsets, mask, C, N, "")
+        ys = load_streams(y_ptr, offsets, mask, C, N)
     if COMBINE:
-        xs = load_streams(x_ptr, offsets, mask, C, N, "evict_first")
-        f = (tl.load(f_ptr + narrow, mask, 0.0, eviction_policy="evict_first"),)
+        xs = load_streams(x_ptr, offsets, mask, C, N)
+        f = (tl.load(f_ptr + narrow, mask, 0.0),)
     if HAS_DU:
         du = (tl.load(du_ptr + narrow, mask, 0.0),)
     return dys, ys, xs, du, f
@@ -270,15 +269,11 @@ def streams_kernel(
         offsets = t64[:, None] * (N * C) + c[None, :]
         if PROJECT:
             k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
-            prefetch_tokens(d_z_ptr, t64 + BT, last, ROWS)
         if HAS_DU:
             h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
-            prefetch_tokens(h_pre_ptr, t64 + BT, last, N)
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-            prefetch_tokens(h_post_ptr, t64 + BT, last, N)
-            prefetch_tokens(h_res_ptr, t64 + BT, last, N * N)
         if PROJECT:
             # [BC, BT]: the channels are M, and dY keeps the layout of its load
             z_mask = t_mask[:, None] & (row < ROWS)[None, :]

@@ -23,7 +23,6 @@ from .triton_device import (
     load_columns,
     load_streams,
     mixed_stream,
-    prefetch_tokens,
     product,
     sinkhorn_forward,
     sum_blocks,
@@ -34,12 +33,10 @@ from .triton_launch import on_device, pack_weights
 @triton.jit
 def load_tiles(x_ptr, f_ptr, t64, c, mask, N: tl.constexpr, C: tl.constexpr, COMBINE: tl.constexpr):
     """The tiles [BT, BC] of the N streams and, in a tuple of its own, of f (COMBINE)."""
-    evict: tl.constexpr = "evict_first" if COMBINE else ""  # y is read next, x not any more
-    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N, evict)
+    streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
     f = ()
     if COMBINE:
-        f_offsets = t64[:, None] * C + c[None, :]
-        f = (tl.load(f_ptr + f_offsets, mask, 0.0, eviction_policy=evict),)
+        f = (tl.load(f_ptr + t64[:, None] * C + c[None, :], mask, 0.0),)
     return streams, f
 
 
@@ -103,8 +100,6 @@ def project_kernel(
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-            prefetch_tokens(h_post_ptr, t64 + BT, last, N)
-            prefetch_tokens(h_res_ptr, t64 + BT, last, N * N)
         z = tl.zeros((HIGH, BT), tl.float32)
         z_low = tl.zeros((R, BT), tl.float32)
         square = tl.zeros((BT, BC), tl.float32)
@@ -330,7 +325,7 @@ def finish(
                 ITERATIONS=iterations,
                 SINKHORN_EPS=sinkhorn_eps,
                 BLOCKS=blocks,
-                BS=min(triton.next_power_of_2(blocks), 32 if n <= 4 else 4),
+                BS=min(triton.next_power_of_2(blocks), 16 if n <= 4 else 4),
                 BT=tile.tokens,
                 num_warps=tile.warps,
             )

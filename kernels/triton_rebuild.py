@@ -182,7 +182,7 @@ def rebuild_kernel(
     mask = t_mask[:, None] & (c < C)[None, :]
     wide = t64[:, None] * (N * C) + c[None, :]
     narrow = t64[:, None] * C + c[None, :]
-    streams = load_streams(x_ptr, wide, mask, C, N, "")
+    streams = load_streams(x_ptr, wide, mask, C, N)
     if FIRST:
         store_u(first_u_ptr, streams, first_h_pre_ptr, t64, t_mask, narrow, mask, N)
     for k in tl.static_range(SITES):
