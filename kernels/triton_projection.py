@@ -325,7 +325,7 @@ def finish(
                 ITERATIONS=iterations,
                 SINKHORN_EPS=sinkhorn_eps,
                 BLOCKS=blocks,
-                BS=min(triton.next_power_of_2(blocks), 16 if n <= 4 else 4),
+                BS=min(triton.next_power_of_2(blocks), 8 if n <= 4 else 4),
                 BT=tile.tokens,
                 num_warps=tile.warps,
             )
