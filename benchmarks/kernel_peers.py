@@ -7,6 +7,7 @@ shapes and scale; each peer is called as its own documentation asks.
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -127,6 +128,8 @@ def _transformer_engine_files() -> types.ModuleType:
     for name in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
         module = types.ModuleType(f"transformer_engine{name}")
         module.__path__ = [str(root.joinpath(*name.split(".")))]
+        # torch.compile and others look modules up by it
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, is_package=True)
         sys.modules[module.__name__] = module
     gemm = types.ModuleType("transformer_engine.pytorch.cpp_extensions.gemm")
     gemm.general_gemm = lambda a, b, *_, **__: (b.t() @ a,)  # type: ignore[attr-defined]

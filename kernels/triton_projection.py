@@ -130,8 +130,8 @@ def project_kernel(
                     y32 = y.to(tl.float32)
                     square = tl.fma(y32, y32, square)
                     if TERMS == 1:
-                        weight = weights[part * N + i]
-                        z = tl.dot(weight, tl.trans(y32), z, input_precision="tf32x3")
+                        high = weights[part * N + i]  # type: ignore[var-annotated]
+                        z = tl.dot(high, tl.trans(y32), z, input_precision="tf32x3")
                     else:
                         z = product(weights[part * N + i], tl.trans(y), z)
                         z_low = product(low_weights[part * N + i], tl.trans(y), z_low)

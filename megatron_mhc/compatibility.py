@@ -161,7 +161,9 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
     Raises:
         ValueError: names every such setting and what to do about it.
     """
-    asked = () if mhc is None or mhc.recompute is None else RECOMPUTE_CONFLICTS
+    asked: tuple[Conflict, ...] = (
+        () if mhc is None or mhc.recompute is None else RECOMPUTE_CONFLICTS
+    )
     if mhc is not None and mhc.overlap_p2p:
         asked += OVERLAP_CONFLICTS
     conflicts = CONFLICTS + asked
