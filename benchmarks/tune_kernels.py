@@ -4,8 +4,8 @@
     python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
     python benchmarks/tune_kernels.py --tiles streams_backward=64,32,8,8,1 finish=8,512,1,4,2
 
-Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit and the parts.
-Inputs are larger than the L2 cache, times are the medians of CUDA-graph replays, passes are T*C
+Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. Inputs
+are larger than the L2 cache, times are the medians of CUDA-graph replays, passes are T*C
 bf16 elements at the measured copy bandwidth.
 """
 
@@ -39,18 +39,9 @@ FLOORS = {
 """Passes that each kernel must move at n = 4, partial sums left out."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
-        (16, 128, 8, 4, 1, 255, 1),
-        (16, 64, 8, 2, 1, 255, 1),
-        (16, 64, 8, 2, 1, 255, 2),
-        (16, 64, 8, 4, 1, 255, 2),
-        (32, 64, 8, 4, 1, 255, 1),
-        (32, 64, 8, 4, 1, 255, 2),
-        (32, 64, 8, 4, 1, 168, 2),
-        (32, 64, 8, 8, 1, 128, 2),
-        (32, 128, 8, 8, 1, 128, 1),
-        (32, 32, 8, 4, 1, 168, 4),
-        (16, 128, 16, 4, 1, 255, 1),
-        (64, 32, 8, 4, 1, 255, 4),
+        *itertools.product((16,), (64,), (4, 8, 16), (2,), (1,), (255,)),
+        *itertools.product((16,), (128,), (8, 16), (4,), (1,), (255,)),
+        *itertools.product((32,), (64,), (8,), (4,), (1,), (255,)),
     ],
     "finish": [(tokens, 1, 1, warps, 1) for tokens in (8, 16, 32) for warps in (2, 4)],
     "aggregate": [

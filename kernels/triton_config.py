@@ -17,7 +17,6 @@ class Tile:
         tokens, channels: the tile that it holds in registers; powers of two.
         splits: programs that share the tokens of one block of channels.
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
-        parts: tiles of channels that a program takes in turn for each of its tokens.
     """
 
     tokens: int
@@ -26,7 +25,6 @@ class Tile:
     warps: int = 4
     stages: int = 2
     registers: int | None = None
-    parts: int = 1
 
 
 def rows(n: int) -> int:

@@ -62,14 +62,13 @@ def project_kernel(
     PROJECT: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
-    A program keeps phi of its PARTS * BC channels in shared memory and goes through `share` tokens,
-    BC channels at a time. x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial
-    [blocks, ROWS + 1, T]: z, then the sum of squares.
+    A program keeps phi of its channels in shared memory and goes through `share` tokens.
+    x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [blocks, ROWS + 1, T]: z and the
+    sum of squares.
     """
     block = tl.program_id(0)
     first = tl.program_id(1) * share
@@ -77,64 +76,60 @@ def project_kernel(
     row = tl.arange(0, R)
     HIGH: tl.constexpr = 2 * R if TERMS == 3 else R  # rows of phi in the first product
     high_row = tl.arange(0, HIGH)
-    start = block * (PARTS * BC) + tl.arange(0, BC)
+    c = block * BC + tl.arange(0, BC)
+    c_mask = (c < C)[None, :]
+    if HAS_BIAS:
+        f_bias = tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
     if PROJECT:
         weights = ()
         low_weights = ()
-        for part in tl.static_range(PARTS):
-            c = start + part * BC
-            for i in tl.static_range(N):
-                w = weights_ptr + high_row[:, None] * (N * C) + (i * C + c)[None, :]
-                weights = weights + (tl.load(w, (c < C)[None, :], 0.0),)  # [HIGH, BC]
-                if TERMS == 3:
-                    w = weights_ptr + (2 * R + row)[:, None] * (N * C) + (i * C + c)[None, :]
-                    low_weights = low_weights + (tl.load(w, (c < C)[None, :], 0.0),)
+        for i in tl.static_range(N):
+            w = weights_ptr + high_row[:, None] * (N * C) + (i * C + c)[None, :]
+            weights = weights + (tl.load(w, c_mask, 0.0),)  # [HIGH, BC]
+            if TERMS == 3:
+                w = weights_ptr + (2 * R + row)[:, None] * (N * C) + (i * C + c)[None, :]
+                low_weights = low_weights + (tl.load(w, c_mask, 0.0),)
 
     t = first + tl.arange(0, BT)
-    mask = (t < last)[:, None] & (start < C)[None, :]
-    tiles = load_tiles(x_ptr, f_ptr, t.to(tl.int64), start, mask, N, C, COMBINE)
+    mask = (t < last)[:, None] & c_mask
+    tiles = load_tiles(x_ptr, f_ptr, t.to(tl.int64), c, mask, N, C, COMBINE)
     for t0 in range(first, last, BT):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
         t_mask = t < last
+        mask = t_mask[:, None] & c_mask
+        offsets = t64[:, None] * (N * C) + c[None, :]
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
+        streams, f = tiles
+        t_next = t + BT  # the next tiles, while this one is worked on
+        next_mask = (t_next < last)[:, None] & c_mask
+        tiles = load_tiles(x_ptr, f_ptr, t_next.to(tl.int64), c, next_mask, N, C, COMBINE)
+        if COMBINE:
+            f = f[0].to(tl.float32)
+            if HAS_BIAS:
+                f += f_bias
         z = tl.zeros((HIGH, BT), tl.float32)
         z_low = tl.zeros((R, BT), tl.float32)
         square = tl.zeros((BT, BC), tl.float32)
-        for part in tl.static_range(PARTS):
-            c = start + part * BC
-            mask = t_mask[:, None] & (c < C)[None, :]
-            streams, f = tiles
-            # the next tiles, while this one is worked on
-            t_next = t + BT if part == PARTS - 1 else t
-            c_next = start if part == PARTS - 1 else c + BC
-            next_mask = (t_next < last)[:, None] & (c_next < C)[None, :]
-            tiles = load_tiles(x_ptr, f_ptr, t_next.to(tl.int64), c_next, next_mask, N, C, COMBINE)
-            offsets = t64[:, None] * (N * C) + c[None, :]
+        for i in tl.static_range(N):
             if COMBINE:
-                f = f[0].to(tl.float32)
-                if HAS_BIAS:
-                    f += tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
-            for i in tl.static_range(N):
-                if COMBINE:
-                    y = mixed_stream(streams, f, h_res, h_post, i, N).to(y_ptr.dtype.element_ty)
-                    y = computed_once(y)
-                    tl.store(y_ptr + offsets + i * C, y, mask)
+                y = mixed_stream(streams, f, h_res, h_post, i, N).to(y_ptr.dtype.element_ty)
+                y = computed_once(y)
+                tl.store(y_ptr + offsets + i * C, y, mask)
+            else:
+                y = streams[i]
+            if PROJECT:
+                if HAS_BIAS:  # it has left values in rows and columns that do not exist
+                    y = tl.where(mask, y, 0.0)
+                y32 = y.to(tl.float32)
+                square = tl.fma(y32, y32, square)
+                if TERMS == 1:
+                    z = tl.dot(weights[i], tl.trans(y32), z, input_precision="tf32x3")
                 else:
-                    y = streams[i]
-                if PROJECT:
-                    if HAS_BIAS:  # it has left values in rows and columns that do not exist
-                        y = tl.where(mask, y, 0.0)
-                    y32 = y.to(tl.float32)
-                    square = tl.fma(y32, y32, square)
-                    if TERMS == 1:
-                        high = weights[part * N + i]  # type: ignore[var-annotated]
-                        z = tl.dot(high, tl.trans(y32), z, input_precision="tf32x3")
-                    else:
-                        z = product(weights[part * N + i], tl.trans(y), z)
-                        z_low = product(low_weights[part * N + i], tl.trans(y), z_low)
+                    z = product(weights[i], tl.trans(y), z)
+                    z_low = product(low_weights[i], tl.trans(y), z_low)
 
         if PROJECT:
             if TERMS == 3:
@@ -229,8 +224,7 @@ def project(
     """
     tokens, n, width = x.shape
     tile = config.project(n, width, x.dtype)
-    channels = tile.parts * tile.channels
-    blocks = triton.cdiv(width, channels)
+    blocks = triton.cdiv(width, tile.channels)
     f, h_post, h_res, f_bias = mixing if mixing is not None else (None, None, None, None)
     y = x if mixing is None else torch.empty_like(x)
     partial = None
@@ -261,7 +255,6 @@ def project(
             COMBINE=mixing is not None,
             HAS_BIAS=f_bias is not None,
             PROJECT=phi is not None,
-            PARTS=tile.parts,
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
