@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
-from .connection import HyperConnection
+from .connection import Begun, HyperConnection
 from .metrics import Values, residual_metrics, stream_geometry
 from .parameters import is_hyper_connection
 
@@ -72,14 +72,13 @@ class Recorder:
         indices = {connection: site for site, connection in self.connections.items()}
 
         @torch.no_grad()
-        def record(connection: HyperConnection, _: Any, output: tuple[Tensor, ...]) -> None:
+        def record(connection: HyperConnection, _: Any, begun: Begun) -> None:
             site = indices[connection]
             if site in self.h_res:
                 return
-            x, _, h_post, h_res = output
-            x = x.flatten(0, -3)
-            self.h_res[site] = h_res.flatten(0, -3)
-            gates = (h_pre_of(connection, x), h_post.flatten(0, -2))
+            x = begun.x.flatten(0, -3)
+            self.h_res[site] = begun.h_res.flatten(0, -3)
+            gates = (h_pre_of(connection, x), begun.h_post.flatten(0, -2))
             norms, cosine = stream_geometry(x)
             means = [gate.double().mean(0) for gate in gates]
             self.streams[site] = torch.cat([*means, norms, cosine.view(1)])

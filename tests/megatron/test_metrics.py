@@ -24,6 +24,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "no boundary fused": {"fuse": "none"},
     "no boundary fused across layers": {"fuse": "layer"},
     "full recompute": {"config": RECOMPUTE},
+    "streams recomputed": {"mhc": {"recompute": 2}},
     "hc": {"mhc": {"variant": "hc"}},
     "deepseek_v4": {"mhc": {"convention": "deepseek_v4"}},
     "two streams": {"mhc": {"num_streams": 2, "init": "zero"}},
@@ -38,6 +39,10 @@ TWO: dict[str, dict[str, Any]] = {
     "two stages, full recompute": {
         "parallel": {"pipeline_model_parallel_size": 2},
         "config": RECOMPUTE,
+    },
+    "two stages, streams recomputed": {
+        "parallel": {"pipeline_model_parallel_size": 2},
+        "mhc": {"recompute": 1},
     },
     "two interleaved stages": {
         "parallel": {
@@ -146,7 +151,7 @@ def assert_close(got: dict[str, Any], want: dict[str, Any]) -> None:
         np.testing.assert_allclose(got[name], want[name], rtol=2e-5, atol=2e-6, err_msg=name)
 
 
-FLOAT64 = [("alone", n) for n in ("mhc", "hc", "deepseek_v4", "two streams", "full recompute")]
+FLOAT64 = [("alone", n) for n in ALONE if n != "unrecorded" and "boundary" not in n]
 FLOAT64 += [("two", n) for n in TWO if "optimizer" not in n]
 
 
@@ -168,7 +173,13 @@ def test_metrics_equal_float64(processes: str, name: str, request: pytest.Fixtur
 
 
 @pytest.mark.parametrize(
-    "name", ["no boundary fused", "no boundary fused across layers", "full recompute"]
+    "name",
+    [
+        "no boundary fused",
+        "no boundary fused across layers",
+        "full recompute",
+        "streams recomputed",
+    ],
 )
 def test_metrics_know_neither_fusion_nor_recompute(alone: dict[str, Any], name: str) -> None:
     assert alone[name]["metrics"] == alone["mhc"]["metrics"]
