@@ -28,7 +28,7 @@ def aggregate_kernel(
     """u [T, C] of x [T, N, C] and h_pre [T, N], one tile a program.
 
     The kernel that made x went through SPLITS shares of the tokens side by side; programs here take
-    the ends of all shares first, which the L2 cache still holds.
+    the ends of all shares first, which the L2 cache may still hold.
     """
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     c = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)

@@ -9,7 +9,7 @@ once. `phi_kernel` reads y once more for d_phi (inside B31 its accumulators cost
 tokens or channels are partial sums, added up in a fixed order: no atomics.
 
 The three go through shares of the tokens side by side: B2 from the ends to the starts, B31 back,
-`phi_kernel` to the starts again: each finds what the one before read last in the L2 cache.
+`phi_kernel` to the starts again: each starts with what the one before read last.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
