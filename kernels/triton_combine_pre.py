@@ -26,8 +26,8 @@ def _combine_pre(
     norm_eps: float,
     pre_eps: float,
     sinkhorn_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [T, n, C] -> y; u, h_post, h_res of the next site; for the backward z / r and 1 / r."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [T, n, C] -> y; u, h_post, h_res, h_pre of the next site; for the backward z / r, 1 / r."""
     y, partial = project(x, phi, (f, h_post, h_res, f_bias))
     out = finish(
         y,
@@ -40,7 +40,7 @@ def _combine_pre(
         pre_eps=pre_eps,
         sinkhorn_eps=sinkhorn_eps,
     )
-    return y, out.u, out.h_post, out.h_res, out.normed, out.inverse
+    return y, out.u, out.h_post, out.h_res, out.h_pre, out.normed, out.inverse
 
 
 @_combine_pre.register_fake
@@ -51,6 +51,7 @@ def _(x, f, h_post, h_res, phi, *rest):  # type: ignore[no-untyped-def]
         torch.empty_like(f),
         torch.empty_like(h_post),
         torch.empty_like(h_res),
+        torch.empty_like(h_post),
         phi.new_empty(tokens, phi.shape[0]),
         phi.new_empty(tokens),
     )
@@ -130,6 +131,47 @@ def _backward(ctx, dy, du, d_next_post, d_next_res, *_):  # type: ignore[no-unty
 _combine_pre.register_autograd(_backward, setup_context=_setup)
 
 
+def combine_pre_with_h_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.combine_pre_with_h_pre`."""
+    check_dtype("x", x)
+    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
+    y, u, h_post, h_res, h_pre, _, _ = _combine_pre(
+        x.reshape(-1, n, width).contiguous(),
+        f.reshape(-1, width).contiguous(),
+        h_post.reshape(-1, n).contiguous(),
+        h_res.reshape(-1, n, n).contiguous(),
+        phi.contiguous(),
+        alpha.contiguous(),
+        bias.contiguous(),
+        dense(f_bias),
+        iterations,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+    )
+    return (
+        y.view(x.shape),
+        u.view(*tokens, width),
+        h_post.view(*tokens, n),
+        h_res.view(*tokens, n, n),
+        h_pre.detach().view(*tokens, n),
+    )
+
+
 def combine_pre(
     x: Tensor,
     f: Tensor,
@@ -146,21 +188,17 @@ def combine_pre(
     sinkhorn_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.combine_pre`."""
-    check_dtype("x", x)
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    y, u, h_post, h_res, _, _ = _combine_pre(
-        x.reshape(-1, n, width).contiguous(),
-        f.reshape(-1, width).contiguous(),
-        h_post.reshape(-1, n).contiguous(),
-        h_res.reshape(-1, n, n).contiguous(),
-        phi.contiguous(),
-        alpha.contiguous(),
-        bias.contiguous(),
-        dense(f_bias),
-        iterations,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-    )
-    y, u = y.view(x.shape), u.view(*tokens, width)
-    return y, u, h_post.view(*tokens, n), h_res.view(*tokens, n, n)
+    return combine_pre_with_h_pre(
+        x,
+        f,
+        h_post,
+        h_res,
+        phi,
+        alpha,
+        bias,
+        f_bias=f_bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )[:4]

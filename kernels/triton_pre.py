@@ -18,8 +18,8 @@ def _pre(
     norm_eps: float,
     pre_eps: float,
     sinkhorn_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [T, n, C] -> u, h_post, h_res, and for the backward z / r [T, rows] and 1 / r [T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [T, n, C] -> u, h_post, h_res, h_pre; for the backward z / r [T, rows] and 1 / r [T]."""
     _, partial = project(x, phi, None)
     out = finish(
         x,
@@ -32,7 +32,7 @@ def _pre(
         pre_eps=pre_eps,
         sinkhorn_eps=sinkhorn_eps,
     )
-    return out.u, out.h_post, out.h_res, out.normed, out.inverse
+    return out.u, out.h_post, out.h_res, out.h_pre, out.normed, out.inverse
 
 
 @_pre.register_fake
@@ -42,6 +42,7 @@ def _(x, phi, alpha, bias, iterations, norm_eps, pre_eps, sinkhorn_eps):  # type
         x.new_empty(tokens, width),
         alpha.new_empty(tokens, n),
         alpha.new_empty(tokens, n, n),
+        alpha.new_empty(tokens, n),
         alpha.new_empty(tokens, phi.shape[0]),
         alpha.new_empty(tokens),
     )
@@ -101,6 +102,38 @@ def _backward(ctx, du, d_post, d_res, *_):  # type: ignore[no-untyped-def]
 _pre.register_autograd(_backward, setup_context=_setup)
 
 
+def pre_with_h_pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.pre_with_h_pre`."""
+    check_dtype("x", x)
+    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
+    u, h_post, h_res, h_pre, _, _ = _pre(
+        x.reshape(-1, n, width).contiguous(),
+        phi.contiguous(),
+        alpha.contiguous(),
+        bias.contiguous(),
+        iterations,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+    )
+    return (
+        u.view(*tokens, width),
+        h_post.view(*tokens, n),
+        h_res.view(*tokens, n, n),
+        h_pre.detach().view(*tokens, n),
+    )
+
+
 def pre(
     x: Tensor,
     phi: Tensor,
@@ -113,16 +146,13 @@ def pre(
     sinkhorn_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
-    check_dtype("x", x)
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    u, h_post, h_res, _, _ = _pre(
-        x.reshape(-1, n, width).contiguous(),
-        phi.contiguous(),
-        alpha.contiguous(),
-        bias.contiguous(),
-        iterations,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-    )
-    return u.view(*tokens, width), h_post.view(*tokens, n), h_res.view(*tokens, n, n)
+    return pre_with_h_pre(
+        x,
+        phi,
+        alpha,
+        bias,
+        iterations=iterations,
+        norm_eps=norm_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+    )[:3]

@@ -15,129 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import Mixing
-from .triton_combine_pre import _combine_pre
 from .triton_config import Tile
 from .triton_device import load_columns, load_streams, mixed_stream
 from .triton_launch import check_dtype, dense, on_device
-from .triton_pre import _pre
 
 SITES = 4
 """Sites that one launch goes through at most: each is compiled out in full."""
 TILE = Tile(tokens=4, channels=256, warps=4)
 TILE_OF_EIGHT = Tile(tokens=4, channels=128, warps=4)
 """The same for n = 8, whose streams want twice the registers."""
-
-
-@triton.jit(do_not_specialize=["T"])
-def weights_kernel(
-    normed_ptr,
-    alpha_ptr,
-    bias_ptr,
-    h_pre_ptr,
-    T,
-    pre_eps,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """H_pre [T, N] from z / r [T, ROWS], by the words of `triton_projection.finish_kernel`."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    t64 = t.to(tl.int64)
-    j = tl.arange(0, N)
-    mask = (t < T)[:, None] & (j >= 0)[None, :]
-    normed = tl.load(normed_ptr + t64[:, None] * ROWS + j[None, :], mask, 0.0)
-    alpha = tl.load(alpha_ptr)
-    weights = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j)[None, :])) + pre_eps
-    tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], weights, mask)
-
-
-def _weights(normed: Tensor, alpha: Tensor, bias: Tensor, n: int, pre_eps: float) -> Tensor:
-    """H_pre [T, n] of z / r [T, rows]: no pass over the streams, and no gradient."""
-    tokens, rows = normed.shape
-    h_pre = normed.new_empty(tokens, n)
-    if tokens > 0:
-        with on_device(normed):
-            weights_kernel[(triton.cdiv(tokens, 128),)](
-                normed, alpha, bias, h_pre, tokens, pre_eps, n, rows, 128
-            )
-    return h_pre
-
-
-def pre_with_h_pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.pre_with_h_pre`."""
-    check_dtype("x", x)
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    alpha, bias = alpha.contiguous(), bias.contiguous()
-    u, h_post, h_res, normed, _ = _pre(
-        x.reshape(-1, n, width).contiguous(),
-        phi.contiguous(),
-        alpha,
-        bias,
-        iterations,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-    )
-    h_pre = _weights(normed.detach(), alpha.detach(), bias.detach(), n, pre_eps)
-    return (
-        u.view(*tokens, width),
-        h_post.view(*tokens, n),
-        h_res.view(*tokens, n, n),
-        h_pre.view(*tokens, n),
-    )
-
-
-def combine_pre_with_h_pre(
-    x: Tensor,
-    f: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    f_bias: Tensor | None = None,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.combine_pre_with_h_pre`."""
-    check_dtype("x", x)
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    alpha, bias = alpha.contiguous(), bias.contiguous()
-    y, u, h_post, h_res, normed, _ = _combine_pre(
-        x.reshape(-1, n, width).contiguous(),
-        f.reshape(-1, width).contiguous(),
-        h_post.reshape(-1, n).contiguous(),
-        h_res.reshape(-1, n, n).contiguous(),
-        phi.contiguous(),
-        alpha,
-        bias,
-        dense(f_bias),
-        iterations,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-    )
-    h_pre = _weights(normed.detach(), alpha.detach(), bias.detach(), n, pre_eps)
-    return (
-        y.view(x.shape),
-        u.view(*tokens, width),
-        h_post.view(*tokens, n),
-        h_res.view(*tokens, n, n),
-        h_pre.view(*tokens, n),
-    )
 
 
 @triton.jit
