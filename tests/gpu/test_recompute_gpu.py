@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dropout": {"hidden_dropout": 0.1},
     "mlp recomputed": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "core_attn recomputed": {"recompute_granularity": "selective"},
+    "fp8": {"fp8": "hybrid", "fp8_recipe": "delayed"},
     "moe": {
         "num_moe_experts": 4,
         "moe_router_topk": 2,
