@@ -3,14 +3,14 @@
     benchmarks/multi_gpu.sh --out runs/multi_gpu
 
 Each run is a launch of its own with a time limit: one that fails is a line in the table and does
-not stop the others. What runs, in this order, the most wanted first:
+not stop the others. What is timed runs last and alone, the rest `--jobs` launches at a time:
 
 * pipeline: losses of all GPUs as stages (at most 4, data parallel beyond) against one GPU; stock
   order, overlap and overlap with 2 in flight against each other, digit for digit;
-* step time of a larger model: ordinary, mHC, mHC with overlap; with recompute where it is built;
-  NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler;
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
-* save on several GPUs, resume on one, and back.
+* save on several GPUs, resume on one, and back;
+* step time of a larger model: ordinary, mHC, mHC with overlap; with recompute where it is built;
+  NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler.
 """
 
 import argparse
@@ -23,7 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,8 @@ LARGE = """
 """
 MOE = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = "--mhc --mhc-overlap-p2p"
+Part = tuple[list[Callable[[], Any]], list[Callable[[], Any]]]
+"""Launches, which may run side by side, and checks of what came of them."""
 
 
 @dataclass
@@ -84,10 +89,19 @@ class Bench:
         self.out: Path = options.out.resolve()
         self.begin = time.time()
         self.runs: dict[str, Run] = {}
+        self.reserved = 0.0
 
     def left(self) -> float:
-        """Seconds of the whole call's limit that are left."""
-        return self.options.limit - (time.time() - self.begin)
+        """Seconds of the whole call's limit that are left, but for those reserved for later."""
+        return self.options.limit - self.reserved - (time.time() - self.begin)
+
+    def side_by_side(self, launches: list[Callable[[], Any]]) -> None:
+        """Run these, `--jobs` at a time; one that raises is a failure in the table."""
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            for index, result in enumerate([pool.submit(launch) for launch in launches]):
+                error = result.exception()
+                if error is not None:
+                    self.runs[f"launch {index}"] = Run(f"launch {index}", 0, failure=repr(error))
 
     def start(
         self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **environment: str
@@ -147,16 +161,18 @@ class Bench:
         return run
 
     def train(
-        self, name: str, gpus: int, flags: str, iterations: int, **environment: str
+        self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **environment: str
     ) -> Run | None:
         """Start and finish, unless the call's time is up."""
         if self.left() < 15:
             self.runs[name] = Run(name, gpus, failure="not run: no time left")
             return None
-        return self.finish(*self.start(name, gpus, flags, iterations, **environment))
+        return self.finish(*self.start(name, gpus, flags, iterations, first, **environment))
 
     def alike(self, one: str, other: str, bound: float | None) -> None:
         """Compare losses: digit for digit where bound is None, else relatively."""
+        if one not in self.runs or other not in self.runs:
+            return  # its launch raised, which is a line of its own
         a, b = self.runs[one], self.runs[other]
         if a.failure or b.failure or not a.losses or len(a.losses) != len(b.losses):
             a.remark = a.remark or f"not comparable with {other}"
@@ -193,37 +209,48 @@ def exposed(trace: Path) -> dict[str, float]:
     }
 
 
-def common_start(bench: Bench, name: str, flags: str) -> str:
+def save_start(bench: Bench, name: str, flags: str) -> None:
+    """Save the weights that `starting` gives to runs of these flags."""
+    folder = bench.out / f"weights-{name}"
+    # of another call these would be another model's
+    shutil.rmtree(folder, ignore_errors=True)
+    bench.train(f"weights-{name}", 1, f"{flags} --save {folder} --save-interval 1", 1)
+
+
+def starting(bench: Bench, name: str, flags: str) -> str:
     """Flags that start a run from weights which one GPU saved, whatever the run is split into.
 
     Megatron draws a stage's weights by the stage's own seed: without this no losses would agree.
     """
-    folder = bench.out / f"weights-{name}"
-    if not folder.exists():
-        bench.train(f"weights-{name}", 1, f"{flags} --save {folder} --save-interval 1", 1)
-    return f"{flags} --load {folder} --finetune --no-load-optim --no-load-rng"
+    return (
+        f"{flags} --load {bench.out / f'weights-{name}'} --finetune --no-load-optim --no-load-rng"
+    )
 
 
-def pipelines(bench: Bench, gpus: int, size: str) -> None:
+def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     """Losses of a pipeline against one GPU, and of the orders against each other."""
-    size = common_start(bench, "dense", f"{size} --mhc")
+    size = starting(bench, "dense", f"{size} --mhc")
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)}"
     steps = 5 if bench.cpu else 100
-    pair = [
-        bench.start("one", 1, size, steps),
-        bench.start("one-again", 1, size, steps, first=min(1, gpus - 1)),
+    runs = {
+        "pp": f"{stages} --mhc",
+        "pp-overlap": f"{stages} {OVERLAP}",
+        "pp-overlap-2": f"{stages} {OVERLAP} --mhc-overlap-in-flight 2",
+        "vpp-overlap": f"{stages} --num-layers-per-virtual-pipeline-stage 1 {OVERLAP}",
+    }
+    launches = [
+        partial(bench.train, "one", 1, size, steps),
+        partial(bench.train, "one-again", 1, size, steps, first=1),
+        *(partial(bench.train, name, gpus, f"{size} {f}", steps) for name, f in runs.items()),
     ]
-    for run in pair:
-        bench.finish(*run)
-    bench.alike("one-again", "one", None)
-    bench.train("pp", gpus, f"{size} {stages}", steps)
-    bench.alike("pp", "one", 1e-2)
-    for name, flags in (("pp-overlap", ""), ("pp-overlap-2", "--mhc-overlap-in-flight 2")):
-        bench.train(name, gpus, f"{size} {stages} {OVERLAP} {flags}", steps)
-        bench.alike(name, "pp", None)
-    virtual = f"{stages} --num-layers-per-virtual-pipeline-stage 1 {OVERLAP}"
-    bench.train("vpp-overlap", gpus, f"{size} {virtual}", steps)
-    bench.alike("vpp-overlap", "one", 1e-2)
+    checks = [
+        partial(bench.alike, "one-again", "one", None),
+        partial(bench.alike, "pp", "one", 1e-2),
+        partial(bench.alike, "pp-overlap", "pp", None),
+        partial(bench.alike, "pp-overlap-2", "pp", None),
+        partial(bench.alike, "vpp-overlap", "one", 1e-2),
+    ]
+    return launches, checks
 
 
 def step_times(bench: Bench, gpus: int, size: str) -> None:
@@ -253,30 +280,31 @@ def step_times(bench: Bench, gpus: int, size: str) -> None:
             run.remark += ", ".join(f"{k} {v:.1f}" for k, v in exposed(run.trace).items())
 
 
-def other_parallelism(bench: Bench, gpus: int, size: str) -> None:
+def other_parallelism(bench: Bench, gpus: int, size: str) -> Part:
     """MoE over expert parallel ranks, TP with sequence parallelism, CP."""
     steps = 5 if bench.cpu else 20
-    moe = common_start(bench, "moe", f"{size} {MOE} --mhc")
-    dense = common_start(bench, "dense", f"{size} --mhc")
-    pair = [
-        bench.start("moe-one", 1, moe, steps),
-        bench.start("dense-one", 1, dense, steps, first=min(1, gpus - 1)),
-    ]
-    for run in pair:
-        bench.finish(*run)
+    moe = starting(bench, "moe", f"{size} {MOE} --mhc")
+    dense = starting(bench, "dense", f"{size} --mhc")
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    bench.train("moe-ep", gpus, f"{moe} --expert-model-parallel-size {gpus}", steps)
-    bench.alike("moe-ep", "moe-one", 2e-2)
     tensor = f"{dense} --tensor-model-parallel-size 2 --sequence-parallel"
-    bench.train("tp-sp", 2, tensor, steps, **one_queue)
-    bench.alike("tp-sp", "dense-one", 2e-2)
+    launches = [
+        partial(bench.train, "moe-one", 1, moe, steps),
+        partial(bench.train, "dense-one", 1, dense, steps, first=1),
+        partial(bench.train, "moe-ep", gpus, f"{moe} --expert-model-parallel-size {gpus}", steps),
+        partial(bench.train, "tp-sp", 2, tensor, steps, **one_queue),
+    ]
+    checks = [
+        partial(bench.alike, "moe-ep", "moe-one", 2e-2),
+        partial(bench.alike, "tp-sp", "dense-one", 2e-2),
+    ]
     if not bench.cpu:
         context = f"{dense} --context-parallel-size 2"
-        bench.train("cp", 2, context, steps, **one_queue)
-        bench.alike("cp", "dense-one", 2e-2)
+        launches.append(partial(bench.train, "cp", 2, context, steps, **one_queue))
+        checks.append(partial(bench.alike, "cp", "dense-one", 2e-2))
+    return launches, checks
 
 
-def resume(bench: Bench, gpus: int, size: str) -> None:
+def resume(bench: Bench, gpus: int, size: str) -> Part:
     """Save on several GPUs, go on with one, and back on several."""
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
     folder, steps = bench.out / "checkpoints", 3 if bench.cpu else 10
@@ -284,36 +312,42 @@ def resume(bench: Bench, gpus: int, size: str) -> None:
     both = f"{size} --save {folder} --save-interval {steps}"
     # one learning rate, whatever the run's length
     both += " --lr-decay-style constant --override-opt-param-scheduler"
-    bench.train("whole", gpus, f"{both} {stages}".replace(str(folder), f"{folder}-0"), 3 * steps)
-    bench.train("save", gpus, f"{both} {stages}", steps)
-    bench.train("resume-on-one", 1, f"{both} --load {folder} --mhc", 2 * steps)
-    bench.train("back", gpus, f"{both} --load {folder} {stages}", 3 * steps)
-    whole = bench.runs["whole"]
-    parts = [bench.runs[name] for name in ("save", "resume-on-one", "back")]
-    if any(run.failure for run in (whole, *parts)):
-        return
-    for index, run in enumerate(parts):
-        same = whole.losses[index * steps : (index + 1) * steps]
-        if len(run.losses) != len(same):
-            run.failure = f"{len(run.losses)} losses, expected {len(same)}"
-            continue
-        pairs = list(zip(run.losses, same, strict=True))
-        if run is not parts[0]:
-            # Megatron's second line after a resume is the mean of the first two losses
-            del pairs[1]
-        worst = max(abs(float(a) / float(b) - 1) for a, b in pairs)
-        run.remark = f"losses within {worst:.1e} of an uninterrupted run's"
-        run.failure = "differs" if worst > 1e-2 else ""
-    for kept in (folder, Path(f"{folder}-0")):
-        shutil.rmtree(kept, ignore_errors=True)
+    whole = f"{both} {stages}".replace(str(folder), f"{folder}-0")
+
+    def one_after_the_other() -> None:
+        bench.train("save", gpus, f"{both} {stages}", steps)
+        bench.train("resume-on-one", 1, f"{both} --load {folder} --mhc", 2 * steps)
+        bench.train("back", gpus, f"{both} --load {folder} {stages}", 3 * steps)
+
+    def compare() -> None:
+        runs = [bench.runs[name] for name in ("whole", "save", "resume-on-one", "back")]
+        for kept in (folder, Path(f"{folder}-0")):
+            shutil.rmtree(kept, ignore_errors=True)
+        if any(run.failure for run in runs):
+            return
+        for index, run in enumerate(runs[1:]):
+            same = runs[0].losses[index * steps : (index + 1) * steps]
+            if len(run.losses) != len(same):
+                run.failure = f"{len(run.losses)} losses, expected {len(same)}"
+                continue
+            pairs = list(zip(run.losses, same, strict=True))
+            if index > 0:
+                # Megatron's second line after a resume is the mean of the first two losses
+                del pairs[1]
+            worst = max(abs(float(a) / float(b) - 1) for a, b in pairs)
+            run.remark = f"losses within {worst:.1e} of an uninterrupted run's"
+            run.failure = "differs" if worst > 1e-2 else ""
+
+    return [one_after_the_other, partial(bench.train, "whole", gpus, whole, 3 * steps)], [compare]
 
 
-PARTS = {
+CORRECT = {
     "pipelines": pipelines,
-    "step_times": step_times,
     "other_parallelism": other_parallelism,
     "resume": resume,
 }
+"""Parts whose launches may run side by side: nothing in them is timed."""
+PARTS = (*CORRECT, "step_times")
 
 
 def main() -> int:
@@ -325,8 +359,10 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse on CPU processes, tiny")
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--each", type=float, default=90, help="seconds a run may take")
-    parser.add_argument("--limit", type=float, default=480, help="seconds the call may take")
+    parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
+    parser.add_argument("--each", type=float, default=120, help="seconds a run may take")
+    parser.add_argument("--limit", type=float, default=560, help="seconds the call may take")
+    parser.add_argument("--timing", type=float, default=230, help="of them kept for step times")
     options = parser.parse_args()
     bench = Bench(options)
     if options.cpu:
@@ -337,15 +373,22 @@ def main() -> int:
         gpus = options.gpus or torch.cuda.device_count()
     if gpus < 2:
         sys.exit(f"multi_gpu.py: there is {gpus} GPU here and this needs 2; --cpu rehearses")
-    # of another call these would be another model's
-    for stale in options.out.glob("weights-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    for name in options.parts:
-        small, large = (TINY, TINY) if options.cpu else (SMALL, LARGE)
-        try:
-            PARTS[name](bench, gpus, large if name == "step_times" else small)
-        except Exception as error:  # the next part does not depend on this one
-            bench.runs[name] = Run(name, gpus, failure=repr(error))
+    small, large = (TINY, TINY) if options.cpu else (SMALL, LARGE)
+    correct = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
+    if correct:
+        bench.reserved = options.timing if "step_times" in options.parts else 0.0
+        bench.side_by_side(
+            [
+                partial(save_start, bench, "dense", f"{small} --mhc"),
+                partial(save_start, bench, "moe", f"{small} {MOE} --mhc"),
+            ]
+        )
+        bench.side_by_side([launch for launches, _ in correct for launch in launches])
+        for check in (check for _, checks in correct for check in checks):
+            check()
+    if "step_times" in options.parts:
+        bench.reserved = 0.0
+        step_times(bench, gpus, large)
     table = [f"{'run':24}{'GPUs':>5}{'s':>6}{'step ms':>9}{'GiB':>7}{'last loss':>14}  what"]
     for run in bench.runs.values():
         last = run.losses[-1] if run.losses else "-"
