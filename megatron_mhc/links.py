@@ -17,6 +17,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from .pipeline import streams_of
 from .streams import Aside, lend
 
 _backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -25,7 +26,8 @@ _backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 def two_directions(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommunicator]:
     """Communicators of a pipeline's ranks for its activations, and for its gradients.
 
-    The first call for a group is a collective over its ranks: it makes the second group.
+    The first call for a group is a collective over its ranks: it makes the second group, and
+    connects neighbours.
 
     Args:
         group: the pipeline's process group.
@@ -37,10 +39,36 @@ def two_directions(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommuni
         _backward_groups[group] = torch.distributed.new_group(
             ranks, backend=backend, use_local_synchronization=True
         )
+        _connect(*_communicators(group, config))
+    return _communicators(group, config)
+
+
+def _communicators(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommunicator]:
     # a batch of messages is waited for as one
     config = copy.copy(config)
     config.batch_p2p_comm = False
     return P2PCommunicator(group, config), P2PCommunicator(_backward_groups[group], config)
+
+
+def _connect(forward: P2PCommunicator, backward: P2PCommunicator) -> None:
+    """Let a first small message go over each link, one after the other.
+
+    NCCL connects two ranks at their first message, and their hosts wait for each other. In the
+    middle of a step one of them can stand behind a receive that was posted early, for good.
+    """
+    config = forward.config
+    shape = (1, 1, config.hidden_size)
+    width = streams_of(config) * config.hidden_size
+    message = torch.zeros(1, 1, width, dtype=config.pipeline_dtype, device="cuda")
+    first, last = forward.is_pp_first_stage, forward.is_pp_last_stage
+    if not first:
+        forward.send_forward_recv_forward(None, True, shape)
+    if not last:
+        forward.send_forward_recv_forward(message, False, shape)
+        backward.send_backward_recv_backward(None, True, shape)
+    if not first:
+        backward.send_backward_recv_backward(message, False, shape)
+    torch.cuda.synchronize()
 
 
 class Inbox:
@@ -149,7 +177,8 @@ class AsideCommunicator(P2PCommunicator):
     """For Megatron's interleaved schedule: outputs leave from the stream that made them.
 
     That schedule lets the compute stream wait for each send before it frees what was sent. Here
-    the memory is kept until then, and the compute stream goes straight on.
+    the memory of an output is kept until then, and the compute stream goes straight on. A gradient
+    is sent as Megatron does it, from the compute stream: but it was made beside that one.
 
     Args:
         group, config: as for P2PCommunicator.
@@ -176,6 +205,22 @@ class AsideCommunicator(P2PCommunicator):
             output_tensor = None
         return super().send_forward_recv_forward(
             output_tensor, recv_prev, tensor_shape, overlap_p2p_comm
+        )
+
+    def send_backward_recv_backward(
+        self,
+        input_tensor_grad: Any,
+        recv_next: bool,
+        tensor_shape: Any,
+        overlap_p2p_comm: bool = False,
+    ) -> Any:
+        """The gradient's memory belongs to the stream that made it, and the send is waited for by
+        the compute stream: without this it could be written again while it is sent.
+        """
+        if input_tensor_grad is not None:
+            lend(input_tensor_grad, torch.cuda.current_stream())
+        return super().send_backward_recv_backward(
+            input_tensor_grad, recv_next, tensor_shape, overlap_p2p_comm
         )
 
     def drain(self) -> None:

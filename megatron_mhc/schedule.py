@@ -18,7 +18,8 @@ operation on the streams (paper section 4.3.3: F_post,res on a high-priority str
   1 this is 1F1B: in its steady state a stage still waits for its gradient to make the round trip,
   two messages, through the stage behind. With 2 that wait is gone, for twice the activations.
 
-The order of forwards and of backwards is 1F1B's, and so is every sum: bit for bit.
+The order of forwards and of backwards is 1F1B's, and so is every sum: bit for bit. Over NCCL the
+first step is in stock order, with no receive posted early while kernels are still being loaded.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
@@ -37,6 +39,8 @@ from .links import AsideCommunicator, Links, two_directions
 from .pipeline import overlap_in_flight_of
 from .recompute import rebuild_ahead
 from .streams import INLINE, Aside, Inline
+
+NCCL = "nccl"
 
 
 def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
@@ -241,6 +245,28 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
     return result
 
 
+def _first_over_nccl(config: Any, arguments: dict[str, Any]) -> bool:
+    """Whether this is a model's first training step, or its first evaluation, over NCCL.
+
+    It runs in stock order. CUDA loads a kernel at its first launch and may wait for all that runs
+    by then: for a receive that was posted early, whose sender waits for us. The bits are the same.
+    """
+    group = getattr(arguments.get("pg_collection"), "pp", None)
+    if group is None:
+        group = parallel_state.get_pipeline_model_parallel_group()
+    # a caller's own communicator has its own idea of what stands ready
+    if (
+        arguments.get("p2p_communicator") is not None
+        or torch.distributed.get_backend(group) != NCCL
+    ):
+        return False
+    seen = vars(config).setdefault("mhc_steps_seen", set())
+    kind = arguments.get("forward_only", False)
+    first = kind not in seen
+    seen.add(kind)
+    return first
+
+
 def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Run one of Megatron's schedules, or for a model that overlaps its communication, ours.
 
@@ -252,6 +278,8 @@ def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str,
     model = arguments["model"]
     config = get_model_config(model[0] if isinstance(model, list) else model)
     if overlap_in_flight_of(config) == 0:
+        return original(**arguments)
+    if _first_over_nccl(config, arguments):
         return original(**arguments)
     if name.endswith("_with_interleaving"):
         return interleaved(original, **arguments)

@@ -4,10 +4,13 @@ In CPU processes a stream is a name alone. What is shown here is the order of me
 arithmetic; `tests/gpu/test_overlap_gpu.py` shows the streams.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_mhc import schedule
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
 
@@ -86,10 +89,11 @@ def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
     steps = 3
     for mode in ("on", "eager"):
         used = {name: number for name, number in result[mode]["messages"].items() if number}
-        # a send forward for each microbatch, evaluated ones too; a receive for each gradient
+        # a send forward for each microbatch, evaluated ones too; a receive for each gradient; and
+        # a first small message over each link
         assert used == {
-            "send_forward_recv_forward": (steps + 1) * microbatches,
-            "send_backward_recv_backward": steps * microbatches,
+            "send_forward_recv_forward": (steps + 1) * microbatches + 1,
+            "send_backward_recv_backward": steps * microbatches + 1,
         }
         assert result[mode]["aside"] == {"run": (steps + 1) * microbatches, "open": 0}
     assert result["off"]["messages"]["send_forward_recv_forward"] == 0
@@ -107,6 +111,26 @@ def test_an_ordinary_model_keeps_megatrons_schedule() -> None:
     ordinary = results("6 microbatches")["ordinary"]
     assert ordinary["messages"]["send_forward_recv_backward"] > 0
     assert ordinary["messages"]["send_forward_recv_forward"] == 0
+
+
+def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(schedule, "one_forward_one_backward", lambda **arguments: "ours")
+    config = SimpleNamespace(mhc_overlap_in_flight=1)
+
+    def run(forward_only: bool, **more: Any) -> Any:
+        arguments = {
+            "model": SimpleNamespace(config=config),
+            "forward_only": forward_only,
+            "pg_collection": SimpleNamespace(pp="a group"),
+            **more,
+        }
+        return schedule.run_overlapped("1F1B", lambda **arguments: "stock", arguments)
+
+    assert run(False, p2p_communicator="a caller's own") == "ours"
+    assert [run(False), run(False), run(True), run(True)] == ["stock", "ours", "stock", "ours"]
 
 
 def test_stages_that_differ_in_overlap_are_refused() -> None:
