@@ -21,12 +21,10 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from megatron_mhc.kernels import triton_config as config
 from megatron_mhc.kernels.triton_aggregate import weighted_sum
-from megatron_mhc.kernels.triton_gradients import (
-    coefficients_gradients,
-    phi_gradient,
-    streams_gradients,
-)
+from megatron_mhc.kernels.triton_phi_gradient import phi_gradient
 from megatron_mhc.kernels.triton_projection import finish, project
+from megatron_mhc.kernels.triton_stream_gradients import streams_gradients
+from megatron_mhc.kernels.triton_token_gradients import coefficients_gradients
 
 FLOORS = {
     "project": 9,

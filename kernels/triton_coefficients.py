@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .triton_gradients import coefficients_gradients, streams_gradients
 from .triton_launch import check_dtype
 from .triton_projection import finish, project
+from .triton_stream_gradients import streams_gradients
+from .triton_token_gradients import coefficients_gradients
 
 
 @torch.library.custom_op("megatron_mhc::coefficients", mutates_args=())

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .triton_gradients import streams_gradients
 from .triton_launch import check_dtype, dense
 from .triton_projection import project
+from .triton_stream_gradients import streams_gradients
 
 
 @torch.library.custom_op("megatron_mhc::combine", mutates_args=())

@@ -7,9 +7,10 @@ so autograd has nothing to add.
 import torch
 from torch import Tensor
 
-from .triton_gradients import coefficients_gradients, streams_gradients
 from .triton_launch import check_dtype, dense
 from .triton_projection import finish, project
+from .triton_stream_gradients import streams_gradients
+from .triton_token_gradients import coefficients_gradients
 
 
 @torch.library.custom_op("megatron_mhc::combine_pre", mutates_args=())

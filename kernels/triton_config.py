@@ -41,7 +41,7 @@ def padded(count: int) -> int:
 
 
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_projection.project_kernel`: a block of channels, a share of the tokens in turn."""
+    """`triton_projection.project_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
     if dtype != torch.bfloat16:
@@ -55,12 +55,12 @@ def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
+    """`triton_token_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
     return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_gradients.streams_kernel`: a block of channels, a share of the tokens in turn."""
+    """`triton_stream_gradients.streams_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
     if dtype != torch.bfloat16:
@@ -69,7 +69,7 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_gradients.phi_kernel`: a block of the n*C columns, a share of the tokens in turn."""
+    """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, a share of tokens."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
     return Tile(tokens=32, channels=128, splits=8, warps=4, stages=2)

@@ -1,0 +1,81 @@
+"""d_phi = d_z^T vec(y): the backward's last pass over the streams.
+
+In the kernel that makes the streams' gradient its accumulators would cost more than the pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_config as config
+from .triton_device import product
+from .triton_launch import PHI_TERMS, on_device
+from .triton_sums import sum_rows
+
+
+@triton.jit(do_not_specialize=["T", "share"])
+def phi_kernel(
+    y_ptr,
+    d_z_ptr,
+    d_phi_ptr,
+    T,
+    share,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """d_phi [token shares, ROWS, N*C] = d_z^T vec(y), one block of the N*C columns a program."""
+    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    part = tl.program_id(1)
+    row = tl.arange(0, R)
+    first = part * share
+    last = tl.minimum(first + share, T)
+    d_phi = tl.zeros((BC, R), tl.float32)
+    count = tl.cdiv(tl.maximum(last - first, 0), BT)
+    for i in tl.range(0, count, num_stages=STAGES):
+        t = first + (count - 1 - i) * BT + tl.arange(0, BT)
+        t64 = t.to(tl.int64)
+        mask = (t < last)[:, None] & (column < WIDTH)[None, :]
+        y = tl.load(y_ptr + t64[:, None] * WIDTH + column[None, :], mask, 0.0)
+        z_mask = (t < last)[:, None] & (row < ROWS)[None, :]
+        d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
+        if TERMS == 1:
+            d_phi = tl.dot(tl.trans(y.to(tl.float32)), d_z, d_phi, input_precision="tf32x3")
+        else:
+            for _ in tl.static_range(TERMS):  # d_z as a sum of bf16 terms, 8 bits each
+                term = d_z.to(tl.bfloat16)
+                d_phi = product(tl.trans(y), term, d_phi)
+                d_z -= term.to(tl.float32)
+    out = (part * ROWS + row)[None, :] * WIDTH + column[:, None]
+    tl.store(d_phi_ptr + out, d_phi, (column < WIDTH)[:, None] & (row < ROWS)[None, :])
+
+
+def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
+    """d_phi [rows, n*C] of y [T, n, C] and d_z [T, rows], in a kernel of its own."""
+    tokens, n, width = y.shape
+    rows = d_z.shape[1]
+    tile = config.phi_gradient(n, width, y.dtype)
+    partial = d_z.new_empty(tile.splits, rows, n * width)
+    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
+    with on_device(y):
+        phi_kernel[(triton.cdiv(n * width, tile.channels), tile.splits)](
+            y,
+            d_z,
+            partial,
+            tokens,
+            share,
+            WIDTH=n * width,
+            ROWS=rows,
+            R=config.padded(rows),
+            TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
+            BT=tile.tokens,
+            BC=tile.channels,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    return sum_rows(partial, partial.new_empty(rows, n * width))

@@ -1,0 +1,79 @@
+"""Partial sums of the backward, added up in a fixed order: no atomics."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import on_device
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def sum_rows_kernel(
+    in_ptr,
+    out_ptr,
+    rest_ptr,
+    COUNT,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    BR: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """The sum of the COUNT rows of in [COUNT, WIDTH], in a fixed order: out [FIRST], then rest."""
+    column = tl.program_id(0) * BW + tl.arange(0, BW)
+    total = tl.zeros((BR, BW), tl.float32)
+    for first in range(0, COUNT, BR):
+        row = first + tl.arange(0, BR)
+        mask = (row < COUNT)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(in_ptr + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask, 0.0)
+    result = tl.sum(total, axis=0)
+    tl.store(out_ptr + column, result, column < FIRST)
+    if FIRST < WIDTH:
+        tl.store(rest_ptr + column - FIRST, result, (column >= FIRST) & (column < WIDTH))
+
+
+@triton.jit(do_not_specialize=["T"])
+def sum_mixing_kernel(
+    in_ptr,
+    d_post_ptr,
+    d_res_ptr,
+    T,
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BB: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Add up d_mixing [BLOCKS, T, N + N*N] over channel blocks -> d_h_post [T, N], d_h_res."""
+    WIDTH: tl.constexpr = N + N * N
+    item = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
+    count = T.to(tl.int64) * WIDTH
+    total = tl.zeros((BB, BW), tl.float32)
+    for first in range(0, BLOCKS, BB):
+        block = first + tl.arange(0, BB)
+        mask = (block < BLOCKS)[:, None] & (item < count)[None, :]
+        total += tl.load(in_ptr + block.to(tl.int64)[:, None] * count + item[None, :], mask, 0.0)
+    result = tl.sum(total, axis=0)
+    t = item // WIDTH
+    entry = item % WIDTH
+    tl.store(d_post_ptr + t * N + entry, result, (item < count) & (entry < N))
+    tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & (entry >= N))
+
+
+def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
+    """The sum over the first dimension of `partial`, into `out` and what follows into `rest`."""
+    count = partial.shape[0]
+    width = partial[0].numel()
+    few = width < 1024  # few columns: many rows a step, else many columns a program
+    block_rows, block_columns = (128, 32) if few else (8, 256)
+    with on_device(partial):
+        sum_rows_kernel[(triton.cdiv(width, block_columns),)](
+            partial,
+            out,
+            rest,
+            count,
+            WIDTH=width,
+            FIRST=out.numel(),
+            BR=block_rows,
+            BW=block_columns,
+            num_warps=8 if few else 4,
+        )
+    return out

@@ -1,0 +1,216 @@
+"""The backward's first kernel over the streams (B2): what the streams' gradient needs of a token.
+
+From the gradients of u, h_post and h_res it goes through Sinkhorn, sigmoid and the norm to
+d_z [rows], k and h_pre, with which dY = dy + h_pre^T du + d_z phi + k y.
+"""
+
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_config as config
+from .triton_device import load_streams, sinkhorn_backward
+from .triton_launch import dense, on_device
+from .triton_sums import sum_rows
+
+
+@triton.jit(do_not_specialize=["T", "share"])
+def coefficients_kernel(
+    x_ptr,
+    du_ptr,
+    d_pre_ptr,
+    d_post_ptr,
+    d_res_ptr,
+    normed_ptr,
+    inverse_ptr,
+    alpha_ptr,
+    bias_ptr,
+    d_z_ptr,
+    k_ptr,
+    h_pre_ptr,
+    d_parameters_ptr,
+    T,
+    share,
+    pre_eps,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    MIXING: tl.constexpr,
+    HAS_POST: tl.constexpr,
+    HAS_RES: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Gradients of u (AGGREGATE) or h_pre, of h_post and of h_res -> a token's d_z, k, h_pre.
+
+    With l = alpha z / r + b and m = z / r: d_z = alpha d_l / r; k = -sum(alpha d_l m) / (r^2 N C),
+    the factor of y in the gradient through r. d_parameters [programs, ROWS + 3 (or 1)]:
+    sums over this program's tokens of d_l (for bias) and of d_l m (for alpha).
+    """
+    ALPHAS: tl.constexpr = 3 if MIXING else 1
+    program = tl.program_id(0)
+    d_bias_ptr = d_parameters_ptr + program * (ROWS + ALPHAS)
+    d_alpha_ptr = d_bias_ptr + ROWS
+    t_end = program % SPLITS * share + share - program // SPLITS * BT
+    t = t_end - BT + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    t_mask = t < T
+    inverse = tl.load(inverse_ptr + t64, t_mask, 0.0)
+
+    if AGGREGATE:
+        products = ()
+        for _ in tl.static_range(N):
+            products = products + (tl.zeros((BT, BC), tl.float32),)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            mask = t_mask[:, None] & (c < C)[None, :]
+            streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
+            du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
+            longer = ()
+            for j in tl.static_range(N):
+                longer = longer + (tl.fma(streams[j].to(tl.float32), du, products[j]),)
+            products = longer
+
+    through_norm = tl.zeros((BT,), tl.float32)  # sum of alpha d_l m
+    alpha = tl.load(alpha_ptr)
+    d_alpha = tl.zeros((BT,), tl.float32)
+    for j in tl.static_range(N):
+        if AGGREGATE:
+            d_weight = tl.sum(products[j], axis=1)
+        else:
+            d_weight = tl.load(d_pre_ptr + t64 * N + j, t_mask, 0.0)
+        normed = tl.load(normed_ptr + t64 * ROWS + j, t_mask, 0.0)
+        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j)))
+        tl.store(h_pre_ptr + t64 * N + j, weight + pre_eps, t_mask)
+        d_logit = tl.where(t_mask, d_weight * weight * (1.0 - weight), 0.0)
+        tl.store(d_z_ptr + t64 * ROWS + j, alpha * d_logit * inverse, t_mask)
+        tl.store(d_bias_ptr + j, tl.sum(d_logit, axis=0))
+        d_alpha = tl.fma(d_logit, normed, d_alpha)
+    through_norm = tl.fma(d_alpha, alpha, through_norm)
+    tl.store(d_alpha_ptr, tl.sum(d_alpha, axis=0))
+
+    if MIXING:
+        j = tl.arange(0, N)
+        offsets = t64[:, None] * ROWS + N + j[None, :]  # [BT, N]
+        mask = t_mask[:, None] & (j >= 0)[None, :]
+        alpha = tl.load(alpha_ptr + 1)
+        normed = tl.load(normed_ptr + offsets, mask, 0.0)
+        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + N + j)[None, :]))
+        d_logits = tl.zeros((BT, N), tl.float32)
+        if HAS_POST:
+            d_weight = tl.load(d_post_ptr + t64[:, None] * N + j[None, :], mask, 0.0)
+            d_logits = 2.0 * d_weight * weight * (1.0 - weight)
+        d_logits = tl.where(mask, d_logits, 0.0)
+        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None], mask)
+        tl.store(d_bias_ptr + N + j, tl.sum(d_logits, axis=0))
+        d_alpha = tl.sum(d_logits * normed, axis=1)
+        through_norm = tl.fma(d_alpha, alpha, through_norm)
+        tl.store(d_alpha_ptr + 1, tl.sum(d_alpha, axis=0))
+
+        entry = j[:, None] * N + j[None, :]  # [N, N] (dst, src)
+        offsets = t64[:, None, None] * ROWS + 2 * N + entry[None, :, :]
+        mask = t_mask[:, None, None] & (entry >= 0)[None, :, :]
+        alpha = tl.load(alpha_ptr + 2)
+        normed = tl.load(normed_ptr + offsets, mask, 0.0)
+        d_logits = tl.zeros((BT, N, N), tl.float32)
+        if HAS_RES:
+            logits = tl.fma(normed, alpha, tl.load(bias_ptr + 2 * N + entry)[None, :, :])
+            d_matrix_offsets = t64[:, None, None] * (N * N) + entry[None, :, :]
+            d_matrix = tl.load(d_res_ptr + d_matrix_offsets, mask, 0.0)
+            d_logits = sinkhorn_backward(logits, d_matrix, ITERATIONS, SINKHORN_EPS)
+        d_logits = tl.where(mask, d_logits, 0.0)
+        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None, None], mask)
+        tl.store(d_bias_ptr + 2 * N + entry, tl.sum(d_logits, axis=0))
+        d_alpha = tl.sum(tl.sum(d_logits * normed, axis=2), axis=1)
+        through_norm = tl.fma(d_alpha, alpha, through_norm)
+        tl.store(d_alpha_ptr + 2, tl.sum(d_alpha, axis=0))
+
+    tl.store(k_ptr + t64, -through_norm * inverse * inverse / (N * C), t_mask)
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """What `coefficients_gradients` returns: d_z [T, rows], k [T], h_pre [T, n], parameters'."""
+
+    d_z: Tensor
+    k: Tensor
+    h_pre: Tensor
+    d_alpha: Tensor
+    d_bias: Tensor
+
+
+def coefficients_gradients(
+    y: Tensor,
+    normed: Tensor,
+    inverse: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    du: Tensor | None = None,
+    d_pre: Tensor | None = None,
+    d_post: Tensor | None = None,
+    d_res: Tensor | None = None,
+    iterations: int = 1,
+    pre_eps: float,
+    sinkhorn_eps: float = 0.0,
+) -> TokenGradients:
+    """Launch B2. du or d_pre is the gradient of what H_pre became; an absent one is zero."""
+    tokens, n, width = y.shape
+    rows = normed.shape[1]
+    if du is None and d_pre is None:
+        d_pre = inverse.new_zeros(tokens, n)
+    tile = config.coefficients_backward(n, width, y.dtype)
+    splits = config.streams_backward(n, width, y.dtype).splits
+    tiles = triton.cdiv(tokens, splits * tile.tokens)  # of each share
+    programs = splits * tiles
+    d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
+    h_pre = inverse.new_empty(tokens, n)
+    d_parameters = inverse.new_empty(programs, rows + alpha.numel())
+    if tokens == 0:
+        zeros = torch.zeros_like
+        return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
+    with on_device(y):
+        coefficients_kernel[(programs,)](
+            y,
+            dense(du),
+            dense(d_pre),
+            dense(d_post),
+            dense(d_res),
+            normed,
+            inverse,
+            alpha,
+            bias,
+            d_z,
+            k,
+            h_pre,
+            d_parameters,
+            tokens,
+            tiles * tile.tokens,
+            pre_eps,
+            N=n,
+            C=width,
+            ROWS=rows,
+            AGGREGATE=du is not None,
+            MIXING=rows > n,
+            HAS_POST=d_post is not None,
+            HAS_RES=d_res is not None,
+            ITERATIONS=iterations,
+            SINKHORN_EPS=sinkhorn_eps,
+            SPLITS=splits,
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
+    sum_rows(d_parameters, d_bias, d_alpha)
+    return TokenGradients(d_z, k, h_pre, d_alpha, d_bias)
