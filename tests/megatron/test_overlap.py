@@ -27,6 +27,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "MoE": (2, {"microbatches": 6, "kind": "moe"}),
     "dropout": (2, {"microbatches": 6, "config": {"hidden_dropout": 0.1}}),
     "full recompute": (2, {"microbatches": 6, "config": FULL_RECOMPUTE}),
+    # what is rebuilt ahead of a gradient is rebuilt while it is on its way
+    "recompute of the streams": (2, {"microbatches": 6, "mhc": {"recompute": 1}}),
+    "interleaved, recompute of the streams": (
+        2,
+        {"microbatches": 6, "parallel": VIRTUAL, "mhc": {"recompute": 1}},
+    ),
     "no deallocation": (2, {"microbatches": 6, "config": {"deallocate_pipeline_outputs": False}}),
     "interleaved": (2, {"microbatches": 6, "parallel": VIRTUAL}),
     "four stages": (4, {"microbatches": 6, "parallel": stages(4)}),
@@ -45,7 +51,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {"microbatches": 6, "ddp": SHARDED | {"overlap_param_gather": True}},
     ),
 }
-EAGER_CASES = ["1 microbatch", "6 microbatches", "four stages", "four stages, 3 microbatches"]
+EAGER_CASES = [
+    "1 microbatch",
+    "6 microbatches",
+    "recompute of the streams",
+    "four stages",
+    "four stages, 3 microbatches",
+]
 ORDINARY = "z ordinary"
 
 
@@ -57,7 +69,8 @@ def results(case: str) -> dict[str, dict[str, Any]]:
         if processes == size:
             modes = {"off": {}, "on": OVERLAP} | ({"eager": EAGER} if name in EAGER_CASES else {})
             for mode, mhc in modes.items():
-                scenarios[f"{name}, {mode}"] = {**COMMON, **settings, "mhc": mhc}
+                both = settings.get("mhc", {}) | mhc
+                scenarios[f"{name}, {mode}"] = {**COMMON, **settings, "mhc": both}
     # the last of its processes: the patches of those before it are there
     scenarios[ORDINARY] = {**COMMON, "mhc": None}
     trained = run_scenarios(size, scenarios)
