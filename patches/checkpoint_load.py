@@ -39,9 +39,11 @@ def checkpoint_load_patch(
             def read(key: str) -> Any:
                 state: dict[str, Any] = {key: io.BytesIO()}
                 torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
-                state[key].seek(0)
-                # Megatron stores an object as a list of one
-                return torch.load(state[key], weights_only=True)[0]
+                stored = state[key]
+                if isinstance(stored, io.BytesIO):
+                    stored.seek(0)
+                    stored = torch.load(stored, weights_only=True)
+                return stored[0]  # Megatron stores an object as a list of one
 
             check(asked, keys, read, str(checkpoint_dir))
             return original(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
