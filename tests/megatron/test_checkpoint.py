@@ -78,17 +78,22 @@ def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
 
 RESHARD = [
     *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"),
-    # a norm is summed in another order where the parameters are split in another way
-    *("--clip-grad", "0", "--disable-bias-linear"),
+    # a norm, and the two gradients of a tied weight, are summed in another order elsewhere
+    *("--clip-grad", "0", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+    # layouts draw other dropouts, and pad the vocabulary to other sizes if they must
+    *("--hidden-dropout", "0", "--attention-dropout", "0", "--make-vocab-size-divisible-by", "32"),
 ]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "tensor": (2, ["--tensor-model-parallel-size", "2"]),
     "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),
     "data": (2, []),
-    "expert": (2, ["--expert-model-parallel-size", "2"]),
+    "expert 2": (4, ["--expert-model-parallel-size", "2"]),
+    "expert 4": (4, ["--expert-model-parallel-size", "4"]),
 }
-MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-router-load-balancing-type", "none"]
+MOE = [
+    *("--micro-batch-size", "1"),
+    "--num-experts", "4", "--moe-router-topk", "2", "--moe-router-load-balancing-type", "none"]
 
 
 @functools.cache
@@ -103,8 +108,9 @@ def whole_run(layout: str, moe: bool) -> tuple[Path, list[str]]:
     return folder, losses
 
 
-# bf16's rounding, 4e-3, of partial sums over two ranks; the loss is a mean over 64 tokens
-PARTIAL_SUMS = 4e-3
+# Gradients summed over ranks in another order, where bf16 rounds by 4e-3: the losses of the steps
+# after. Without the optimizer's state they would be off by more than a hundredth.
+OTHER_ORDER = 1e-3
 
 
 @pytest.mark.parametrize(
@@ -113,22 +119,21 @@ PARTIAL_SUMS = 4e-3
         ("one", "pipeline", None),
         ("pipeline", "one", None),
         ("one", "data", None),
-        ("data", "one", None),
-        ("one", "tensor", PARTIAL_SUMS),
-        ("expert", "one", None),
-        ("one", "expert", None),
+        ("one", "tensor", OTHER_ORDER),
+        ("expert 4", "expert 2", OTHER_ORDER),
     ],
 )
 def test_resharding_goes_on_where_the_run_was(
     before: str, after: str, bound: float | None
 ) -> None:
     """The optimizer's state too: distributed, of bf16 and fp32 parameters."""
-    moe = "expert" in (before, after)
+    moe = before.startswith("expert")
     folder, whole = whole_run(before, moe)
     processes, flags = LAYOUTS[after]
     interval = ["--save-interval", "100", *(MOE if moe else [])]
     got = resume(processes, folder, [*RESHARD, *flags, *interval])
     want = [whole[3], *whole[5:]]
+    assert got[0] == want[0] or after == "tensor"
     if bound is None:
         assert got == want
     else:
