@@ -44,7 +44,9 @@ def check_settings(stored: Mapping[str, Any], given: Mapping[str, Any], where: s
     """
     wrong = [name for name in given if stored.get(name) != given[name]]
     if wrong:
-        values = ", ".join(f"{name} is {stored.get(name)} there and {given[name]} here" for name in wrong)
+        values = ", ".join(
+            f"{name} is {stored.get(name)} there and {given[name]} here" for name in wrong
+        )
         flags = " ".join(_flag(name, stored.get(name)) for name in wrong)
         variables = " ".join(f"MHC_{name.upper()}={stored.get(name)}" for name in wrong)
         raise CheckpointSettingsError(

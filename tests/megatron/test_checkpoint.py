@@ -93,7 +93,13 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 MOE = [
     *("--micro-batch-size", "1"),
-    "--num-experts", "4", "--moe-router-topk", "2", "--moe-router-load-balancing-type", "none"]
+    "--num-experts",
+    "4",
+    "--moe-router-topk",
+    "2",
+    "--moe-router-load-balancing-type",
+    "none",
+]
 
 
 @functools.cache
@@ -123,9 +129,7 @@ OTHER_ORDER = 1e-3
         ("expert 4", "expert 2", OTHER_ORDER),
     ],
 )
-def test_resharding_goes_on_where_the_run_was(
-    before: str, after: str, bound: float | None
-) -> None:
+def test_resharding_goes_on_where_the_run_was(before: str, after: str, bound: float | None) -> None:
     """The optimizer's state too: distributed, of bf16 and fp32 parameters."""
     moe = before.startswith("expert")
     folder, whole = whole_run(before, moe)
