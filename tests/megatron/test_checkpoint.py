@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.megatron.kill_in_save import check_a_kill_in_mid_save
 from tests.megatron.launch import forked_run
 
 FLAGS = [
@@ -142,6 +143,14 @@ def test_resharding_goes_on_where_the_run_was(before: str, after: str, bound: fl
         assert got == want
     else:
         assert [float(x) for x in got] == pytest.approx([float(x) for x in want], rel=bound)
+
+
+def test_a_run_killed_in_mid_save_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    def run(script: str, *flags: str) -> tuple[int, str]:
+        return forked_run(1, script, *FLAGS, *flags)
+
+    whole, resumed = check_a_kill_in_mid_save(run, tmp_path)
+    assert resumed == whole
 
 
 def test_without_our_patch_megatron_cannot_save(tmp_path: Path) -> None:
