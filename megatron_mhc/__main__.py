@@ -9,18 +9,19 @@ Makes a start for a model with mHC from the checkpoint of an ordinary one (forma
 parallel sizes; no GPU needed). SOURCE is only read; TARGET is written whole or not at all.
 
   python -m megatron_mhc convert runs/gpt/checkpoints runs/gpt-mhc/start
-  torchrun ... -m megatron_mhc.run pretrain_gpt.py FLAGS --mhc --load runs/gpt-mhc/start --save ...
+  torchrun ... -m megatron_mhc.run pretrain_gpt.py FLAGS --mhc --load runs/gpt-mhc/start
 
 With --mhc-init residual the new model computes the old one's function at its first step, up to
-rounding (in convention deepseek_v4 up to its eps, 1e-6 a site). Train it with the same --mhc-* flags
-as are given here: they are in the checkpoint, and others are refused.
+rounding (in convention deepseek_v4 up to its eps, 1e-6 a site). Train it with the same --mhc-*
+flags as are given here: they are in the checkpoint, and others are refused.
 
-It is a start: iteration 0, a new optimizer, learning rate schedule and order of data. The optimizer's
-state is left out, as by Megatron's --finetune; with bf16 the weights are the rounded ones."""
+It is a start: iteration 0, a new optimizer, schedule of the learning rate and order of data. The
+optimizer's state is left out, as by Megatron's --finetune; with bf16 the weights are the rounded
+ones. To stop and resume, give the training its own --save, and --load that from then on."""
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .arguments import config_from_arguments
+    from .arguments import config_from_arguments, flags_of
     from .convert import convert
 
     try:
@@ -28,7 +29,7 @@ def _convert(args: argparse.Namespace) -> None:
         made = convert(args.source, args.target, mhc)
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
-    print(f"convert: wrote {made}: train with --mhc --load {args.target}")
+    print(f"convert: wrote {made}; train with {flags_of(mhc)} --load {args.target}")
 
 
 def main() -> None:

@@ -112,6 +112,16 @@ def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
     return MHCConfig(**_given(args))
 
 
+def flags_of(mhc: MHCConfig) -> str:
+    """The command line's flags for these settings: `--mhc`, and those that are no default."""
+    flags = ["--mhc"]
+    for field in dataclasses.fields(MHCConfig):
+        if (value := getattr(mhc, field.name)) != field.default:
+            flag = "--mhc-" + field.name.replace("_", "-")
+            flags.append(flag if value is True else f"{flag} {value}")
+    return " ".join(flags)
+
+
 def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfig:
     """MHCConfig from MHC_NUM_STREAMS, MHC_CONVENTION, ...; what is not set has its default.
 

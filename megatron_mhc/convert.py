@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -174,7 +175,10 @@ def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
     hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
     from megatron.core.dist_checkpointing import load_common_state_dict
 
-    common = _start_of(load_common_state_dict(str(folder)), mhc)
+    with warnings.catch_warnings():
+        # torch: that it is not distributed
+        warnings.simplefilter("ignore", UserWarning)
+        common = _start_of(load_common_state_dict(str(folder)), mhc)
     new = replace(old, state_dict_metadata={}, storage_data={})
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

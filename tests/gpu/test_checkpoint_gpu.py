@@ -1,4 +1,4 @@
-"""Checkpoints on a GPU: a run that is killed in the middle of a save goes on from the one before."""
+"""On a GPU too: a run that is killed in the middle of a save goes on from the one before."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
 """A training run that is killed in the middle of a save, and what is left of it.
 
-As a script it is the GPT example, whose process kills itself (SIGKILL) in its second save, with some
-of the checkpoint's items in the file and others not.
+As a script it is the GPT example, whose process kills itself (SIGKILL) in its second save, with
+some of the checkpoint's items in the file and others not.
 """
 
 import functools
