@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed import checkpoint
 
 from .registry import Patch
 
@@ -38,7 +39,7 @@ def checkpoint_load_patch(
 
             def read(key: str) -> Any:
                 state: dict[str, Any] = {key: io.BytesIO()}
-                torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
+                checkpoint.load(state, storage_reader=reader, no_dist=True)
                 stored = state[key]
                 if isinstance(stored, io.BytesIO):
                     stored.seek(0)

@@ -129,8 +129,11 @@ def _with_step(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     @torch.no_grad()
     def set_(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # anything but a tensor is left as it is: the step that `_step_of_checkpoint` sets
-        original(self, model_param, {"step": None, **tensors})
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        # the step that `_step_of_checkpoint` sets, onto itself, where the checkpoint has none
+        step = {"step": state["step"]} if "step" in state else {}
+        original(self, model_param, step | tensors)
 
     return set_
 
