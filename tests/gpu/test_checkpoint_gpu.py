@@ -1,8 +1,11 @@
 """On a GPU too: a run that is killed in the middle of a save goes on from the one before."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,17 +41,24 @@ OPTIMIZERS = {
 def run(script: str, *flags: str) -> tuple[int, str]:
     """Train on this GPU; the exit status and all that was printed."""
     layers = [] if find_spec("transformer_engine") else [*LOCAL, "--no-rope-fusion"]
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_mhc.run", script, *FLAGS, *layers, *flags],
-        cwd=ROOT,
-        # Transformer Engine's attention has a faster backward that adds in any order
-        env={**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    return done.returncode, done.stdout
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_mhc.run", script, *FLAGS, *layers, *flags],
+            cwd=ROOT,
+            # Transformer Engine's attention has a faster backward that adds in any order
+            env={**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(200)
+        finally:
+            # a killed process leaves its writers behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return process.returncode, log.read()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

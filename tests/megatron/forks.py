@@ -3,6 +3,7 @@
 python -m tests.megatron.forks    reads a run a line (JSON) and answers each with its exit status
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -36,6 +37,7 @@ def _become(job: dict[str, Any], rank: int, port: int) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    os.setsid()  # a group of its own, by which `_end` finds what it leaves
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -47,23 +49,29 @@ def _become(job: dict[str, Any], rank: int, port: int) -> None:
         runpy.run_path(job["command"][0], run_name="__main__")
 
 
+def _end(process: int) -> None:
+    """Kill a process of a run, or what it has left: a killed one leaves its writers behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
 def _wait(processes: list[int], seconds: float) -> int:
     """The first exit status that is not 0 (the others are killed then), or 0."""
-    status, end = 0, time.monotonic() + seconds
-    while processes:
-        for process in list(processes):
-            ended, code = os.waitpid(process, os.WNOHANG)
-            if ended:
-                processes.remove(process)
-                status = status or os.waitstatus_to_exitcode(code)
+    status, running, end = 0, set(processes), time.monotonic() + seconds
+    while running and not status:
+        for process in processes:
+            if process in running:
+                ended, code = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    running.remove(process)
+                    status = status or os.waitstatus_to_exitcode(code)
         if time.monotonic() > end:
             status = status or -signal.SIGALRM
-        if status:
-            for process in processes:
-                os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-            processes = []
         time.sleep(0.02)
+    for process in processes:
+        _end(process)
+    for process in running:
+        os.waitpid(process, 0)
     return status
 
 
