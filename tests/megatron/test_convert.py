@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.__main__ import main
@@ -32,6 +35,9 @@ MODELS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }
+
+
+HEAD: dict[str, Any] = {"convention": "deepseek_v4"}
 
 
 def losses(printed: str) -> list[float]:
@@ -96,6 +102,37 @@ def test_a_converted_model_starts_where_the_ordinary_one_is(
     assert wide[0] == pytest.approx(narrow[0], rel=bound)
     assert wide[0] != pytest.approx(go_on(model, folder / "none")[0], rel=1e-2), "it loads nothing"
     assert len(wide) == 7 and wide[-1] < wide[1] and wide[-1] != narrow[-1]
+
+
+def parameters_of_mhc(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The sites' and the head's parameters, whole, by the checkpoint's keys."""
+    keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(value.size)
+        for key, value in keys.items()
+        if isinstance(value, TensorStorageMetadata)
+        and key.startswith("decoder.layers.")
+        and ("connection." in key or ".head." in key)
+    }
+    load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_new_parameters_are_those_of_a_new_model(model: str, folder: Path) -> None:
+    """Home streams too, which the first loss does not tell apart."""
+    made = convert(ordinary(model, folder), folder / f"{model} start", MHCConfig(**HEAD))
+    processes, layout = MODELS[model]
+    # one step that changes nothing: mHC's parameters have no weight decay
+    new = ["--save", str(folder / f"{model} new"), "--train-iters", "1", "--lr", "0"]
+    flags = ["--mhc", "--mhc-convention", HEAD["convention"], "--save-interval", "1", *new]
+    status, printed = forked_run(processes, SCRIPT, *ORDINARY, *layout, *flags)
+    assert status == 0, printed[-3000:]
+    want = parameters_of_mhc(folder / f"{model} new" / "iter_0000001")
+    got = parameters_of_mhc(made)
+    assert got.keys() == want.keys() and len(got) == (9 if model == "dense" else 15)
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
 
 
 def test_convert_refuses_in_a_sentence_and_leaves_nothing(
