@@ -1,7 +1,35 @@
-"""`python -m megatron_mhc doctor | plot`."""
+"""`python -m megatron_mhc doctor | plot | convert`."""
 
 import argparse
+import sys
 from pathlib import Path
+
+CONVERT = """\
+Makes a start for a model with mHC from the checkpoint of an ordinary one (format torch_dist, any
+parallel sizes; no GPU needed). SOURCE is only read; TARGET is written whole or not at all.
+
+  python -m megatron_mhc convert runs/gpt/checkpoints runs/gpt-mhc/start
+  torchrun ... -m megatron_mhc.run pretrain_gpt.py FLAGS --mhc --load runs/gpt-mhc/start
+
+With --mhc-init residual the new model computes the old one's function at its first step, up to
+rounding (in convention deepseek_v4 up to its eps, 1e-6 a site). Train it with the same --mhc-*
+flags as are given here: they are in the checkpoint, and others are refused.
+
+It is a start: iteration 0, a new optimizer, schedule of the learning rate and order of data. The
+optimizer's state is left out, as by Megatron's --finetune; with bf16 the weights are the rounded
+ones. To stop and resume, give the training its own --save, and --load that from then on."""
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .arguments import config_from_arguments, flags_of
+    from .convert import convert
+
+    try:
+        mhc = config_from_arguments(args)
+        made = convert(args.source, args.target, mhc)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert: {error}")
+    print(f"convert: wrote {made}; train with {flags_of(mhc)} --load {args.target}")
 
 
 def main() -> None:
@@ -21,11 +49,28 @@ def main() -> None:
     plot.add_argument(
         "--output", type=Path, default=Path("mhc_plots"), help="a folder (default: mhc_plots)"
     )
+    convert = commands.add_parser(
+        "convert",
+        help="make an ordinary model's checkpoint a start for a model with mHC",
+        description=CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a --save folder, or an iter_... folder in it"
+    )
+    convert.add_argument("target", type=Path, metavar="TARGET", help="a new folder, for --load")
+    if "convert" in sys.argv[1:2]:
+        from .arguments import add_setting_flags
+        from .checkpoint import FUNCTION_FIELDS
+
+        add_setting_flags(convert, (*FUNCTION_FIELDS, "init"))
     args = parser.parse_args()
     if args.command == "doctor":
         from .doctor import report
 
         print(report())
+    elif args.command == "convert":
+        _convert(args)
     else:
         from .plot import write_plots
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.patches import Patch, registry
+from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
@@ -19,7 +20,7 @@ from megatron_mhc.patches.training import (
     validation_patch,
 )
 
-from . import arguments, memory, monitor, parameters, pipeline, report
+from . import arguments, checkpoint, memory, monitor, parameters, pipeline, report
 
 
 class _Seen:
@@ -66,6 +67,7 @@ def model_patches() -> tuple[Patch, ...]:
     return (
         *parameter_group_patches(parameters.MARK),
         *OPTIMIZER_CHECKPOINT_PATCHES,
+        checkpoint_load_patch(checkpoint.check_load),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
     )

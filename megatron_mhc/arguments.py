@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from megatron_mhc.kernels.backend import BACKENDS
@@ -72,21 +72,28 @@ SETTINGS: Mapping[str, _Setting] = {
 """A row a field of MHCConfig."""
 
 
+def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
+    """Add a flag for each of these fields of MHCConfig to a parser or a group."""
+    for field in dataclasses.fields(MHCConfig):
+        if field.name not in names:
+            continue
+        setting = SETTINGS[field.name]
+        flag = "--mhc-" + field.name.replace("_", "-")
+        default = "off" if field.default in (None, False) else field.default
+        text = f"{setting.help} (default: {default})"
+        if setting.parse is _switch:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(flag, type=setting.parse, choices=setting.choices, help=text)
+
+
 def add_mhc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--mhc` and a flag for every field of MHCConfig, with its default in the help."""
     group = parser.add_argument_group(
         "mHC", "manifold-constrained hyper-connections (arXiv 2512.24880) by megatron_mhc"
     )
     group.add_argument("--mhc", action="store_true", help="replace residual connections by mHC")
-    for field in dataclasses.fields(MHCConfig):
-        setting = SETTINGS[field.name]
-        flag = "--mhc-" + field.name.replace("_", "-")
-        default = "off" if field.default in (None, False) else field.default
-        text = f"{setting.help} (default: {default})"
-        if setting.parse is _switch:
-            group.add_argument(flag, action="store_true", default=None, help=text)
-        else:
-            group.add_argument(flag, type=setting.parse, choices=setting.choices, help=text)
+    add_setting_flags(group, SETTINGS)
     add_monitor_arguments(group)
     return parser
 
@@ -103,6 +110,16 @@ def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
         ValueError: a value that MHCConfig refuses.
     """
     return MHCConfig(**_given(args))
+
+
+def flags_of(mhc: MHCConfig) -> str:
+    """The command line's flags for these settings: `--mhc`, and those that are no default."""
+    flags = ["--mhc"]
+    for field in dataclasses.fields(MHCConfig):
+        if (value := getattr(mhc, field.name)) != field.default:
+            flag = "--mhc-" + field.name.replace("_", "-")
+            flags.append(flag if value is True else f"{flag} {value}")
+    return " ".join(flags)
 
 
 def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfig:

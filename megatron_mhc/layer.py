@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
+from .checkpoint import StoredSettings
 from .compatibility import check_transformer_config
 from .config import MHCConfig
 from .connection import Begun, Ended, Head, HyperConnection
@@ -163,6 +164,7 @@ class MHCLayer(TransformerLayer):
         super().__init__(config, *args, **kwargs)
         mark_streams(config, mhc)
         self.mhc = mhc
+        self.mhc_settings = StoredSettings(mhc)
         self.chunk = kwargs.get("vp_stage")
         first_site = 2 * (self.layer_number - 1)
         build = functools.partial(

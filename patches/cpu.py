@@ -125,8 +125,41 @@ def _step_of_checkpoint(original: Callable[..., None]) -> Callable[..., None]:
     return load_state_dict
 
 
-def _without_autograd(original: Callable[..., None]) -> Callable[..., None]:
-    return torch.no_grad()(original)
+def _with_step(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    @torch.no_grad()
+    def set_(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        # the step that `_step_of_checkpoint` sets, onto itself, where the checkpoint has none
+        step = {"step": state["step"]} if "step" in state else {}
+        original(self, model_param, step | tensors)
+
+    return set_
+
+
+def _forked_writer(original: Any) -> Any:
+    start = original.__func__ if isinstance(original, classmethod) else original
+
+    @functools.wraps(start)
+    def _get_process(cls: type, rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any) -> Any:
+        return start(cls, rank, "fork", *args, **kwargs)
+
+    return classmethod(_get_process)
+
+
+def _copied_first(original: Any) -> Any:
+    preload = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(preload)
+    def preload_tensors(write_buckets: list[Any], *args: Any, **kwargs: Any) -> Any:
+        copies = [
+            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in write_buckets
+        ]
+        return preload(copies, *args, **kwargs)
+
+    return staticmethod(preload_tensors)
 
 
 def _instead(value: Any) -> Callable[[Any], Any]:
@@ -276,8 +309,23 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "cpu-resume-fp32",
         "megatron.core.optimizer.distrib_optimizer:"
         "DistributedOptimizer._set_main_param_and_optimizer_states",
-        _without_autograd,
-        "fp32 training resumes by writing into the parameters, which autograd would refuse",
+        _with_step,
+        "fp32 training resumes by writing into the parameters, which autograd would refuse, and a"
+        " fully reshardable checkpoint has no step of torch's Adam for each of them",
+    ),
+    Patch(
+        "cpu-async-save",
+        "megatron.core.dist_checkpointing.strategies.async_utils:"
+        "PersistentAsyncCaller._get_process",
+        _forked_writer,
+        "the process that writes asynchronous checkpoints is a fork, which has the stand-in too",
+    ),
+    Patch(
+        "cpu-async-save-copy",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:"
+        "FileSystemWriterAsync.preload_tensors",
+        _copied_first,
+        "taking a tensor off the device is a copy: else training goes on in what is being written",
     ),
     *_WITHOUT_KERNELS,
 )

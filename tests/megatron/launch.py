@@ -87,3 +87,58 @@ def assert_same_training(got: dict[str, Any], want: dict[str, Any], *, bound: fl
         error = relative_error(a, b)
         same = torch.equal(a, b) if bound is None else error <= bound
         assert same, f"{name} differs: relative error {error:.2e}, allowed {bound or 'none'}"
+
+
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    """The process that training runs are forked from; it ends when this one does."""
+    quiet = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.megatron.forks"],
+        cwd=ROOT,
+        env={**os.environ, **quiet},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert server.stdout is not None
+    for line in server.stdout:
+        if line == "ready\n":
+            return server
+    raise AssertionError("the process for training runs did not start")
+
+
+def forked_run(
+    processes: int,
+    *command: str,
+    runner: bool = True,
+    seconds: float = 120,
+    **environment: str,
+) -> tuple[int, str]:
+    """Run a training script on the CPU as torchrun would, without its start and its imports.
+
+    Args:
+        processes: how many.
+        command: the script and its flags.
+        runner: through `megatron_mhc.run --cpu`; else the script alone, inside the stand-in.
+        seconds: after which it is killed.
+
+    Returns:
+        The exit status (-9: killed) and all that was printed.
+    """
+    server = _forks()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.NamedTemporaryFile() as log:
+        job = {
+            "processes": processes,
+            "command": command,
+            "runner": runner,
+            "seconds": seconds,
+            "environment": environment,
+            "log": log.name,
+        }
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return status, Path(log.name).read_text()

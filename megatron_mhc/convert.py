@@ -1,0 +1,204 @@
+"""`python -m megatron_mhc convert`: an ordinary model's checkpoint becomes a start with mHC.
+
+The model's weights are copied as bytes; the parameters and the settings of the sites are added. The
+optimizer's state is left out: it has no place for the new parameters (in the distributed
+optimizer's buckets every parameter would move), and Megatron starts a release without it.
+"""
+
+import pickle
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from .arguments import SPEC
+from .checkpoint import SETTINGS_KEY, function_settings
+from .config import MHCConfig
+from .connection import Head, HyperConnection
+from .torch_dist import Writer, copy_items
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""Megatron's name for a checkpoint without a past: it starts at iteration 0, without optimizer."""
+_LAYERS = "decoder.layers."
+_COMMON = "common_state/shard_0_1"
+_LEGACY_COMMON = "common.pt"
+"""Where Megatron-Core 0.18 keeps what 0.19 keeps in `_COMMON`."""
+_PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
+"""How the keys of what is left out begin."""
+
+
+class ConvertError(ValueError):
+    """The source is no checkpoint that can be converted, or the target is there already."""
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The folder of one iteration: `source` itself, or the last one of a `--save` folder.
+
+    Raises:
+        ConvertError: there is none, or not in `torch_dist` format.
+    """
+    folder = source
+    if (source / TRACKER).is_file():
+        last = (source / TRACKER).read_text().strip()
+        folder = source / (last if last == RELEASE else f"iter_{int(last):07d}")
+    if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
+        raise ConvertError(
+            f"{folder} is no torch_dist checkpoint: give a folder that --save wrote to, which has"
+            f" {TRACKER} in it, or one iteration's folder (another --ckpt-format must be saved anew"
+            " in torch_dist first)"
+        )
+    return folder
+
+
+def _check_source(folder: Path, keys: Mapping[str, Any]) -> None:
+    if "embedding.word_embeddings.weight" not in keys or not any(
+        key.startswith(_LAYERS) and "self_attention." in key for key in keys
+    ):
+        raise ConvertError(f"{folder} has no weights of a GPT model ({_LAYERS}self_attention...)")
+    if any(SETTINGS_KEY in key for key in keys):
+        raise ConvertError(f"{folder} is of a model with mHC already")
+    for part, what in (
+        (".mixer.", "hybrid layers"),
+        (".cross_attention.", "cross attention"),
+        ("mtp.", "layers for multi-token prediction"),
+    ):
+        if any(part in key for key in keys):
+            raise ConvertError(f"{folder} has {what}, which convert does not know")
+
+
+class _Layout:
+    """How a checkpoint names its layers: one key for a stack of them, or one key for each."""
+
+    def __init__(self, keys: Mapping[str, Any]) -> None:
+        numbers = {int(m[1]) for key in keys if (m := re.match(rf"{_LAYERS}(\d+)\.", key))}
+        stack = next(
+            value.size[0]
+            for key, value in keys.items()
+            if key.startswith(_LAYERS) and isinstance(value, TensorStorageMetadata)
+        )
+        self.stacked = not numbers
+        self.layers = max(numbers) + 1 if numbers else stack
+
+    def key(self, layer: int, name: str) -> str:
+        return f"{_LAYERS}{name}" if self.stacked else f"{_LAYERS}{layer}.{name}"
+
+    def write_tensor(self, writer: Writer, layer: int, name: str, value: Tensor) -> None:
+        writer.tensor(self.key(layer, name), value, layer, self.layers if self.stacked else None)
+
+    def write_object(self, writer: Writer, layer: int, name: str, value: Any) -> None:
+        shard = f"shard_{layer}_{self.layers}" if self.stacked else "shard_0_1"
+        writer.object(f"{self.key(layer, name)}/{shard}", value)
+
+
+def new_parameters(
+    mhc: MHCConfig, layers: int, hidden_size: int
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Layer, name and value of each parameter that mHC adds to a stack of layers, at its start."""
+    for layer in range(layers):
+        for site, name in enumerate(("attention_connection", "mlp_connection")):
+            connection = HyperConnection(mhc, hidden_size, 2 * layer + site)
+            for parameter, value in connection.named_parameters():
+                yield layer, f"{name}.{parameter}", value.detach()
+
+
+def _write_mhc(writer: Writer, mhc: MHCConfig, layout: _Layout, hidden_size: int) -> None:
+    for layer, name, value in new_parameters(mhc, layout.layers, hidden_size):
+        layout.write_tensor(writer, layer, name, value)
+    for layer in range(layout.layers):
+        layout.write_object(writer, layer, SETTINGS_KEY, function_settings(mhc))
+    if mhc.learned_head:  # of the last layer alone, in no stack
+        for name, value in Head(mhc, hidden_size).named_parameters():
+            writer.tensor(layout.key(layout.layers - 1, f"head.{name}"), value.detach())
+
+
+def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
+    """The common state of a start with mHC: the source's, without its past."""
+    past = {"optimizer", "opt_param_scheduler", "rerun_state_machine"}
+    start = {key: value for key, value in common.items() if key not in past}
+    start |= {"iteration": 0, "num_floating_point_operations_so_far": 0}
+    args = start.get("args")
+    if args is not None:
+        args.iteration = 0
+        args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+        args.no_save_optim = args.no_save_rng = args.mhc = True
+        for name, value in asdict(mhc).items():
+            setattr(args, f"mhc_{name}", value)
+        args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(SPEC)
+    return start
+
+
+def _print_progress() -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 2:
+            last = time.monotonic()
+            print(f"convert: copied {done / 2**30:.2f} of {total / 2**30:.2f} GiB", flush=True)
+
+    return progress
+
+
+def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
+    """Write a start with mHC from an ordinary model's checkpoint, which is only read.
+
+    The target appears under its name when it is whole, or not at all.
+
+    Args:
+        source: a folder that Megatron's `--save` wrote to, or one iteration's folder in it.
+        target: what `--load` is to name; must not exist.
+        mhc: the settings of the new model.
+
+    Returns:
+        The folder of the new checkpoint, below `target`.
+
+    Raises:
+        ConvertError: says what is wrong with either.
+    """
+    if target.exists():
+        raise ConvertError(f"{target} is there already: name a new folder, or remove it")
+    folder = find_checkpoint(source)
+    old = FileSystemReader(str(folder)).read_metadata()
+    keys = old.state_dict_metadata
+    _check_source(folder, keys)
+    hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    with warnings.catch_warnings():
+        # torch: that it is not distributed
+        warnings.simplefilter("ignore", UserWarning)
+        common = _start_of(load_common_state_dict(str(folder)), mhc)
+    new = replace(old, state_dict_metadata={}, storage_data={})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    made = unfinished / RELEASE
+    try:
+        made.mkdir()
+        is_model = lambda key: not key.startswith(_PAST)  # noqa: E731
+        copy_items(folder, made, old, new, is_model, _print_progress())
+        with Writer(made, new) as writer:
+            _write_mhc(writer, mhc, _Layout(keys), hidden_size)
+            if (folder / _LEGACY_COMMON).is_file():
+                torch.save(common, made / _LEGACY_COMMON)
+            else:
+                writer.object(_COMMON, common)
+        (made / ".metadata").write_bytes(pickle.dumps(new))
+        shutil.copy(folder / "metadata.json", made)
+        (unfinished / TRACKER).write_text(RELEASE)
+        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return target / RELEASE
