@@ -13,6 +13,8 @@ from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCH
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
+from megatron_mhc.patches.releases import check_release
+from megatron_mhc.patches.spec_function import spec_function_patches
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
@@ -78,6 +80,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
+        *spec_function_patches(),
         *model_patches(),
         SHIPPED_HELPERS,
     )
@@ -87,6 +90,8 @@ def activate() -> None:
     """Teach this process's Megatron the `--mhc*` flags. Once is enough; again changes nothing.
 
     Raises:
-        PatchError: Megatron-Core is missing or of a version that the plugin does not know.
+        UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
+        PatchError: something that a patch changes is not there.
     """
+    check_release()
     registry.apply(*plugin_patches())
