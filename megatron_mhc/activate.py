@@ -9,7 +9,7 @@ import torch
 from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
 from megatron_mhc.patches.metrics import metrics_patch
-from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
+from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
@@ -67,7 +67,7 @@ def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
         *parameter_group_patches(parameters.MARK),
-        *OPTIMIZER_CHECKPOINT_PATCHES,
+        *optimizer_checkpoint_patches(),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
     )

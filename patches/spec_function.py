@@ -12,8 +12,6 @@ from typing import Any
 from .registry import Patch
 from .releases import is_installed
 
-_RELEASES = "<0.19"
-
 
 def spec_function_patches() -> tuple[Patch, ...]:
     """The patch where the installed Megatron needs it, else none."""
@@ -34,6 +32,6 @@ def spec_function_patches() -> tuple[Patch, ...]:
         target="megatron.core.transformer.transformer_block:_get_block_submodules",
         replace=replace,
         why="calls a layer spec that is a function, as Megatron 0.19 does",
-        versions=f">=0.18.2,{_RELEASES}",
+        versions=">=0.18.2,<0.19",
     )
-    return (patch,) if is_installed(_RELEASES) else ()
+    return (patch,) if is_installed(patch.versions) else ()
