@@ -8,8 +8,12 @@ from packaging.version import Version
 SUPPORTED = ">=0.18.2,<0.20"
 """The releases that pass the whole test suite (`make test-matrix`), and their bug-fix releases."""
 
-REFUSED: dict[str, str] = {}
-"""For each older series that was tried: why it does not work."""
+REFUSED = {
+    "0.17": "training scripts start in another way there, and interleaved pipelines train to other"
+    " losses than one process",
+    "0.16": "its package has no megatron.training, and its optimizer lacks hooks",
+}
+"""For each older series that was tried (0.17.1 and 0.16.1): why it does not work."""
 
 
 class UnsupportedMegatronError(RuntimeError):
