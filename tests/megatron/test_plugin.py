@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_mhc import MHCConfig, with_mhc
-from megatron_mhc.patches.releases import REFUSED, SUPPORTED, megatron_core_version
+from megatron_mhc.patches.releases import (
+    REFUSED,
+    SUPPORTED,
+    is_installed,
+    megatron_core_version,
+)
 from tests.megatron.launch import ROOT
 
 TINY = [
@@ -123,6 +128,14 @@ def test_spec_is_megatrons_own_way(wide: subprocess.CompletedProcess[str], tmp_p
     assert "mHC is on: 2 streams" in result.stdout
     assert "(settings from environment)" in result.stdout
     assert losses(result)[0] == losses(wide)[0]
+
+
+@pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 calls a spec itself")
+def test_megatron_0_18_calls_no_spec_without_our_patch(tmp_path: Path) -> None:
+    spec = ["--spec", "megatron_mhc.spec", "gpt_layer_spec"]
+    result = python(*RUN, *spec, MEGATRON_MHC_PATCHES="-spec-function")
+    assert result.returncode != 0 and not losses(result)
+    assert "specialize for function" in result.stdout
 
 
 def test_a_spec_of_ones_own_gets_sites_too(tmp_path: Path) -> None:
