@@ -8,7 +8,11 @@ import torch
 from megatron_mhc.patches import PatchError, registry
 from megatron_mhc.patches.cpu import CPU_PATCHES
 from megatron_mhc.patches.registry import locate
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.releases import (
+    UnsupportedMegatronError,
+    check_release,
+    is_installed,
+)
 
 PACKAGES = ("megatron_mhc", "megatron-core", "torch", "triton", "transformer-engine", "apex")
 HOOKS = (
@@ -68,6 +72,10 @@ def report() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (use --cpu)"
     lines = [f"Python {platform.python_version()}, CUDA device: {device}", "Versions:"]
     lines += [f"  {package:26} {_version(package)}" for package in PACKAGES]
+    try:
+        check_release()
+    except UnsupportedMegatronError as error:
+        lines.append(f"  ERROR {error}")
     lines.append("Hooks:")
     lines += [f"  {_hook_state(target):26} {target}: {why}" for target, why in HOOKS]
     return "\n".join(lines + _patch_lines())
