@@ -1,6 +1,7 @@
 # The project's commands; `make` alone lists them. Everything runs in $(VENV), made when needed.
 VENV ?= .venv
 MHC ?= 1
+MATRIX ?= 0.18.2 0.19.2
 PYTHON ?= $(shell for p in python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
@@ -9,24 +10,35 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := megatron_mhc kernels patches examples benchmarks tests
 
-.PHONY: help env train test lint style types wheel clean
+.PHONY: help env train test test-matrix lint style types wheel clean
 
 help:  ## List the commands
-	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 env: $(STAMP)  ## Make the environment in .venv (Python 3.12; PYTHON=... names another interpreter)
 
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 found; name one with PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --progress-bar off -e '.[test]'
+	$(PIP) install --quiet --progress-bar off -e '.[test]' $(MEGATRON_CORE:%='megatron-core==%')
 	@touch $@
 
 train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the ordinary model)
 	MHC=$(MHC) PYTHON=$(abspath $(BIN)/python) examples/gpt/train.sh
 
 test: env  ## Run the tests (those that need a GPU are skipped where there is none)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
+
+test-matrix: SHELL := bash -o pipefail
+test-matrix:  ## Run the tests with every supported Megatron-Core, each in an environment of its own
+	@status=0; for release in $(MATRIX); do \
+		venv=$(VENV)-$$release; \
+		$(MAKE) --no-print-directory env VENV=$$venv MEGATRON_CORE=$$release || exit; \
+		$$venv/bin/python -m pytest -q $(TESTS) 2>&1 | tee $$venv/tests.log || status=1; \
+	done; \
+	for release in $(MATRIX); do \
+		echo "Megatron-Core $$release: $$(tail -n 1 $(VENV)-$$release/tests.log)"; \
+	done; exit $$status
 
 lint: style types  ## Check style and types
 
@@ -49,5 +61,5 @@ wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it 
 	@ls dist/*.whl
 
 clean:  ## Remove what was built and trained, and the environment
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MATRIX:%=$(VENV)-%) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -exec rm -rf {} +

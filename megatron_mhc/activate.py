@@ -10,10 +10,12 @@ from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
 from megatron_mhc.patches.metrics import metrics_patch
-from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
+from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
+from megatron_mhc.patches.releases import check_release
+from megatron_mhc.patches.spec_function import spec_function_patches
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
@@ -66,7 +68,7 @@ def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
         *parameter_group_patches(parameters.MARK),
-        *OPTIMIZER_CHECKPOINT_PATCHES,
+        *optimizer_checkpoint_patches(),
         checkpoint_load_patch(checkpoint.check_load),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
@@ -80,6 +82,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
+        *spec_function_patches(),
         *model_patches(),
         SHIPPED_HELPERS,
     )
@@ -89,6 +92,8 @@ def activate() -> None:
     """Teach this process's Megatron the `--mhc*` flags. Once is enough; again changes nothing.
 
     Raises:
-        PatchError: Megatron-Core is missing or of a version that the plugin does not know.
+        UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
+        PatchError: something that a patch changes is not there.
     """
+    check_release()
     registry.apply(*plugin_patches())

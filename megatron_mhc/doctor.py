@@ -8,6 +8,11 @@ import torch
 from megatron_mhc.patches import PatchError, registry
 from megatron_mhc.patches.cpu import CPU_PATCHES
 from megatron_mhc.patches.registry import locate
+from megatron_mhc.patches.releases import (
+    UnsupportedMegatronError,
+    check_release,
+    is_installed,
+)
 
 PACKAGES = ("megatron_mhc", "megatron-core", "torch", "triton", "transformer-engine", "apex")
 HOOKS = (
@@ -15,7 +20,12 @@ HOOKS = (
     ("megatron.core.transformer.transformer_layer:TransformerLayerSubmodules", "its slots"),
     ("megatron.core.transformer.transformer_block:TransformerBlockSubmodules", "a block's spec"),
     ("megatron.core.fusions.fused_bias_dropout:get_bias_dropout_add", "what mHC replaces"),
-    ("megatron.training.models.gpt:default_layer_spec", "the spec that --mhc goes around"),
+    (
+        "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec"
+        if is_installed("<0.19")
+        else "megatron.training.models.gpt:default_layer_spec",
+        "the spec that --mhc goes around",
+    ),
 )
 
 
@@ -62,6 +72,10 @@ def report() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (use --cpu)"
     lines = [f"Python {platform.python_version()}, CUDA device: {device}", "Versions:"]
     lines += [f"  {package:26} {_version(package)}" for package in PACKAGES]
+    try:
+        check_release()
+    except UnsupportedMegatronError as error:
+        lines.append(f"  ERROR {error}")
     lines.append("Hooks:")
     lines += [f"  {_hook_state(target):26} {target}: {why}" for target, why in HOOKS]
     return "\n".join(lines + _patch_lines())

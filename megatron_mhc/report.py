@@ -91,7 +91,8 @@ def print_banner(line: str) -> None:
 
 def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
     """Print the banner before a model is built, from its sizes: on the `--spec` route alone."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # a tensor's device: where the CPU stands in for CUDA, that is the CPU
+    device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
     counts = sites_and_parameters(
         mhc, transformer_config.num_layers, transformer_config.hidden_size
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_mhc.patches.releases import check_release
+
 from .arguments import add_mhc_arguments
 
 USAGE = (
@@ -69,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: bad usage, or no GPU and no --cpu.
+        UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
         NotMegatronError: the script is not one of Megatron's.
     """
     options, rest = _parse(sys.argv[1:] if argv is None else argv)
+    check_release()
     if options.cpu:
         # before Megatron is imported: it decides what to compile at import
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -123,7 +123,7 @@ def one_forward_one_backward(
     (data_iterator,) = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     config = get_model_config(model)
     if pg_collection is None:
-        pg_collection = schedules._build_default_pg_collection()
+        pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     directions = (p2p_communicator, p2p_communicator)
     if p2p_communicator is None:
         directions = two_directions(pg_collection.pp, config)
@@ -236,7 +236,7 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
     if arguments.pop("p2p_communicator", None) is not None:
         raise ValueError("--mhc-overlap-p2p makes the interleaved schedule's communicator itself")
     if arguments.get("pg_collection") is None:
-        arguments["pg_collection"] = schedules._build_default_pg_collection()
+        arguments["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
     aside = aside_of(chunks, 1)
     communicator = AsideCommunicator(arguments["pg_collection"].pp, config, aside)
     with ends_aside(chunks, aside):

@@ -4,12 +4,23 @@ import copy
 import inspect
 from typing import Any
 
+from megatron_mhc.patches import registry
+from megatron_mhc.patches.releases import check_release
+from megatron_mhc.patches.spec_function import spec_function_patches
+
+# Before anything that another release may lack is imported: where `--spec` cannot import this
+# module, Megatron trains the ordinary model. And of ours nothing but this runs before 0.18 builds.
+check_release()
+registry.apply(*spec_function_patches())
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-
-from megatron_mhc.patches import registry
 
 from .activate import model_patches
 from .arguments import active_config, base_spec
@@ -83,7 +94,7 @@ def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     """The spec that Megatron would choose, with mHC: `--spec megatron_mhc.spec gpt_layer_spec`.
 
     Args:
-        model_config: Megatron's GPTModelConfig.
+        model_config: Megatron's GPTModelConfig; its TransformerConfig where there is none (0.18).
         vp_stage: the virtual pipeline stage.
 
     Returns:
@@ -92,17 +103,19 @@ def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     """
     config, source = active_config()
     if source == "environment":
-        announce_spec(config, source, model_config.transformer)
+        announce_spec(config, source, _transformer_config(model_config))
     return with_mhc(_base_layer_spec(model_config, vp_stage), config)
+
+
+def _transformer_config(model_config: Any) -> Any:
+    return getattr(model_config, "transformer", model_config)
 
 
 def _base_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
     """The spec that `--spec` named beside `--mhc`, else the one that Megatron chooses by itself."""
     named = base_spec()
     if named is None:
-        from megatron.training.models.gpt import default_layer_spec
-
-        return default_layer_spec(model_config, vp_stage)
+        return _default_layer_spec(model_config, vp_stage)
     spec = import_module(named)
     if spec is None:
         raise ValueError(f"--spec {' '.join(named)} could not be imported")
@@ -110,3 +123,17 @@ def _base_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
         return spec
     takes_stage = "vp_stage" in inspect.signature(spec).parameters
     return spec(model_config, vp_stage=vp_stage) if takes_stage else spec(model_config)
+
+
+def _default_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
+    """What Megatron's pretrain_gpt.py builds without `--spec`."""
+    if hasattr(model_config, "transformer"):
+        from megatron.training.models.gpt import default_layer_spec
+
+        return default_layer_spec(model_config, vp_stage)
+    # 0.18 chooses in its script's gpt_builders.py, which is in no package
+    use_te = model_config.transformer_impl == "transformer_engine"
+    settings = {"normalization": model_config.normalization, "qk_l2_norm": model_config.qk_l2_norm}
+    if model_config.num_moe_experts is None:
+        return get_gpt_decoder_layer_specs(model_config, use_te, **settings)[0]
+    return get_gpt_decoder_block_spec(model_config, use_te, **settings, vp_stage=vp_stage)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from .registry import Patch
+from .releases import is_installed
 
 _COPIES = "fp32_from_fp16_params"
 """The checkpoint's key for the fp32 copies, a list for each parameter group."""
@@ -70,9 +71,23 @@ def _take_all(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_param_id_to_sharded_param_map
 
 
+def _tell_decay_apart(original: Any) -> Any:
+    reorder = original.__func__
+
+    def with_decay(group: dict[str, Any]) -> dict[str, Any]:
+        return {**group, "wd_mult": (group["wd_mult"], group.get("start_wd"), group.get("end_wd"))}
+
+    @functools.wraps(reorder)
+    def _filter_and_reorder_param_groups(current: list[Any], saved: list[Any]) -> list[Any]:
+        groups = reorder([with_decay(g) for g in current], [with_decay(g) for g in saved])
+        return [{**group, "wd_mult": group["wd_mult"][0]} for group in groups]
+
+    return staticmethod(_filter_and_reorder_param_groups)
+
+
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
-OPTIMIZER_CHECKPOINT_PATCHES = (
+_PATCHES = (
     Patch(
         id="optimizer-checkpoint",
         target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
@@ -92,3 +107,15 @@ OPTIMIZER_CHECKPOINT_PATCHES = (
         why="takes the numbering of optimizer-checkpoint",
     ),
 )
+_GROUPS = Patch(
+    id="optimizer-checkpoint-groups",
+    target=f"{_OPTIMIZER}:MegatronOptimizer._filter_and_reorder_param_groups",
+    replace=_tell_decay_apart,
+    why="tells mHC's group from that of norms and biases, as Megatron 0.19 does",
+    versions=">=0.18.2,<0.19",
+)
+
+
+def optimizer_checkpoint_patches() -> tuple[Patch, ...]:
+    """The patches that the installed Megatron needs."""
+    return (*_PATCHES, _GROUPS) if is_installed(_GROUPS.versions) else _PATCHES

@@ -4,10 +4,11 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
+
+from .releases import SUPPORTED, megatron_core_version
 
 ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
 """Turns single patches off: comma-separated ids with a minus in front, `-cpu-rng,-arguments`."""
@@ -34,7 +35,7 @@ class Patch:
     target: str
     replace: Callable[[Any], Any]
     why: str
-    versions: str = ">=0.19,<0.20"
+    versions: str = SUPPORTED
     optional: bool = False
 
 
@@ -45,14 +46,6 @@ class PatchStatus:
     patch: Patch
     state: Literal["applied", "off", "missing", "not asked for"]
     reason: str = ""
-
-
-def megatron_core_version() -> str | None:
-    """The installed Megatron-Core's version, None where there is none."""
-    try:
-        return version("megatron-core")
-    except PackageNotFoundError:
-        return None
 
 
 def turned_off() -> set[str]:

@@ -7,10 +7,11 @@ that on:
     python -m megatron_mhc.run --cpu examples/gpt/pretrain_gpt.py FLAGS --mhc
 
 FLAGS are Megatron's own (`--help` lists them); `train.sh` beside this file has a complete set.
-Written for Megatron-Core 0.19.
+Written for Megatron-Core 0.19; runs with 0.18 too.
 """
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,22 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
+
+try:
+    from megatron.training.argument_utils import gpt_config_from_args
+except ImportError:  # Megatron-Core 0.18 takes a function that builds the model instead
+    gpt_config_from_args = None
 
 Batch = dict[str, torch.Tensor]
 
@@ -117,11 +126,59 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tupl
     return output, partial(loss_func, batch["loss_mask"])
 
 
+def build_gpt(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> GPTModel:
+    """Builds this pipeline stage's part of the model, for Megatron-Core 0.18."""
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    spec = import_module(args.spec) if args.spec else None
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec
+        or get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=vp_stage,
+        ),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def describe_model(args: argparse.Namespace) -> tuple[Any, Callable[..., GPTModel] | None]:
+    """Megatron's settings of the run, and the function that builds the model if they do not."""
+    if gpt_config_from_args is None:
+        return pretrain_cfg_container_from_args(args), build_gpt
+    return pretrain_cfg_container_from_args(args, gpt_config_from_args(args)), None
+
+
 def main() -> None:
     """Reads Megatron's command line and trains."""
-    args = parse_and_validate_args()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    config, model_provider = describe_model(parse_and_validate_args())
+    pretrain(
+        config,
+        datasets_provider,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
+        model_provider=model_provider,
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import argparse
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
+from pretrain_gpt import describe_model
 
 END_OF_DOCUMENT = 256
 
@@ -59,11 +59,13 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     """Builds the model as training does and loads its weights, without an optimizer."""
     args.skip_train = args.no_load_optim = args.no_load_rng = True
     initialize_megatron()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    models, _, _ = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups
-    )
+    config, model_provider = describe_model(args)
+    if model_provider is not None:
+        how = {"model_provider_func": model_provider}
+    else:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        how = {"cfg_container": config, "pg_collection": groups}
+    models, _, _ = setup_model_and_optimizer(model_type=ModelType.encoder_or_decoder, **how)
     return models[0].eval()
 
 

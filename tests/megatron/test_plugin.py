@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_mhc import MHCConfig, with_mhc
+from megatron_mhc.patches.releases import (
+    REFUSED,
+    SUPPORTED,
+    is_installed,
+    megatron_core_version,
+)
 from tests.megatron.launch import ROOT
 
 TINY = [
@@ -124,6 +130,14 @@ def test_spec_is_megatrons_own_way(wide: subprocess.CompletedProcess[str], tmp_p
     assert losses(result)[0] == losses(wide)[0]
 
 
+@pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 calls a spec itself")
+def test_megatron_0_18_calls_no_spec_without_our_patch(tmp_path: Path) -> None:
+    spec = ["--spec", "megatron_mhc.spec", "gpt_layer_spec"]
+    result = python(*RUN, *spec, MEGATRON_MHC_PATCHES="-spec-function")
+    assert result.returncode != 0 and not losses(result)
+    assert "specialize for function" in result.stdout
+
+
 def test_a_spec_of_ones_own_gets_sites_too(tmp_path: Path) -> None:
     (tmp_path / "my_spec.py").write_text(
         "from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec\n"
@@ -211,23 +225,45 @@ def test_the_runners_help_lists_our_flags() -> None:
         assert flag in result.stdout
 
 
-def test_an_unsupported_megatron_is_refused_by_name(tmp_path: Path) -> None:
+REFUSALS = [
+    *((f"{series}.1", f"{series}.1 is not supported: {why}. ") for series, why in REFUSED.items()),
+    ("0.21.0", "0.21.0 is not supported. "),
+]
+WAYS = {
+    "runner": [*RUN, "--mhc"],
+    "auto": ["-c", "import megatron_mhc.auto"],
+    # as Megatron's own import_module does it: an ImportError would train the ordinary model
+    "spec": [
+        "-c",
+        "try: __import__('megatron_mhc.spec')\nexcept ImportError: print('trains without mHC')",
+    ],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("release", "message"), REFUSALS, ids=[r for r, _ in REFUSALS])
+def test_an_unsupported_megatron_is_refused_by_name(
+    release: str, message: str, way: str, tmp_path: Path
+) -> None:
     site = tmp_path / "sitecustomize.py"
     site.write_text(
         "import importlib.metadata as m\n"
         "real = m.version\n"
-        "m.version = lambda name: '0.21.0' if name == 'megatron-core' else real(name)\n"
+        f"m.version = lambda name: {release!r} if name == 'megatron-core' else real(name)\n"
     )
-    result = python(*RUN, "--mhc", PYTHONPATH=str(tmp_path))
+    result = python(*WAYS[way], PYTHONPATH=str(tmp_path))
     assert result.returncode != 0
-    assert "knows Megatron-Core >=0.19,<0.20; installed is 0.21.0" in result.stdout
+    assert (
+        f"UnsupportedMegatronError: Megatron-Core {message}megatron_mhc works with {SUPPORTED}:"
+        f" pip install 'megatron-core{SUPPORTED}'"
+    ) in result.stdout
 
 
 def test_doctor_knows_every_hook_and_patch() -> None:
     result = python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES="-parameter-groups")
     assert result.returncode == 0, result.stdout
     assert "MISSING" not in result.stdout and "ERROR" not in result.stdout
-    assert "megatron-core              0.19" in result.stdout
+    assert f"megatron-core              {megatron_core_version()}" in result.stdout
     assert "parameter-groups           off (by MEGATRON_MHC_PATCHES)" in result.stdout
     for applied in ("arguments", "validation", "built-model"):
         assert f"  {applied:26} applied" in result.stdout

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_mhc.patches import Patch, PatchError, Registry
+from megatron_mhc.patches.releases import SUPPORTED
 
 REGISTRY_MODULE = sys.modules[Registry.__module__]
 
@@ -73,7 +74,7 @@ def test_a_missing_target_names_everything_and_leaves_nothing(target: types.Modu
     registry, original = Registry(), target.function
     with pytest.raises(PatchError) as error:
         registry.apply(patch(), patch(id="gone", target="patch_target:nothing"))
-    for part in ("'gone'", "patch_target:nothing", "0.19.2", ">=0.19,<0.20"):
+    for part in ("'gone'", "patch_target:nothing", "0.19.2", SUPPORTED):
         assert part in str(error.value)
     assert target.function is original
     assert registry.status(patch(target="patch_target:nothing"))[0].state == "missing"
@@ -93,13 +94,13 @@ def test_an_optional_target_may_be_missing(target: types.ModuleType) -> None:
     assert registry.status(patch(target="no_such_module:x"))[0].state == "missing"
 
 
-@pytest.mark.parametrize("version", ["0.18.2", "0.20.0", None])
+@pytest.mark.parametrize("version", ["0.17.1", "0.20.0", None])
 def test_another_version_is_refused_by_name(
     target: types.ModuleType, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     monkeypatch.setattr(REGISTRY_MODULE, "megatron_core_version", lambda: version)
     with pytest.raises(
-        PatchError, match=f"knows Megatron-Core >=0.19,<0.20; installed is {version or 'none'}"
+        PatchError, match=f"knows Megatron-Core {SUPPORTED}; installed is {version or 'none'}"
     ):
         Registry().apply(patch())
 
