@@ -44,7 +44,7 @@ def train(processes: int, flags: list[str], **environment: str) -> tuple[list[st
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes), "-m", "megatron_mhc.run", "--cpu"),
-        *("examples/gpt/pretrain_gpt.py", *FLAGS, *flags),
+        *("examples/pretrain_gpt.py", *FLAGS, *flags),
     ]
     threads = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

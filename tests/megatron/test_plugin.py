@@ -28,7 +28,7 @@ TINY = [
         "0",
     ),
 ]
-SCRIPT = "examples/gpt/pretrain_gpt.py"
+SCRIPT = "examples/pretrain_gpt.py"
 RUN = ["-m", "megatron_mhc.run", "--cpu", SCRIPT, *TINY]
 
 
