@@ -1,7 +1,8 @@
 """Makes a small real text corpus without a download: the sources of Python's standard library.
 
-Or, with `--with-packages`, of the installed packages too. Each `.py` file is one document, one token
-a byte (0 to 255), closed by an end-of-document token (256), written as Megatron's indexed dataset:
+Or, with `--with-packages`, of the installed packages too. Each `.py` file is one document, one
+token a byte (0 to 255), closed by an end-of-document token (256), written as Megatron's indexed
+dataset:
 
     python examples/prepare_data.py --output runs/data/stdlib
     ... pretrain_gpt.py --data-path runs/data/stdlib --tokenizer-type NullTokenizer --vocab-size 257

@@ -13,13 +13,14 @@ from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCH
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
+from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
     validation_patch,
 )
 
-from . import arguments, memory, monitor, parameters, pipeline, report
+from . import accounting, arguments, memory, monitor, parameters, pipeline, report
 
 
 class _Seen:
@@ -47,7 +48,9 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
     report.check_model(chunks, config)
     pipeline.check_stages(chunks, config)
     args = get_args()
-    counts = report.sites_and_parameters(config, args.num_layers, args.hidden_size)
+    counts = accounting.sites_and_parameters(
+        config, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
+    )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     if seen.banner is None:
         seen.banner = report.banner(config, source, *counts, device, memory.plan_of(chunks))
@@ -59,6 +62,13 @@ def _run_schedule(name: str, original: Callable[..., Any], arguments: dict[str, 
     from .schedule import run_overlapped
 
     return run_overlapped(name, original, arguments)
+
+
+def _extra_flops_a_token(args: argparse.Namespace) -> float:
+    """mHC's FLOPs a token of a training step, none where it is off."""
+    if not getattr(args, "mhc", False):
+        return 0.0
+    return accounting.training_flops_a_token(args, arguments.config_from_arguments(args))
 
 
 def model_patches() -> tuple[Patch, ...]:
@@ -78,6 +88,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         validation_patch(arguments.prepare_arguments, arguments.check_arguments),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
+        throughput_patch(_extra_flops_a_token),
         *model_patches(),
         SHIPPED_HELPERS,
     )

@@ -53,6 +53,7 @@ TRAIN_ARGS=(
     --eval-iters 16
     --save-interval 1000
     --async-save
+    --use-persistent-ckpt-worker
 )
 
 DATA_ARGS=(

@@ -80,6 +80,7 @@ TRAIN_ARGS=(
     --eval-iters 16
     --save-interval 1000
     --async-save
+    --use-persistent-ckpt-worker
 )
 
 DATA_ARGS=(

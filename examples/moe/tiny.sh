@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 NAME=moe-tiny
 source examples/launch.sh
-iterations 100
+iterations 200
 on_cpu
 byte_data stdlib
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.accounting import sites_and_parameters
 from megatron_mhc.arguments import (
     SETTINGS,
     add_mhc_arguments,
@@ -21,7 +22,6 @@ from megatron_mhc.compatibility import (
     check_transformer_config,
 )
 from megatron_mhc.connection import Head, HyperConnection
-from megatron_mhc.report import sites_and_parameters
 
 
 @pytest.mark.parametrize(
