@@ -9,6 +9,7 @@ import torch
 from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
 from megatron_mhc.patches.metrics import metrics_patch
+from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import OPTIMIZER_CHECKPOINT_PATCHES
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
@@ -71,6 +72,13 @@ def _extra_flops_a_token(args: argparse.Namespace) -> float:
     return accounting.training_flops_a_token(args, arguments.config_from_arguments(args))
 
 
+def _like_decoder(decoder: Any, mtp: Any) -> Any:
+    """`spec.like_decoder`, imported when there is a model to build."""
+    from .spec import like_decoder
+
+    return like_decoder(decoder, mtp)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
@@ -78,6 +86,7 @@ def model_patches() -> tuple[Patch, ...]:
         *OPTIMIZER_CHECKPOINT_PATCHES,
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
+        mtp_patch(_like_decoder),
     )
 
 

@@ -65,11 +65,6 @@ CONFLICTS = (
         "layers of different kinds are not tried yet; drop the flag",
     ),
     Conflict(
-        "--mtp-num-layers",
-        _is_set("mtp_num_layers", 0),
-        "multi-token prediction is not built yet; drop the flag",
-    ),
-    Conflict(
         "--cuda-graph-impl",
         _is_set("cuda_graph_impl", "none"),
         "CUDA graphs are not tried yet; use --cuda-graph-impl none",

@@ -3,7 +3,8 @@
 The way of a token: the first layer replicates the embedding into n streams (entry); each site reads
 them in front of its norm (`Site.read`) and writes to them where the residual was added
 (`Site.write`); the last layer contracts them (exit). Between layers they are one tensor
-[s, b, n*C], stream-major: index j*C + c.
+[s, b, n*C], stream-major: index j*C + c. A layer of multi-token prediction, which gets one stream
+(the last layer's, normed and projected with the next token's embedding), is entry and exit at once.
 """
 
 import functools
@@ -164,7 +165,9 @@ class MHCLayer(TransformerLayer):
         mark_streams(config, mhc)
         self.mhc = mhc
         self.chunk = kwargs.get("vp_stage")
-        first_site = 2 * (self.layer_number - 1)
+        self.is_mtp = bool(kwargs.get("is_mtp_layer"))
+        # Megatron numbers the layers of multi-token prediction from 1 again
+        first_site = 2 * (self.layer_number - 1 + self.is_mtp * config.num_layers)
         build = functools.partial(
             HyperConnection, mhc, config.hidden_size, sequence_parallel=config.sequence_parallel
         )
@@ -185,8 +188,8 @@ class MHCLayer(TransformerLayer):
         self.recompute_plan: Plan | None = None
         if mhc.recompute is not None:
             self._join_block(before)
-        self.is_entry = self.layer_number == 1
-        self.is_exit = self.layer_number == config.num_layers
+        self.is_entry = self.is_mtp or self.layer_number == 1
+        self.is_exit = self.is_mtp or self.layer_number == config.num_layers
         if self.is_exit and mhc.learned_head:
             self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
 
@@ -249,6 +252,7 @@ def _layer_before(layer: MHCLayer) -> MHCLayer | None:
     _last_built = weakref.ref(layer)
     is_before = (
         before is not None
+        and not (before.is_mtp or layer.is_mtp)
         and before.config is layer.config
         and before.chunk == layer.chunk
         and before.layer_number == layer.layer_number - 1

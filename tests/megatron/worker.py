@@ -39,6 +39,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  #
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.connection import HyperConnection  # noqa: E402
@@ -204,6 +205,9 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     """One chunk of the model. Its weights are those of the whole model, built alike everywhere."""
     model_parallel_cuda_manual_seed(7)
     spec = layer_spec(s, config, chunk)
+    mtp = None
+    if config.mtp_num_layers:
+        mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
     if s.mhc is not None:
         spec = with_mhc(spec, MHCConfig(**s.mhc))
     model = GPTModel(
@@ -216,6 +220,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
         vp_stage=chunk,
+        mtp_block_spec=mtp,
     )
     seed_weights(model, s.perturb)
     for layer in model.decoder.layers if s.mhc is not None else ():
@@ -329,6 +334,17 @@ def mean_loss(reduced: list[dict[str, Tensor]]) -> float:
     return losses.mean().item()
 
 
+def mtp_loss() -> list[float]:
+    """The losses of multi-token prediction since the last call, a depth each, as logged."""
+    tracker = MTPLossLoggingHelper.tracker
+    mine = tracker["loss_values"].tolist() if "loss_values" in tracker else None
+    MTPLossLoggingHelper.tracker = {}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    ranks = [values for values in gathered if values is not None]
+    return [sum(depth) / len(ranks) for depth in zip(*ranks, strict=True)]
+
+
 def _leaves(state: Any) -> Iterator[ShardedTensor]:
     values = state.values() if isinstance(state, dict) else state
     for value in values:
@@ -369,8 +385,9 @@ def run(s: Scenario) -> dict[str, Any]:
     """Build, train and describe a scenario.
 
     Returns:
-        losses (one a step), parameters (whole, after training), gradients (of the parameters of
-        mHC on this rank, a dict a step), dtypes and weight_decay (of each parameter, by name), and
+        losses (one a step), mtp_losses (a list a step: of all its microbatches, by depth),
+        parameters (whole, after training), gradients (of mHC's on this rank, a dict a step),
+        dtypes and weight_decay (of each parameter, by name), and
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside).
@@ -457,12 +474,13 @@ def train(s: Scenario) -> dict[str, Any]:
     for name, module in cores[0].named_modules():
         if isinstance(module, HyperConnection):
             module.register_forward_hook(count(name))
-    losses, gradients = [], []
+    losses, gradients, mtp_losses = [], [], []
     for step in range(s.first_step, s.first_step + s.steps):
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         losses.append(run_step(step))
+        mtp_losses.append(mtp_loss())
         gradients.append(
             {
                 name: parameter.main_grad.detach().clone()
@@ -487,6 +505,7 @@ def train(s: Scenario) -> dict[str, Any]:
     result = {
         "losses": losses,
         "gradients": gradients,
+        "mtp_losses": mtp_losses,
         "parameters": full_parameters(cores),
         "held": held,
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},

@@ -133,7 +133,6 @@ GIVEN = {
         "overlap_p2p_comm": False,
     },
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
-    "--mtp-num-layers": {"mtp_num_layers": 1},
     "--cuda-graph-impl": {"cuda_graph_impl": "local"},
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
