@@ -63,7 +63,8 @@ class Scenario:
         tied: whether the output layer's weight is the embedding's.
         evaluate: after training, run the microbatches of one more step forward only.
         ddp, optimizer: settings of the distributed wrapper and the optimizer.
-        kind: the spec: "dense", "moe", "mla" or "block" (a dense TransformerBlockSubmodules).
+        kind: the spec: "dense", "moe", "mla", "mla moe", "block" (a dense
+            TransformerBlockSubmodules) or "own norm" (`OwnNorm` in both norm slots).
         perturb: give mHC's parameters values of a trained model's size instead of their start.
         save, load: folders of a distributed checkpoint of the model.
         bf16: train in bf16.
@@ -129,7 +130,7 @@ def transformer_config(s: Scenario) -> TransformerConfig:
         "params_dtype": torch.bfloat16 if s.bf16 else torch.float32,
         "pipeline_dtype": torch.bfloat16 if s.bf16 else torch.float32,
     }
-    if s.kind == "moe":
+    if "moe" in s.kind:
         settings |= {
             "num_moe_experts": 4,
             "moe_router_topk": 2,
@@ -137,7 +138,7 @@ def transformer_config(s: Scenario) -> TransformerConfig:
             "moe_ffn_hidden_size": 96,
             "add_bias_linear": False,
         }
-    if s.kind == "mla":
+    if "mla" in s.kind:
         settings |= {
             "multi_latent_attention": True,
             "q_lora_rank": 32,
@@ -152,13 +153,29 @@ def transformer_config(s: Scenario) -> TransformerConfig:
     return TransformerConfig(**(settings | s.config))
 
 
+class OwnNorm(torch.nn.Module):
+    """A norm that Megatron has never heard of, built as it builds its own (and Apex's)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x over its largest element's size."""
+        return self.weight * x / (x.abs().amax(-1, keepdim=True) + self.eps)
+
+
 def layer_spec(s: Scenario, config: TransformerConfig, chunk: int | None) -> Any:
     """The spec that Megatron's own function returns for this kind of model."""
-    if s.kind in ("moe", "block"):
+    if s.kind in ("moe", "mla moe", "block"):
         return specs.get_gpt_decoder_block_spec(config, False, vp_stage=chunk)
     if s.kind == "mla":
         return specs.get_gpt_layer_local_spec(multi_latent_attention=True)
-    return specs.get_gpt_layer_local_spec(normalization=config.normalization)
+    spec = specs.get_gpt_layer_local_spec(normalization=config.normalization)
+    if s.kind == "own norm":
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = OwnNorm
+    return spec
 
 
 PERTURBATION = {"phi": 0.05, "theta": 0.05, "alpha": 0.3, "bias": 0.5}
