@@ -65,6 +65,11 @@ CONFLICTS = (
         "layers of different kinds are not tried yet; drop the flag",
     ),
     Conflict(
+        "--hybrid-layer-pattern",
+        _is_set("hybrid_layer_pattern"),
+        "mHC has sites for TransformerLayers, and a HybridModel has others too; use a GPTModel",
+    ),
+    Conflict(
         "--cuda-graph-impl",
         _is_set("cuda_graph_impl", "none"),
         "CUDA graphs are not tried yet; use --cuda-graph-impl none",

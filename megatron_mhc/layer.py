@@ -218,8 +218,18 @@ class MHCLayer(TransformerLayer):
         block.join(self.attention_site, self.mlp_site)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C]."""
+        """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C].
+
+        Raises:
+            ValueError: inference over several pipeline stages, which exchange one stream there.
+        """
         n = self.mhc.num_streams
+        inference = kwargs.get("inference_context") or kwargs.get("inference_params")
+        if inference is not None and self.config.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                "Megatron's inference sends one stream between pipeline stages, and mHC has"
+                f" {n}: load the checkpoint with --pipeline-model-parallel-size 1"
+            )
         if self.is_entry:
             hidden_states = hidden_states.repeat(1, 1, n)
         streams, context = super().forward(hidden_states, *args, **kwargs)

@@ -284,6 +284,14 @@ def test_specs_that_mhc_refuses() -> None:
     other.module = IdentityOp
     with pytest.raises(ValueError, match=r"needs a TransformerLayer and the spec has .*IdentityOp"):
         with_mhc(other)
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    hybrid = ModuleSpec(module=HybridStack, submodules=HybridStackSubmodules())
+    with pytest.raises(
+        ValueError, match=r"needs a TransformerLayer and the spec has .*HybridStack"
+    ):
+        with_mhc(hybrid)
     with pytest.raises(ValueError, match="call a spec function before with_mhc"):
         with_mhc(specs)
 

@@ -31,6 +31,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs as specs  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -75,6 +76,7 @@ class Scenario:
         evaluate_between: run the microbatches of a step forward only, after every step.
         hold: count the bytes that a forward keeps for its backward (`held_bytes`).
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
+        decode: after training, read some tokens at once and token by token (`decoded`).
     """
 
     steps: int = 3
@@ -99,6 +101,7 @@ class Scenario:
     evaluate_between: bool = False
     hold: bool = False
     rebuild_ahead: bool = False
+    decode: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -324,6 +327,28 @@ def forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[Te
     return losses, loss
 
 
+@torch.no_grad()
+def decoded(model: GPTModel) -> dict[str, Tensor]:
+    """Logits [b, t, VOCABULARY] of the last five of twelve tokens.
+
+    whole: all tokens in one forward; cached: eight, then one at a time, past keys and values kept.
+    """
+    model.eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(12).expand(2, -1)
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).triu(1)
+    whole = model(tokens, positions, mask)
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=12)
+    options = {"inference_context": context, "runtime_gather_output": True}
+    parts = [model(tokens[:, :8], positions[:, :8], mask[..., :8, :8], **options)]
+    context.enable_decode_mode()
+    for at in range(8, 12):
+        context.sequence_len_offset = at
+        one = slice(at, at + 1)
+        parts.append(model(tokens[:, one], positions[:, one], None, **options))
+    return {"whole": whole[:, -5:], "cached": torch.cat(parts, 1)[:, -5:]}
+
+
 def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:
     """Every parameter of the whole model by its checkpoint key, put together from all ranks."""
     shards = [
@@ -538,6 +563,7 @@ def train(s: Scenario) -> dict[str, Any]:
             for parameter in group["params"]
             if parameter in names
         },
+        "decoded": decoded(cores[0]) if s.decode else None,
     }
     parallel_state.destroy_model_parallel()
     return result
