@@ -181,8 +181,11 @@ class MHCLayer(TransformerLayer):
         self.mlp_bda = self.mlp_site.write
         self.attention_site.following = self.mlp_site
         before = _layer_before(self)
-        # not under full recompute: what a checkpointed layer leaves on the next has no gradient
-        if before is not None and config.recompute_granularity != "full":
+        # not under full recompute, nor where a layer is a CUDA graph: what it leaves on the next
+        # has no gradient, or is not renewed
+        alone = config.recompute_granularity == "full"
+        alone |= config.cuda_graph_impl in ("local", "transformer_engine")
+        if before is not None and not alone:
             before.mlp_site.following = self.attention_site
         self.recompute_block: Block | None = None
         self.recompute_plan: Plan | None = None
