@@ -39,6 +39,7 @@ PAIR: dict[str, dict[str, Any]] = {
         **PIPELINED,
         "parallel": stages(2, virtual_pipeline_model_parallel_size=2),
     },
+    "overlapped": {**PIPELINED, "parallel": stages(2), "mhc": {"overlap_p2p": True}},
     "tensor parallel": {
         **PIPELINED,
         "parallel": {"tensor_model_parallel_size": 2},
