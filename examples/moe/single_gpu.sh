@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A small DeepSeek-like mixture of experts on one GPU, in 20 minutes or less.
+# A small DeepSeek-like mixture of experts on one GPU, meant for 20 minutes.
 #
 #   MINUTES=8 examples/moe/single_gpu.sh               a piece of 8 minutes; again for the next one
 #   examples/moe/single_gpu.sh --fp8-format hybrid --moe-router-padding-for-quantization
