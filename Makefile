@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the ordinary model)
-	MHC=$(MHC) PYTHON=$(abspath $(BIN)/python) examples/gpt/train.sh
+	MHC=$(MHC) PYTHON=$(abspath $(BIN)/python) examples/train.sh
 
 test: env  ## Run the tests (those that need a GPU are skipped where there is none)
 	$(BIN)/python -m pytest $(TESTS)

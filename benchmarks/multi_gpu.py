@@ -1,4 +1,4 @@
-"""Training runs on several GPUs of one host, through `examples/gpt/pretrain_gpt.py`, and a table.
+"""Training runs on several GPUs of one host, through `examples/pretrain_gpt.py`, and a table.
 
     benchmarks/multi_gpu.sh --out runs/multi_gpu
 
@@ -115,7 +115,7 @@ class Bench:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(gpus), "-m", "megatron_mhc.run"),
             *(["--cpu"] if self.cpu else []),
-            "examples/gpt/pretrain_gpt.py",
+            "examples/pretrain_gpt.py",
             *COMMON.split(),
             *(CPU if self.cpu else GPU).split(),
             *flags.split(),

@@ -3,7 +3,7 @@
 #
 #   benchmarks/train_gpu.sh [FOLDER]
 #
-# First examples/gpt/train.sh; then, where FOLDER holds a stock pretrain_gpt.py of Megatron-LM, that
+# First examples/train.sh; then, where FOLDER holds a stock pretrain_gpt.py of Megatron-LM, that
 # one through the runner with the same flags, and says whether the two print the same losses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,13 +12,13 @@ STOCK=${1:-}
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO=0
 export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs} ITERATIONS=100
 
-examples/gpt/train.sh
+examples/train.sh
 read -r -a command <<<"$(cat "$RUNS/gpt-mhc/command")"
 log=$RUNS/gpt-mhc/train.log
 losses() { grep -oE 'iteration +[0-9]+/.*lm loss: [^ ]+' "$1" | sed -E 's/ +consumed.*lm loss:/ loss/'; }
 losses "$log" >"$RUNS/ours.txt"
 if [ -n "$STOCK" ]; then
-    stock=("${command[@]/#examples\/gpt\/pretrain_gpt.py/$STOCK/pretrain_gpt.py}")
+    stock=("${command[@]/#examples\/pretrain_gpt.py/$STOCK/pretrain_gpt.py}")
     stock=("${stock[@]/#"$RUNS/gpt-mhc/"/"$RUNS/stock/"}")
     mkdir -p "$RUNS/stock"
     echo "== stock script: ${stock[*]}"

@@ -1,7 +1,9 @@
 """`python -m megatron_mhc doctor | plot | convert`."""
 
 import argparse
+import os
 import sys
+import warnings
 from pathlib import Path
 
 CONVERT = """\
@@ -32,6 +34,26 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"convert: wrote {made}; train with {flags_of(mhc)} --load {args.target}")
 
 
+def check_flags(flags: list[str]) -> None:
+    """`doctor --args`: the page, or exit status 2 and what is wrong with the flags."""
+    # before Megatron is imported: it decides what to compile at import
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("RANK", "0")
+    from megatron_mhc.patches import cpu
+
+    with warnings.catch_warnings(action="ignore"):  # of what is not installed for training
+        cpu.enter()
+        from .activate import activate
+        from .dry_run import FlagsError, report
+
+        activate()
+    try:
+        print(report(flags))
+    except FlagsError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main() -> None:
     """Parse the command line and do what it names."""
     parser = argparse.ArgumentParser(
@@ -39,8 +61,15 @@ def main() -> None:
         description="Tools of megatron_mhc. To train, use python -m megatron_mhc.run.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
+    doctor = commands.add_parser(
         "doctor", help="print versions, hooks found or missing, and every patch with its state"
+    )
+    doctor.add_argument(
+        "--args",
+        nargs=argparse.REMAINDER,
+        metavar="FLAG",
+        help="a training script's flags instead: check them, and print parameters, FLOPs and memory"
+        " a GPU without training (WORLD_SIZE in the environment: how many GPUs)",
     )
     plot = commands.add_parser(
         "plot", help="draw loss, gradient norm, gains and H_res of runs, and a page with them"
@@ -65,7 +94,9 @@ def main() -> None:
 
         add_setting_flags(convert, (*FUNCTION_FIELDS, "init"))
     args = parser.parse_args()
-    if args.command == "doctor":
+    if args.command == "doctor" and args.args is not None:
+        check_flags(args.args)
+    elif args.command == "doctor":
         from .doctor import report
 
         print(report())

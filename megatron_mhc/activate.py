@@ -10,19 +10,21 @@ from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
 from megatron_mhc.patches.metrics import metrics_patch
+from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from megatron_mhc.patches.releases import check_release
 from megatron_mhc.patches.spec_function import spec_function_patches
+from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
     validation_patch,
 )
 
-from . import arguments, checkpoint, memory, monitor, parameters, pipeline, report
+from . import accounting, arguments, checkpoint, memory, monitor, parameters, pipeline, report
 
 
 class _Seen:
@@ -50,7 +52,9 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
     report.check_model(chunks, config)
     pipeline.check_stages(chunks, config)
     args = get_args()
-    counts = report.sites_and_parameters(config, args.num_layers, args.hidden_size)
+    counts = accounting.sites_and_parameters(
+        config, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
+    )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     if seen.banner is None:
         seen.banner = report.banner(config, source, *counts, device, memory.plan_of(chunks))
@@ -64,6 +68,20 @@ def _run_schedule(name: str, original: Callable[..., Any], arguments: dict[str, 
     return run_overlapped(name, original, arguments)
 
 
+def _extra_flops_a_token(args: argparse.Namespace) -> float:
+    """mHC's FLOPs a token of a training step, none where it is off."""
+    if not getattr(args, "mhc", False):
+        return 0.0
+    return accounting.training_flops_a_token(args, arguments.config_from_arguments(args))
+
+
+def _like_decoder(decoder: Any, mtp: Any) -> Any:
+    """`spec.like_decoder`, imported when there is a model to build."""
+    from .spec import like_decoder
+
+    return like_decoder(decoder, mtp)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
@@ -72,6 +90,7 @@ def model_patches() -> tuple[Patch, ...]:
         checkpoint_load_patch(checkpoint.check_load),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
+        mtp_patch(_like_decoder),
     )
 
 
@@ -83,6 +102,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
         *spec_function_patches(),
+        throughput_patch(_extra_flops_a_token),
         *model_patches(),
         SHIPPED_HELPERS,
     )

@@ -65,9 +65,9 @@ CONFLICTS = (
         "layers of different kinds are not tried yet; drop the flag",
     ),
     Conflict(
-        "--mtp-num-layers",
-        _is_set("mtp_num_layers", 0),
-        "multi-token prediction is not built yet; drop the flag",
+        "--hybrid-layer-pattern",
+        _is_set("hybrid_layer_pattern"),
+        "mHC has sites for TransformerLayers, and a HybridModel has others too; use a GPTModel",
     ),
     Conflict(
         "--cuda-graph-impl",

@@ -3,7 +3,8 @@
 The way of a token: the first layer replicates the embedding into n streams (entry); each site reads
 them in front of its norm (`Site.read`) and writes to them where the residual was added
 (`Site.write`); the last layer contracts them (exit). Between layers they are one tensor
-[s, b, n*C], stream-major: index j*C + c.
+[s, b, n*C], stream-major: index j*C + c. A layer of multi-token prediction, which gets one stream
+(the last layer's, normed and projected with the next token's embedding), is entry and exit at once.
 """
 
 import functools
@@ -166,7 +167,9 @@ class MHCLayer(TransformerLayer):
         self.mhc = mhc
         self.mhc_settings = StoredSettings(mhc)
         self.chunk = kwargs.get("vp_stage")
-        first_site = 2 * (self.layer_number - 1)
+        self.is_mtp = bool(kwargs.get("is_mtp_layer"))
+        # Megatron numbers the layers of multi-token prediction from 1 again
+        first_site = 2 * (self.layer_number - 1 + self.is_mtp * config.num_layers)
         build = functools.partial(
             HyperConnection, mhc, config.hidden_size, sequence_parallel=config.sequence_parallel
         )
@@ -180,15 +183,18 @@ class MHCLayer(TransformerLayer):
         self.mlp_bda = self.mlp_site.write
         self.attention_site.following = self.mlp_site
         before = _layer_before(self)
-        # not under full recompute: what a checkpointed layer leaves on the next has no gradient
-        if before is not None and config.recompute_granularity != "full":
+        # not under full recompute, nor where a layer is a CUDA graph: what it leaves on the next
+        # has no gradient, or is not renewed
+        alone = config.recompute_granularity == "full"
+        alone |= config.cuda_graph_impl in ("local", "transformer_engine")
+        if before is not None and not alone:
             before.mlp_site.following = self.attention_site
         self.recompute_block: Block | None = None
         self.recompute_plan: Plan | None = None
         if mhc.recompute is not None:
             self._join_block(before)
-        self.is_entry = self.layer_number == 1
-        self.is_exit = self.layer_number == config.num_layers
+        self.is_entry = self.is_mtp or self.layer_number == 1
+        self.is_exit = self.is_mtp or self.layer_number == config.num_layers
         if self.is_exit and mhc.learned_head:
             self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
 
@@ -217,8 +223,18 @@ class MHCLayer(TransformerLayer):
         block.join(self.attention_site, self.mlp_site)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C]."""
+        """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C].
+
+        Raises:
+            ValueError: inference over several pipeline stages, which exchange one stream there.
+        """
         n = self.mhc.num_streams
+        inference = kwargs.get("inference_context") or kwargs.get("inference_params")
+        if inference is not None and self.config.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                "Megatron's inference sends one stream between pipeline stages, and mHC has"
+                f" {n}: load the checkpoint with --pipeline-model-parallel-size 1"
+            )
         if self.is_entry:
             hidden_states = hidden_states.repeat(1, 1, n)
         streams, context = super().forward(hidden_states, *args, **kwargs)
@@ -251,6 +267,7 @@ def _layer_before(layer: MHCLayer) -> MHCLayer | None:
     _last_built = weakref.ref(layer)
     is_before = (
         before is not None
+        and not (before.is_mtp or layer.is_mtp)
         and before.config is layer.config
         and before.chunk == layer.chunk
         and before.layer_number == layer.layer_number - 1

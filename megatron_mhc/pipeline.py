@@ -49,7 +49,7 @@ def check_stages(chunks: Iterable[Any], mhc: MHCConfig) -> None:
         return
     mine = []
     for chunk in chunks:
-        layers = [m for m in chunk.modules() if isinstance(m, MHCLayer)]
+        layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
         width = layers[0].config.hidden_size * mhc.num_streams if layers else None
         dtype = str(layers[0].config.pipeline_dtype) if layers else None
         mine.append((width, dtype, mhc.overlap_in_flight if mhc.overlap_p2p else 0))
@@ -61,7 +61,8 @@ def check_stages(chunks: Iterable[Any], mhc: MHCConfig) -> None:
     if any(width is None for width, *_ in flat):
         raise ValueError(
             "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
-            " one on each. Give every stage a layer (fewer stages, another split)."
+            " one on each (one of multi-token prediction does not count: it reads one stream). Give"
+            " every stage a layer (fewer stages, another split)."
             f" (width, dtype, overlap) of each chunk: {described}"
         )
     if len(set(flat)) > 1:

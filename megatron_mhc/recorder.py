@@ -36,13 +36,16 @@ def h_pre_of(connection: HyperConnection, x: Tensor) -> Tensor:
 
 
 def connections(chunks: Iterable[torch.nn.Module]) -> dict[int, HyperConnection]:
-    """The sites of these model chunks, by index from the start of the whole model."""
+    """The sites of these model chunks, by index from the start of the whole model.
+
+    Without those of multi-token prediction, which are no part of the product over depth.
+    """
     from .layer import MHCLayer
 
     found = {}
     for chunk in chunks:
         for layer in chunk.modules():
-            if isinstance(layer, MHCLayer):
+            if isinstance(layer, MHCLayer) and not layer.is_mtp:
                 first = 2 * (layer.layer_number - 1)
                 found[first] = layer.attention_connection
                 found[first + 1] = layer.mlp_connection

@@ -7,21 +7,13 @@ import torch
 
 from megatron_mhc import kernels
 
+from .accounting import sites_and_parameters
 from .config import MHCConfig
 from .memory import Plan
 
 
 class DenseModelError(RuntimeError):
     """mHC was asked for and a layer of the model came out with ordinary residual connections."""
-
-
-def sites_and_parameters(mhc: MHCConfig, num_layers: int, hidden_size: int) -> tuple[int, int]:
-    """How many sites a model of these sizes has, and how many parameters mHC adds to it."""
-    n, sites = mhc.num_streams, 2 * num_layers
-    rows = n * n + 2 * n
-    projection = (n + 2) * hidden_size if mhc.variant == "hc" else rows * n * hidden_size
-    head = n * n * hidden_size + n + 1 if mhc.learned_head else 0
-    return sites, sites * (projection + 3 + rows) + head
 
 
 def banner(
@@ -94,6 +86,9 @@ def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
     # a tensor's device: where the CPU stands in for CUDA, that is the CPU
     device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
     counts = sites_and_parameters(
-        mhc, transformer_config.num_layers, transformer_config.hidden_size
+        mhc,
+        transformer_config.num_layers,
+        transformer_config.hidden_size,
+        transformer_config.mtp_num_layers or 0,
     )
     print_banner(banner(mhc, source, *counts, device))

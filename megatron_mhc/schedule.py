@@ -49,7 +49,7 @@ def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
     The first site of the model reads the embedding and the last one feeds the head: both of them
     have no link, and stay on the compute stream.
     """
-    layers = [module for module in chunk.modules() if isinstance(module, MHCLayer)]
+    layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
     if not layers[0].is_entry:
         layers[0].attention_site.aside = aside
     if not layers[-1].is_exit:

@@ -19,19 +19,25 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from .activate import model_patches
 from .arguments import active_config, base_spec
 from .config import MHCConfig
-from .layer import mhc_layer
+from .layer import MHCLayer, mhc_layer
 from .report import announce_spec
 
 
-def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
-    spec: Spec, config: MHCConfig | None = None
-) -> Spec:
+def with_mhc[
+    Spec: (
+        ModuleSpec,
+        TransformerBlockSubmodules,
+        MultiTokenPredictionBlockSubmodules,
+        list[ModuleSpec],
+    )
+](spec: Spec, config: MHCConfig | None = None) -> Spec:
     """The same spec with mHC instead of residual connections; the argument is left as it was.
 
     Also applies the patches that a model with mHC needs (`activate.model_patches`): none for its
@@ -39,7 +45,8 @@ def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
 
     Args:
         spec: what Megatron's spec functions return: a layer's ModuleSpec, a list of them, a
-            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock.
+            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock; or the spec of
+            multi-token prediction (which a GPTModel with mHC gives the same settings by itself).
         config: the settings, the defaults if None.
 
     Returns:
@@ -58,6 +65,10 @@ def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
         wide = copy.copy(spec)
         wide.layer_specs = [_layer_with_mhc(layer, config) for layer in spec.layer_specs or []]
         return wide
+    if isinstance(spec, MultiTokenPredictionBlockSubmodules):
+        deep = copy.copy(spec)
+        deep.layer_specs = [_mtp_with_mhc(layer, config) for layer in spec.layer_specs or []]
+        return deep
     if not isinstance(spec, ModuleSpec):
         raise ValueError(
             f"spec is {spec!r}; expected a layer's ModuleSpec, a list of them or a"
@@ -68,6 +79,34 @@ def with_mhc[Spec: (ModuleSpec, TransformerBlockSubmodules, list[ModuleSpec])](
         wide.submodules = with_mhc(spec.submodules, config)
         return wide
     return _layer_with_mhc(spec, config)
+
+
+def _has_mhc(layer: Any) -> bool:
+    module = getattr(layer, "module", None)
+    return isinstance(module, type) and issubclass(module, MHCLayer)
+
+
+def _mtp_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
+    """A layer of multi-token prediction whose Transformer layer has mHC (or keeps it)."""
+    wide = copy.copy(spec)
+    wide.submodules = copy.copy(spec.submodules)
+    inner = wide.submodules.mtp_model_layer
+    if not _has_mhc(inner):
+        wide.submodules.mtp_model_layer = _layer_with_mhc(inner, config)
+    return wide
+
+
+def like_decoder(decoder: Any, mtp: Any) -> Any:
+    """The spec of multi-token prediction with the decoder's mHC, if the decoder has it.
+
+    Args:
+        decoder: the spec that a GPTModel gets for its decoder.
+        mtp: the one that it gets for multi-token prediction, or None.
+    """
+    submodules = getattr(decoder, "submodules", decoder)
+    layers = getattr(submodules, "layer_specs", None) or [decoder]
+    settings = [layer.params["mhc"] for layer in layers if _has_mhc(layer)]
+    return with_mhc(mtp, settings[-1]) if settings and mtp is not None else mtp
 
 
 def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:

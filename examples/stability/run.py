@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MAIN = ROOT / "examples" / "gpt" / "pretrain_gpt.py"
-DATA = ROOT / "examples" / "gpt" / "prepare_data.py"
+MAIN = ROOT / "examples" / "pretrain_gpt.py"
+DATA = ROOT / "examples" / "prepare_data.py"
 MODELS = {"ordinary": [], "hc": ["--mhc", "--mhc-variant", "hc"], "mhc": ["--mhc"]}
 NOT_FINITE = re.compile(r"is not finite|found NaN|found Inf|NaN in local grad|Inf in local grad")
 """What the main script and Megatron say when a loss or a gradient is no number."""

@@ -1,7 +1,5 @@
 """Selective recompute on a GPU: the rebuild's bits, and models of Transformer Engine's spec."""
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,33 +31,6 @@ def test_rebuild_in_other_dtypes(n: int, dtype: torch.dtype) -> None:
 
 
 SEQUENCE, BATCH, HIDDEN, LAYERS, VOCABULARY = 256, 2, 512, 5, 128
-
-
-@pytest.fixture(scope="module")
-def megatron() -> Iterator[None]:
-    """Megatron-Core with Transformer Engine, alone on this GPU, its algorithms deterministic."""
-    pytest.importorskip("transformer_engine")
-    chosen = {
-        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29535",
-    }
-    before = {name: os.environ.get(name) for name in chosen}
-    os.environ.update(chosen)
-    from megatron.core import parallel_state
-
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
 
 
 KINDS: dict[str, dict[str, Any]] = {

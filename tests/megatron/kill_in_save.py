@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = "tests/megatron/kill_in_save.py"
-EXAMPLE = "examples/gpt/pretrain_gpt.py"
+EXAMPLE = "examples/pretrain_gpt.py"
 SAVE, ITEMS = 2, 5
 """Which save does not end, and after how many of its items."""
 

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 def train(processes: int, flags: list[str], **environment: str) -> tuple[list[str], str]:
     """Run the example's script; the losses it logs, and all that it prints."""
-    script = ("examples/gpt/pretrain_gpt.py", *FLAGS)
+    script = ("examples/pretrain_gpt.py", *FLAGS)
     _, printed = forked_run(processes, *script, *flags, **environment)
     return re.findall(r"iteration +\d+/.*lm loss: (\S+)", printed), printed
 

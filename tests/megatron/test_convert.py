@@ -23,7 +23,7 @@ ORDINARY = [
     *(flag for flag in FLAGS if flag not in ("--mhc", "--bf16")),
     *("--make-vocab-size-divisible-by", "32"),  # the same size whatever the layout
 ]
-SCRIPT = "examples/gpt/pretrain_gpt.py"
+SCRIPT = "examples/pretrain_gpt.py"
 # two processes write two files; layers that differ have a key each, not one for their stack
 MODELS: dict[str, tuple[int, list[str]]] = {
     "dense": (2, ["--tensor-model-parallel-size", "2"]),

@@ -389,7 +389,7 @@ def logged(output: str, iteration: int, what: str) -> float:
 
 
 def test_megatrons_training_loop_in_bf16_resumes(tmp_path: Path) -> None:
-    script = str(ROOT / "examples/gpt/pretrain_gpt.py")
+    script = str(ROOT / "examples/pretrain_gpt.py")
     command = (*WORKER, "train", script, *FLAGS.split())
     whole = torchrun(2, *command, "--save", str(tmp_path), "--save-interval", "4")
     rest = torchrun(2, *command, "--load", str(tmp_path), "--ckpt-step", "4")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "gpt"
+EXAMPLE = ROOT / "examples"
 TINY = [
     *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64"),
     *("--num-attention-heads", "2", "--seq-length", "64", "--max-position-embeddings", "64"),
@@ -78,7 +78,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(
 ) -> None:
     runs, printed = run
     command = shlex.split((runs / "gpt-mhc" / "command").read_text())
-    for flag in ("--save", "--tensorboard-dir"):
+    for flag in ("--save", "--load", "--tensorboard-dir"):
         command[command.index(flag) + 1] = str(tmp_path / flag)
     # Nothing is saved on the way, so that not even that can part the two.
     command[command.index("--save-interval") + 1] = "1000"

@@ -19,7 +19,7 @@ COUNTING = """
 import sys
 from megatron.training import training
 from torch.utils._python_dispatch import TorchDispatchMode
-sys.path.insert(0, "examples/gpt")
+sys.path.insert(0, "examples")
 
 class Count(TorchDispatchMode):
     operations = 0

@@ -34,7 +34,7 @@ TINY = [
         "0",
     ),
 ]
-SCRIPT = "examples/gpt/pretrain_gpt.py"
+SCRIPT = "examples/pretrain_gpt.py"
 RUN = ["-m", "megatron_mhc.run", "--cpu", SCRIPT, *TINY]
 
 
@@ -320,6 +320,14 @@ def test_specs_that_mhc_refuses() -> None:
     other.module = IdentityOp
     with pytest.raises(ValueError, match=r"needs a TransformerLayer and the spec has .*IdentityOp"):
         with_mhc(other)
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    hybrid = ModuleSpec(module=HybridStack, submodules=HybridStackSubmodules())
+    with pytest.raises(
+        ValueError, match=r"needs a TransformerLayer and the spec has .*HybridStack"
+    ):
+        with_mhc(hybrid)
     with pytest.raises(ValueError, match="call a spec function before with_mhc"):
         with_mhc(specs)
 

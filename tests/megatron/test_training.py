@@ -133,6 +133,8 @@ def single_scenarios(folder: str) -> dict[str, dict[str, Any]]:
             "config": {**DROPOUT, "recompute_granularity": "selective"},
         },
         "bf16": {"bf16": True},
+        "decoding": {"decode": True},
+        "decoding moe": {"decode": True, "kind": "moe", "mhc": HEAD},
         "sgd apart": {"optimizer": SGD, "fuse": "none"},
         "sgd interrupted": {"optimizer": SGD, "interrupt": True},
         "sgd hc": {"optimizer": SGD, "mhc": {"variant": "hc"}},
@@ -302,6 +304,22 @@ def test_no_streams_are_read_twice(single: dict[str, Any]) -> None:
 
 def test_an_exception_in_mid_forward_leaves_the_next_step_right(single: dict[str, Any]) -> None:
     assert_same_training(single["sgd interrupted"], single["sgd"], bound=None)
+
+
+@pytest.mark.parametrize("kind", ["decoding", "decoding moe"])
+def test_decoding_with_a_cache_gives_the_logits_of_a_whole_forward(
+    single: dict[str, Any], kind: str
+) -> None:
+    logits = single[kind]["decoded"]
+    # fp32's 6e-8, attention of one row instead of many, through 4 layers
+    assert relative_error(logits["cached"], logits["whole"]) < 1e-5
+    assert logits["whole"].std() > 0.1
+
+
+def test_inference_over_pipeline_stages_is_refused() -> None:
+    settings = {"steps": 0, "decode": True, "parallel": {"pipeline_model_parallel_size": 2}}
+    with pytest.raises(AssertionError, match="inference sends one stream between pipeline stages"):
+        run_scenarios(2, {"bad": settings})
 
 
 def test_dropout_is_on(single: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs as specs  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -39,6 +40,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  #
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.connection import HyperConnection  # noqa: E402
@@ -62,7 +64,8 @@ class Scenario:
         tied: whether the output layer's weight is the embedding's.
         evaluate: after training, run the microbatches of one more step forward only.
         ddp, optimizer: settings of the distributed wrapper and the optimizer.
-        kind: the spec: "dense", "moe", "mla" or "block" (a dense TransformerBlockSubmodules).
+        kind: the spec: "dense", "moe", "mla", "mla moe", "block" (a dense
+            TransformerBlockSubmodules) or "own norm" (`OwnNorm` in both norm slots).
         perturb: give mHC's parameters values of a trained model's size instead of their start.
         save, load: folders of a distributed checkpoint of the model.
         bf16: train in bf16.
@@ -73,6 +76,7 @@ class Scenario:
         evaluate_between: run the microbatches of a step forward only, after every step.
         hold: count the bytes that a forward keeps for its backward (`held_bytes`).
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
+        decode: after training, read some tokens at once and token by token (`decoded`).
     """
 
     steps: int = 3
@@ -97,6 +101,7 @@ class Scenario:
     evaluate_between: bool = False
     hold: bool = False
     rebuild_ahead: bool = False
+    decode: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -128,7 +133,7 @@ def transformer_config(s: Scenario) -> TransformerConfig:
         "params_dtype": torch.bfloat16 if s.bf16 else torch.float32,
         "pipeline_dtype": torch.bfloat16 if s.bf16 else torch.float32,
     }
-    if s.kind == "moe":
+    if "moe" in s.kind:
         settings |= {
             "num_moe_experts": 4,
             "moe_router_topk": 2,
@@ -136,7 +141,7 @@ def transformer_config(s: Scenario) -> TransformerConfig:
             "moe_ffn_hidden_size": 96,
             "add_bias_linear": False,
         }
-    if s.kind == "mla":
+    if "mla" in s.kind:
         settings |= {
             "multi_latent_attention": True,
             "q_lora_rank": 32,
@@ -151,13 +156,29 @@ def transformer_config(s: Scenario) -> TransformerConfig:
     return TransformerConfig(**(settings | s.config))
 
 
+class OwnNorm(torch.nn.Module):
+    """A norm that Megatron has never heard of, built as it builds its own (and Apex's)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x over its largest element's size."""
+        return self.weight * x / (x.abs().amax(-1, keepdim=True) + self.eps)
+
+
 def layer_spec(s: Scenario, config: TransformerConfig, chunk: int | None) -> Any:
     """The spec that Megatron's own function returns for this kind of model."""
-    if s.kind in ("moe", "block"):
+    if s.kind in ("moe", "mla moe", "block"):
         return specs.get_gpt_decoder_block_spec(config, False, vp_stage=chunk)
     if s.kind == "mla":
         return specs.get_gpt_layer_local_spec(multi_latent_attention=True)
-    return specs.get_gpt_layer_local_spec(normalization=config.normalization)
+    spec = specs.get_gpt_layer_local_spec(normalization=config.normalization)
+    if s.kind == "own norm":
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = OwnNorm
+    return spec
 
 
 PERTURBATION = {"phi": 0.05, "theta": 0.05, "alpha": 0.3, "bias": 0.5}
@@ -204,6 +225,9 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     """One chunk of the model. Its weights are those of the whole model, built alike everywhere."""
     model_parallel_cuda_manual_seed(7)
     spec = layer_spec(s, config, chunk)
+    mtp = None
+    if config.mtp_num_layers:
+        mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
     if s.mhc is not None:
         spec = with_mhc(spec, MHCConfig(**s.mhc))
     model = GPTModel(
@@ -216,6 +240,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
         vp_stage=chunk,
+        mtp_block_spec=mtp,
     )
     seed_weights(model, s.perturb)
     for layer in model.decoder.layers if s.mhc is not None else ():
@@ -302,6 +327,28 @@ def forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[Te
     return losses, loss
 
 
+@torch.no_grad()
+def decoded(model: GPTModel) -> dict[str, Tensor]:
+    """Logits [b, t, VOCABULARY] of the last five of twelve tokens.
+
+    whole: all tokens in one forward; cached: eight, then one at a time, past keys and values kept.
+    """
+    model.eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(12).expand(2, -1)
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).triu(1)
+    whole = model(tokens, positions, mask)
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=12)
+    options = {"inference_context": context, "runtime_gather_output": True}
+    parts = [model(tokens[:, :8], positions[:, :8], mask[..., :8, :8], **options)]
+    context.enable_decode_mode()
+    for at in range(8, 12):
+        context.sequence_len_offset = at
+        one = slice(at, at + 1)
+        parts.append(model(tokens[:, one], positions[:, one], None, **options))
+    return {"whole": whole[:, -5:], "cached": torch.cat(parts, 1)[:, -5:]}
+
+
 def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:
     """Every parameter of the whole model by its checkpoint key, put together from all ranks."""
     shards = [
@@ -327,6 +374,17 @@ def mean_loss(reduced: list[dict[str, Tensor]]) -> float:
     dist.all_gather_object(gathered, mine)
     losses = torch.tensor([loss for rank in gathered for loss in rank])
     return losses.mean().item()
+
+
+def mtp_loss() -> list[float]:
+    """The losses of multi-token prediction since the last call, a depth each, as logged."""
+    tracker = MTPLossLoggingHelper.tracker
+    mine = tracker["loss_values"].tolist() if "loss_values" in tracker else None
+    MTPLossLoggingHelper.tracker = {}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    ranks = [values for values in gathered if values is not None]
+    return [sum(depth) / len(ranks) for depth in zip(*ranks, strict=True)]
 
 
 def _leaves(state: Any) -> Iterator[ShardedTensor]:
@@ -369,8 +427,9 @@ def run(s: Scenario) -> dict[str, Any]:
     """Build, train and describe a scenario.
 
     Returns:
-        losses (one a step), parameters (whole, after training), gradients (of the parameters of
-        mHC on this rank, a dict a step), dtypes and weight_decay (of each parameter, by name), and
+        losses (one a step), mtp_losses (a list a step: of all its microbatches, by depth),
+        parameters (whole, after training), gradients (of mHC's on this rank, a dict a step),
+        dtypes and weight_decay (of each parameter, by name), and
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside).
@@ -457,12 +516,13 @@ def train(s: Scenario) -> dict[str, Any]:
     for name, module in cores[0].named_modules():
         if isinstance(module, HyperConnection):
             module.register_forward_hook(count(name))
-    losses, gradients = [], []
+    losses, gradients, mtp_losses = [], [], []
     for step in range(s.first_step, s.first_step + s.steps):
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         losses.append(run_step(step))
+        mtp_losses.append(mtp_loss())
         gradients.append(
             {
                 name: parameter.main_grad.detach().clone()
@@ -487,6 +547,7 @@ def train(s: Scenario) -> dict[str, Any]:
     result = {
         "losses": losses,
         "gradients": gradients,
+        "mtp_losses": mtp_losses,
         "parameters": full_parameters(cores),
         "held": held,
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
@@ -502,6 +563,7 @@ def train(s: Scenario) -> dict[str, Any]:
             for parameter in group["params"]
             if parameter in names
         },
+        "decoded": decoded(cores[0]) if s.decode else None,
     }
     parallel_state.destroy_model_parallel()
     return result

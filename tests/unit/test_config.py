@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.accounting import sites_and_parameters
 from megatron_mhc.arguments import (
     SETTINGS,
     add_mhc_arguments,
@@ -21,7 +22,6 @@ from megatron_mhc.compatibility import (
     check_transformer_config,
 )
 from megatron_mhc.connection import Head, HyperConnection
-from megatron_mhc.report import sites_and_parameters
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ GIVEN = {
         "overlap_p2p_comm": False,
     },
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
-    "--mtp-num-layers": {"mtp_num_layers": 1},
+    "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
     "--cuda-graph-impl": {"cuda_graph_impl": "local"},
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},

@@ -3,10 +3,10 @@
 A main script such as every Megatron user has one. Nothing in it knows of mHC; the runner turns
 that on:
 
-    torchrun --nproc-per-node 8 -m megatron_mhc.run examples/gpt/pretrain_gpt.py FLAGS --mhc
-    python -m megatron_mhc.run --cpu examples/gpt/pretrain_gpt.py FLAGS --mhc
+    torchrun --nproc-per-node 8 -m megatron_mhc.run examples/pretrain_gpt.py FLAGS --mhc
+    python -m megatron_mhc.run --cpu examples/pretrain_gpt.py FLAGS --mhc
 
-FLAGS are Megatron's own (`--help` lists them); `train.sh` beside this file has a complete set.
+FLAGS are Megatron's own (`--help` lists them); the launch scripts in `gpt/` and `moe/` have sets.
 Written for Megatron-Core 0.19; runs with 0.18 too.
 """
 

@@ -1,6 +1,6 @@
 """Draws training and validation loss of one or several runs from Megatron's TensorBoard logs.
 
-    python examples/gpt/plot_loss.py mHC=runs/gpt-mhc ordinary=runs/gpt-ordinary \\
+    python examples/plot_loss.py mHC=runs/gpt-mhc ordinary=runs/gpt-ordinary \\
         --entropy-from runs/data/stdlib.json --output loss.png
 
 Each run is `LABEL=FOLDER` or `FOLDER`; the event files may lie anywhere below the folder, also
@@ -69,7 +69,7 @@ def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
         axes.axhline(entropy, color="black", linestyle="--", linewidth=1, label=name)
     axes.set_xlabel("iteration (optimizer steps)")
     axes.set_ylabel("loss (nats a byte)")
-    axes.set_title("Byte-level GPT on the Python standard library")
+    axes.set_title("Byte-level model on Python sources")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

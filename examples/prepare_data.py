@@ -1,9 +1,10 @@
 """Makes a small real text corpus without a download: the sources of Python's standard library.
 
-Each `.py` file is one document, one token a byte (0 to 255), closed by an end-of-document token
-(256), written as Megatron's indexed dataset:
+Or, with `--with-packages`, of the installed packages too. Each `.py` file is one document, one
+token a byte (0 to 255), closed by an end-of-document token (256), written as Megatron's indexed
+dataset:
 
-    python examples/gpt/prepare_data.py --output runs/data/stdlib
+    python examples/prepare_data.py --output runs/data/stdlib
     ... pretrain_gpt.py --data-path runs/data/stdlib --tokenizer-type NullTokenizer --vocab-size 257
 
 Prints the unigram entropy of the bytes in nats: the loss of the best model that ignores context,
@@ -43,7 +44,9 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def build(root: Path, output: Path, with_tests: bool = False) -> dict[str, int | float | str]:
+def build(
+    roots: list[Path], output: Path, with_tests: bool = False
+) -> dict[str, int | float | str]:
     """Writes `output`.bin, .idx and .json; returns what the JSON holds."""
     # Imported here, because it takes seconds and a rerun needs none of it; it warns of what is
     # missing for training.
@@ -51,9 +54,9 @@ def build(root: Path, output: Path, with_tests: bool = False) -> dict[str, int |
         import torch
         from megatron.core.datasets import indexed_dataset
 
-    files = source_files(root, with_tests)
+    files = [root / path for root in roots for path in source_files(root, with_tests)]
     if not files:
-        raise SystemExit(f"prepare_data: no Python files under {root}")
+        raise SystemExit(f"prepare_data: no Python files under {roots[0]}")
     output.parent.mkdir(parents=True, exist_ok=True)
     builder = indexed_dataset.IndexedDatasetBuilder(
         indexed_dataset.get_bin_path(str(output)), dtype=np.uint16
@@ -61,7 +64,7 @@ def build(root: Path, output: Path, with_tests: bool = False) -> dict[str, int |
     counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
     last_report = time.monotonic()
     for done, path in enumerate(files):
-        tokens = np.frombuffer((root / path).read_bytes(), dtype=np.uint8).astype(np.int64)
+        tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int64)
         tokens = np.append(tokens, END_OF_DOCUMENT)
         counts += np.bincount(tokens, minlength=VOCAB_SIZE)
         builder.add_document(torch.from_numpy(tokens), [tokens.size])
@@ -70,7 +73,7 @@ def build(root: Path, output: Path, with_tests: bool = False) -> dict[str, int |
             print(f"prepare_data: {done} of {len(files)} files", flush=True)
     builder.finalize(indexed_dataset.get_idx_path(str(output)))
     summary: dict[str, int | float | str] = {
-        "source": f"Python {sysconfig.get_python_version()} standard library",
+        "source": ", ".join(str(root) for root in roots),
         "with_tests": with_tests,
         "bytes": int(counts[:END_OF_DOCUMENT].sum()),
         "documents": len(files),
@@ -93,6 +96,9 @@ def main() -> None:
         "--source", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder to read"
     )
     parser.add_argument("--with-tests", action="store_true", help="take test folders as well")
+    parser.add_argument(
+        "--with-packages", action="store_true", help="take the installed packages as well"
+    )
     parser.add_argument("--force", action="store_true", help="build even if it is there already")
     args = parser.parse_args()
     if not args.source.is_dir():
@@ -102,7 +108,8 @@ def main() -> None:
         summary = json.loads(written.read_text())
         print(f"prepare_data: {args.output} is there already (--force builds it again)")
     else:
-        summary = build(args.source, args.output, args.with_tests)
+        packages = [Path(sysconfig.get_path("purelib"))] if args.with_packages else []
+        summary = build([args.source, *packages], args.output, args.with_tests)
     print(
         f"prepare_data: {summary['bytes']:,} bytes in {summary['documents']:,} documents, "
         f"unigram entropy {summary['unigram_entropy_nats']:.4f} nats a byte"

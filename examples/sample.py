@@ -3,7 +3,7 @@
 Takes the flags of the training run that describe the model (and `--mhc`, through the same runner),
 `--load` for the checkpoint's folder, and its own:
 
-    python -m megatron_mhc.run --cpu examples/gpt/sample.py MODEL_FLAGS --mhc --load DIR \\
+    python -m megatron_mhc.run --cpu examples/sample.py MODEL_FLAGS --mhc --load DIR \\
         --prompt "def " --temperature 0.8 --sample-seed 1
 
 One process; every new byte runs the whole context again, which a model of this size can afford.

@@ -1,0 +1,61 @@
+"""What mHC costs beside the ordinary model, by formula: parameters, FLOPs, activation bytes."""
+
+import argparse
+
+from .config import MHCConfig
+
+
+def sites_and_parameters(
+    mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_layers: int = 0
+) -> tuple[int, int]:
+    """How many sites a model of these sizes has, and how many parameters mHC adds to it."""
+    n, sites = mhc.num_streams, 2 * (num_layers + mtp_layers)
+    rows = n * n + 2 * n
+    projection = (n + 2) * hidden_size if mhc.variant == "hc" else rows * n * hidden_size
+    head = n * n * hidden_size + n + 1 if mhc.learned_head else 0
+    return sites, sites * (projection + 3 + rows) + (1 + mtp_layers) * head
+
+
+def forward_flops_a_token(
+    mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_layers: int = 0
+) -> int:
+    """FLOPs a token of the forward: two for each product that runs over the channels.
+
+    At a site: v . v for the norm, z = phi v, u = H_pre x, y = H_res x + H_post^T f (variant "hc":
+    theta times each stream instead of phi v). As in Megatron's own count of a model, what is done
+    once a coefficient (scales, Sinkhorn) or once a channel (an exit without products) is left out.
+    """
+    n, width = mhc.num_streams, hidden_size
+    projection = (n + 2) * n * width if mhc.variant == "hc" else (n * n + 2 * n) * n * width
+    site = n * width + projection + n * width + n * n * width + n * width
+    head = n * width + n * n * width + n * width if mhc.learned_head else 0
+    return 2 * (2 * (num_layers + mtp_layers) * site + (1 + mtp_layers) * head)
+
+
+def training_flops_a_token(args: argparse.Namespace, mhc: MHCConfig) -> int:
+    """FLOPs a token of a training step: a product's backward is two products more.
+
+    Args:
+        args: Megatron's parsed arguments.
+        mhc: the settings.
+    """
+    return 3 * forward_flops_a_token(
+        mhc, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
+    )
+
+
+def activation_bytes_a_token(
+    mhc: MHCConfig, num_layers: int, hidden_size: int, element_size: int, full_recompute: bool
+) -> int:
+    """What mHC keeps for the backward beyond the ordinary model, a token and a microbatch.
+
+    With the Triton kernels and without `MHCConfig.recompute` (see `memory.Plan` for that): at a
+    site the n streams, u and F's output, where the ordinary model keeps its residual; and in fp32
+    H_post, H_res, their n*n + 2n logits and 1/r. Under Megatron's full recompute a layer keeps its
+    input alone, n streams instead of one.
+    """
+    n, stream = mhc.num_streams, hidden_size * element_size
+    if full_recompute:
+        return num_layers * (n - 1) * stream
+    coefficients = 4 * (n * n + n + n * n + 2 * n + 1)
+    return 2 * num_layers * ((n + 1) * stream + coefficients)

@@ -1,0 +1,256 @@
+"""`doctor --args FLAGS`: a training run without the training, for a cluster that is not here.
+
+Megatron's own parser checks the flags. Every pipeline stage is then built at its real size with
+tensors that have no memory, in a process group that only pretends, so parameters are counted and
+not estimated. Nothing needs a GPU or Transformer Engine: the layers are those of the local
+implementation, which have the same shapes.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .accounting import (
+    activation_bytes_a_token,
+    forward_flops_a_token,
+    sites_and_parameters,
+    training_flops_a_token,
+)
+from .arguments import config_from_arguments
+from .config import MHCConfig
+from .memory import microbatches_in_flight, plan_of
+from .parameters import is_hyper_connection
+
+GIB = 2**30
+WITHOUT_TRANSFORMER_ENGINE = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_padding_for_quantization": False,
+    # the local implementation norms both latents of MLA or neither
+    "qk_layernorm": False,
+    "fp8": None,
+    "context_parallel_size": 1,
+}
+"""What is built instead of what was asked for: nothing here changes the shape of a matrix."""
+
+
+class FlagsError(ValueError):
+    """Megatron or mHC refuses the flags."""
+
+
+def parse(flags: Sequence[str]) -> argparse.Namespace:
+    """The flags as a training run would have them, validated.
+
+    Raises:
+        FlagsError: says what Megatron or mHC says of them.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    before, sys.argv = sys.argv, ["doctor --args", *flags]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all of its arguments
+            args = parse_args()
+            validate_args(args)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise FlagsError(f"these flags are refused: {error or type(error).__name__}") from error
+    finally:
+        sys.argv = before
+    if args.padded_vocab_size is None:  # in a training run the tokenizer sets it
+        if args.vocab_size is None:
+            raise FlagsError("--vocab-size is missing: no tokenizer is read here")
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size,
+            args.make_vocab_size_divisible_by,
+            args.tensor_model_parallel_size,
+            logging_enabled=False,
+        )
+    if args.data_parallel_size * args.micro_batch_size > args.global_batch_size:
+        raise FlagsError("these flags are refused: fewer samples a step than data-parallel ranks")
+    return args
+
+
+@contextlib.contextmanager
+def pretended(args: argparse.Namespace, stage: int) -> Iterator[Any]:
+    """The process groups of a rank of this pipeline stage, without any other process."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    stages = args.pipeline_model_parallel_size
+    rank = stage * (args.world_size // stages)
+    dist.init_process_group("fake", rank=rank, world_size=args.world_size, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
+    """The model chunks of this rank, on tensors without memory."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    local = argparse.Namespace(**(vars(args) | WITHOUT_TRANSFORMER_ENGINE))
+    model_parallel_cuda_manual_seed(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        config = gpt_config_from_args(local)
+    chunks = args.virtual_pipeline_model_parallel_size
+    config.transformer.perform_initialization = False
+    builder = GPTModelBuilder(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return [
+            builder.build_model(groups, vp_stage=chunk if chunks else None)
+            for chunk in range(chunks or 1)
+        ]
+
+
+def whole_sizes(chunks: list[torch.nn.Module]) -> dict[str, int]:
+    """The whole model's size of every parameter of this rank, by its key in a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    sizes = {}
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(  # type: ignore[operator]
+            metadata={"non_homogeneous_layers": True}
+        )
+        apply_factories(state)
+        buffers = {id(buffer) for buffer in chunk.buffers()}
+        for leaf in nested_values(state):
+            if isinstance(leaf, ShardedTensor) and id(leaf.data) not in buffers:
+                sizes[leaf.key] = math.prod(leaf.global_shape)
+    return sizes
+
+
+def bytes_of_states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> float:
+    """Weights, gradients and optimizer states of this rank.
+
+    A parameter, its gradient (fp32 beside bf16 weights) and Adam's two fp32 averages, with an fp32
+    copy of what is not fp32; the distributed optimizer shards averages and copies.
+    """
+    from megatron.core import parallel_state
+
+    dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    expert = parallel_state.get_expert_data_parallel_world_size()
+    total = 0.0
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        own = parameter.element_size()
+        gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else own
+        shards = dense if getattr(parameter, "allreduce", True) else expert
+        states = 8.0 if own >= 4 else 12.0
+        states /= shards if args.use_distributed_optimizer else 1
+        total += parameter.numel() * (own + gradient + states)
+    return total
+
+
+def bytes_of_streams(
+    args: argparse.Namespace, mhc: MHCConfig, chunks: list[torch.nn.Module], stage: int
+) -> tuple[float, str]:
+    """What mHC adds to this rank's activations, in bytes a token, and how that was reckoned."""
+    from .layer import MHCLayer
+
+    plan = plan_of(chunks)
+    if plan is not None:
+        return sum(plan.bytes_a_token.values()), str(plan).split(":")[0]
+    layers = sum(isinstance(module, MHCLayer) for chunk in chunks for module in chunk.modules())
+    virtual = args.virtual_pipeline_model_parallel_size or 1
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    in_flight = microbatches_in_flight(stage, stages, virtual, group)
+    one = activation_bytes_a_token(
+        mhc,
+        layers,
+        args.hidden_size,
+        args.params_dtype.itemsize,
+        full_recompute=args.recompute_granularity == "full",
+    )
+    unit = "microbatch" if in_flight == 1 else "microbatches"
+    return one * in_flight / virtual, f"{in_flight} {unit} in flight"
+
+
+def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
+    """The lines about mHC itself."""
+    from megatron.training.training import num_floating_point_operations
+
+    mtp = args.mtp_num_layers or 0
+    sites, parameters = sites_and_parameters(mhc, args.num_layers, args.hidden_size, mtp)
+    forward = forward_flops_a_token(mhc, args.num_layers, args.hidden_size, mtp)
+    extra = training_flops_a_token(args, mhc)
+    # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
+    whole = num_floating_point_operations(args, 1) / args.seq_length
+    return [
+        f"mHC: {sites} sites, {parameters:,} extra parameters (fp32)",
+        f"  FLOPs a token: {forward:,} forward, {extra:,} a training step,"
+        f" {extra / (whole - extra):.2%} of the ordinary model's {whole - extra:,.0f}",
+    ]
+
+
+def report(flags: Sequence[str]) -> str:
+    """The page that `doctor --args` prints.
+
+    Raises:
+        FlagsError: the flags are refused.
+    """
+    from megatron.training.global_vars import set_args
+    from megatron.training.theoretical_memory_usage import compute_activation_memory
+
+    args = parse(flags)
+    set_args(args)
+    mhc = config_from_arguments(args) if args.mhc else None
+    sizes = (
+        f"tensor {args.tensor_model_parallel_size}, pipeline {args.pipeline_model_parallel_size}"
+    )
+    sizes += f", expert {args.expert_model_parallel_size}, context {args.context_parallel_size}"
+    unit = "GPU" if args.world_size == 1 else "GPUs"
+    lines = [f"{args.world_size} {unit}: {sizes}, data {args.data_parallel_size}; flags accepted"]
+    lines += costs(args, mhc) if mhc is not None else ["mHC is off"]
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    if args.sequence_parallel:
+        tokens //= args.tensor_model_parallel_size
+    whole: dict[str, int] = {}
+    for stage in range(args.pipeline_model_parallel_size):
+        with pretended(args, stage) as groups:
+            chunks = build(args, groups)
+            parameters = [p for chunk in chunks for p in chunk.parameters()]
+            whole |= whole_sizes(chunks)
+            ours = sum(p.numel() for p in parameters if is_hyper_connection(p))
+            row = f"stage {stage}, a GPU: {sum(p.numel() for p in parameters):,} parameters"
+            row += f" ({ours:,} of mHC), {bytes_of_states(args, chunks) / GIB:.1f} GiB of weights,"
+            row += " gradients and optimizer"
+            if mhc is not None:
+                bytes_a_token, how = bytes_of_streams(args, mhc, chunks, stage)
+                row += f"; mHC's activations {bytes_a_token:,.0f} bytes a token,"
+                row += f" {bytes_a_token * tokens / GIB:.1f} GiB ({how})"
+            lines.append(row)
+    lines.append(f"the whole model: {sum(whole.values()):,} parameters")
+    with contextlib.redirect_stdout(io.StringIO()):
+        ordinary = compute_activation_memory(args, num_microbatches=None)
+    lines.append(
+        f"the ordinary model's activations on stage 0: {ordinary / GIB:.1f} GiB by Megatron's"
+        " formula (dense layers of this ffn width, nothing recomputed)"
+    )
+    return "\n".join(lines)

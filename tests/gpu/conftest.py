@@ -1,0 +1,34 @@
+"""Megatron-Core on this machine's GPU, for tests that build models in this process."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[None]:
+    """Megatron-Core with Transformer Engine, alone on this GPU, its algorithms deterministic."""
+    pytest.importorskip("transformer_engine")
+    chosen = {
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29535",
+    }
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    from megatron.core import parallel_state
+
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value

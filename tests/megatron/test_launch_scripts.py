@@ -1,0 +1,149 @@
+"""The launch scripts: the MoE example trains, and what needs a cluster is checked without one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.launch import ROOT
+from tests.megatron.test_gpt_example import environment, losses
+from tests.megatron.test_plugin import TINY, python
+
+EXAMPLES = ROOT / "examples"
+
+
+def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a launch script; standard output and error apart."""
+    return subprocess.run(
+        [EXAMPLES / script, *flags],
+        env=environment(PYTHON=sys.executable, **settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_tiny_mixture_of_experts_trains_and_resumes(tmp_path: Path) -> None:
+    """Latent attention, a dense layer first, shared and routed experts, their balancing loss."""
+    run = {"RUNS": str(tmp_path), "ITERATIONS": "8"}
+    small = ["--seq-length", "64", "--max-position-embeddings", "64", "--eval-iters", "1"]
+    first = launch("moe/tiny.sh", *small, "--exit-interval", "4", **run)
+    assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-2000:]
+    second = launch("moe/tiny.sh", *small, **run)
+    assert second.returncode == 0, second.stdout[-4000:] + second.stderr[-2000:]
+    assert [step for step, _ in losses(first.stdout)] == [1, 2, 3, 4]
+    assert [step for step, _ in losses(second.stdout)] == [5, 6, 7, 8]
+    start, last = float(losses(first.stdout)[0][1]), float(losses(second.stdout)[-1][1])
+    assert last < start - 0.5
+    for output in (first.stdout, second.stdout):
+        assert output.count("mHC is on: 4 streams") == 1
+        # the auxiliary loss of perfectly balanced experts is 1
+        balance = re.findall(r"load_balancing_loss: (\S+)", output)
+        assert balance and all(0.9 < float(value) < 2.0 for value in balance)
+
+
+CLUSTERS = {
+    # LLaMA-3-8B's own count, with what mHC adds to 64 sites of 4 * 4096 channels
+    "gpt": (64, 8_030_261_248 + 64 * (24 * 4 * 4096 + 3 + 24)),
+    # the sizes of the paper's table: MLA, a dense layer, 29 of experts, both embeddings, mHC
+    "moe": (
+        128,
+        30 * (2560 * 32 * 192 + 2560 * (512 + 64) + 512 * 32 * 256 + 32 * 128 * 2560 + 2 * 2560)
+        + 3 * 2560 * 12288
+        + 29 * (72 * 2560 + (72 + 2) * 3 * 2560 * 1536)
+        + 2 * 129280 * 2560
+        + 2560
+        + 60 * (24 * 4 * 2560 + 3 + 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CLUSTERS)
+def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> None:
+    gpus, parameters = CLUSTERS[kind]
+    done = launch(f"{kind}/cluster.sh", CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{gpus} GPUs: " in done.stdout
+    said = done.stdout + done.stderr
+    assert "UserWarning" not in said, "Megatron changes one of these flags"
+    assert f"the whole model: {parameters:,} parameters" in done.stdout
+    stages = re.findall(r"^stage (\d), a GPU: ([\d,]+) parameters .* ([\d.]+) GiB of weights, "
+                        r"gradients.* ([\d.]+) GiB \(recompute", done.stdout, re.M)  # fmt: skip
+    assert [stage for stage, *_ in stages] == ["0", "1", "2", "3"]
+    # an H100's 80 GB leave room for activations
+    assert all(float(states) + float(ours) < 20 for _, _, states, ours in stages)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("gpt/single_gpu.sh", []),
+        ("moe/single_gpu.sh", ["--fp8-format", "hybrid", "--moe-router-padding-for-quantization"]),
+    ],
+)
+def test_the_single_gpu_scripts_flags_are_accepted(script: str, flags: list[str]) -> None:
+    done = launch(script, *flags, CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^stage 0, a GPU: [\d,]+ parameters \(1,", done.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--num-experts", "73"], "Number of experts should be a multiple of expert model"),
+        (["--fp32-residual-connection"], "the streams are kept in the model's dtype"),
+    ],
+)
+def test_flags_that_are_refused_are_named(flags: list[str], says: str) -> None:
+    done = launch("moe/cluster.sh", *flags, CHECK="1")
+    assert done.returncode == 2 and says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+COUNT = """
+import sys
+from megatron_mhc.patches import cpu, registry
+cpu.enter()
+from megatron_mhc.activate import activate
+activate()
+from megatron_mhc.dry_run import parse
+from megatron.training import training
+for extra in ([], ["--mhc"], ["--mhc", "--mhc-num-streams", "2"]):
+    args = parse([*sys.argv[1:], *extra])
+    counted = training.num_floating_point_operations(args, 6)
+    packed = training.num_floating_point_operations(args, 6, 6 * 16**2, 40)
+    registry.undo("throughput")
+    plain = training.num_floating_point_operations(args, 6)
+    plain_packed = training.num_floating_point_operations(args, 6, 6 * 16**2, 40)
+    activate()
+    print("counted", counted - plain, packed - plain_packed)
+"""
+
+
+def test_megatrons_throughput_counts_mhc() -> None:
+    """6 samples of 16 tokens; then 40 real tokens, as packed sequences have them."""
+    done = python("-c", COUNT, *TINY)
+    assert done.returncode == 0, done.stdout[-3000:]
+    counted = [
+        tuple(float(value) for value in line.split()[1:])
+        for line in done.stdout.splitlines()
+        if line.startswith("counted")
+    ]
+
+    def by_hand(n: int, sites: int = 4, width: int = 32) -> int:
+        forward = 2 * width * sites * (n + (n * n + 2 * n) * n + n + n * (n + 1))
+        return 3 * forward
+
+    wanted = [(0.0, 0.0)] + [(96.0 * by_hand(n), 40.0 * by_hand(n)) for n in (4, 2)]
+    assert counted == wanted
+
+
+def test_scripts_know_where_they_are() -> None:
+    """Every launch script can be started from anywhere, and is executable."""
+    scripts = sorted(EXAMPLES.glob("*/*.sh"))
+    assert len(scripts) == 6
+    for script in scripts:
+        assert os.access(script, os.X_OK), script

@@ -1,0 +1,83 @@
+"""mHC's FLOPs and activation bytes, against counts from the equations and a measurement."""
+
+import math
+
+import pytest
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.accounting import activation_bytes_a_token, forward_flops_a_token
+
+
+class Counter:
+    """Counts the FLOPs of scalar products."""
+
+    flops = 0
+
+    def dot(self, a: list[float], b: list[float]) -> float:
+        """sum(a * b): a multiplication and an addition an element."""
+        assert len(a) == len(b)
+        self.flops += 2 * len(a)
+        return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def site(count: Counter, n: int, width: int, variant: str) -> None:
+    """One site for one token, scalar by scalar, in the equations' own order (paper 4.1 to 4.3)."""
+    x = [[0.1 * (j + c) for c in range(width)] for j in range(n)]
+    v = [value for stream in x for value in stream]
+    count.dot(v, v)
+    if variant == "hc":  # theta_pre and theta_post one row each, theta_res one a stream written
+        for _ in range(n + 2):
+            for stream in x:
+                count.dot([0.5] * width, stream)
+    else:
+        for _ in range(n * n + 2 * n):
+            count.dot([0.5] * len(v), v)
+    for c in range(width):
+        column = [x[j][c] for j in range(n)]
+        count.dot([0.25] * n, column)  # u
+        for _ in range(n):  # y: row of H_res times the streams, and H_post's f
+            count.dot([0.25] * n + [1.0], [*column, 0.3])
+
+
+def head(count: Counter, n: int, width: int) -> None:
+    """The learned end of a model, for one token."""
+    v = [0.1] * (n * width)
+    count.dot(v, v)
+    for _ in range(n):
+        count.dot([0.5] * len(v), v)
+    for _ in range(width):
+        count.dot([0.25] * n, [0.1] * n)
+
+
+@pytest.mark.parametrize(
+    ("settings", "learned", "mtp"),
+    [
+        ({}, False, 0),
+        ({"num_streams": 2}, False, 1),
+        ({"variant": "hc", "num_streams": 3}, False, 0),
+        ({"convention": "deepseek_v4"}, True, 2),
+    ],
+)
+def test_forward_flops_are_those_of_the_equations(settings: dict, learned: bool, mtp: int) -> None:
+    mhc = MHCConfig(**settings)
+    count, layers, width = Counter(), 3, 7
+    for _ in range(2 * (layers + mtp)):
+        site(count, mhc.num_streams, width, mhc.variant)
+    for _ in range((1 + mtp) if learned else 0):
+        head(count, mhc.num_streams, width)
+    assert forward_flops_a_token(mhc, layers, width, mtp) == count.flops
+
+
+def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
+    """`benchmarks/results/2026-11-24-memory.md`: 12.2 GiB ordinary, 17.2 with mHC, 8 layers."""
+    a_token = activation_bytes_a_token(MHCConfig(), 8, 4096, 2, full_recompute=False)
+    gib = a_token * 2 * 4096 / 2**30
+    # both figures are rounded to 0.05
+    assert gib == pytest.approx(17.2 - 12.2, abs=0.1)
+
+
+def test_activation_bytes_by_hand() -> None:
+    stream, coefficients = 2 * 64, 4 * (4 + 16 + 24 + 1)
+    a_token = activation_bytes_a_token(MHCConfig(), 3, 64, 2, full_recompute=False)
+    assert a_token == 6 * (5 * stream + coefficients)
+    assert activation_bytes_a_token(MHCConfig(), 3, 64, 2, full_recompute=True) == 3 * 3 * stream
