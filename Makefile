@@ -2,6 +2,8 @@
 VENV ?= .venv
 MHC ?= 1
 MATRIX ?= 0.18.2 0.19.2
+# two files of tests at a time: most of a test's time is one process that starts
+WORKERS ?= -n 2 --dist loadfile
 PYTHON ?= $(shell for p in python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
@@ -27,14 +29,14 @@ train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the
 	MHC=$(MHC) PYTHON=$(abspath $(BIN)/python) examples/train.sh
 
 test: env  ## Run the tests (those that need a GPU are skipped where there is none)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(WORKERS) $(TESTS)
 
 test-matrix: SHELL := bash -o pipefail
 test-matrix:  ## Run the tests with every supported Megatron-Core, each in an environment of its own
 	@status=0; for release in $(MATRIX); do \
 		venv=$(VENV)-$$release; \
 		$(MAKE) --no-print-directory env VENV=$$venv MEGATRON_CORE=$$release || exit; \
-		$$venv/bin/python -m pytest -q $(TESTS) 2>&1 | tee $$venv/tests.log || status=1; \
+		$$venv/bin/python -m pytest -q $(WORKERS) $(TESTS) 2>&1 | tee $$venv/tests.log || status=1; \
 	done; \
 	for release in $(MATRIX); do \
 		echo "Megatron-Core $$release: $$(tail -n 1 $(VENV)-$$release/tests.log)"; \

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mhc.patches.releases import is_installed
+
 from .config import MHCConfig
 
 
@@ -26,7 +28,18 @@ def _is_set(name: str, *off: Any) -> Callable[[Any], bool]:
     return lambda settings: getattr(settings, name, None) not in (None, False, *off)
 
 
+CONFLICTS_OF_0_18 = (
+    Conflict(
+        "--mtp-num-layers",
+        _is_set("mtp_num_layers", 0),
+        "multi-token prediction with mHC is tested with Megatron-Core 0.19 alone; drop the flag, or"
+        " install 0.19",
+    ),
+)
+"""What works with 0.19 and not with 0.18."""
+
 CONFLICTS = (
+    *(CONFLICTS_OF_0_18 if is_installed("<0.19") else ()),
     Conflict(
         "--enable-hyper-connections",
         _is_set("enable_hyper_connections"),

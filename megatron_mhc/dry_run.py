@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_mhc.patches.releases import is_installed
+
 from .accounting import (
     activation_bytes_a_token,
     forward_flops_a_token,
@@ -213,8 +215,10 @@ def report(flags: Sequence[str]) -> str:
     """The page that `doctor --args` prints.
 
     Raises:
-        FlagsError: the flags are refused.
+        FlagsError: the flags are refused, or Megatron-Core is 0.18.
     """
+    if is_installed("<0.19"):
+        raise FlagsError("--args builds the model as Megatron-Core 0.19 does: install 0.19")
     from megatron.training.global_vars import set_args
     from megatron.training.theoretical_memory_usage import compute_activation_memory
 

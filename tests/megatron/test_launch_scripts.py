@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mhc.patches.releases import is_installed
 from tests.megatron.launch import ROOT
 from tests.megatron.test_gpt_example import environment, losses
 from tests.megatron.test_plugin import TINY, python
+
+NEEDS_0_19 = pytest.mark.skipif(
+    is_installed("<0.19"), reason="doctor --args is refused with Megatron 0.18"
+)
 
 EXAMPLES = ROOT / "examples"
 
@@ -61,6 +66,7 @@ CLUSTERS = {
 }
 
 
+@NEEDS_0_19
 @pytest.mark.parametrize("kind", CLUSTERS)
 def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> None:
     gpus, parameters = CLUSTERS[kind]
@@ -77,6 +83,7 @@ def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> 
     assert all(float(states) + float(ours) < 20 for _, _, states, ours in stages)
 
 
+@NEEDS_0_19
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
@@ -90,6 +97,7 @@ def test_the_single_gpu_scripts_flags_are_accepted(script: str, flags: list[str]
     assert re.search(r"^stage 0, a GPU: [\d,]+ parameters \(1,", done.stdout, re.M)
 
 
+@NEEDS_0_19
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -147,3 +155,9 @@ def test_scripts_know_where_they_are() -> None:
     assert len(scripts) == 6
     for script in scripts:
         assert os.access(script, os.X_OK), script
+
+
+@pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 has what doctor --args builds")
+def test_megatron_0_18_is_refused_by_the_dry_run() -> None:
+    result = python("-m", "megatron_mhc", "doctor", "--args", *TINY, "--mhc")
+    assert result.returncode == 2 and "install 0.19" in result.stdout

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
+from megatron_mhc.patches.releases import is_installed
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import stages
 from tests.megatron.test_plugin import RUN, losses, python
 from tests.megatron.test_training import SGD, SUMMATION_ORDER
+
+pytestmark = pytest.mark.skipif(is_installed("<0.19"), reason="MTP is refused with Megatron 0.18")
 
 ONE = {"mtp_num_layers": 1}
 TWO = {"mtp_num_layers": 2}

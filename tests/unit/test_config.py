@@ -133,6 +133,7 @@ GIVEN = {
         "overlap_p2p_comm": False,
     },
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
+    "--mtp-num-layers": {"mtp_num_layers": 1},  # with Megatron-Core 0.18
     "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
     "--cuda-graph-impl": {"cuda_graph_impl": "local"},
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
