@@ -9,8 +9,8 @@ SUPPORTED = ">=0.18.2,<0.20"
 """The releases that pass the whole test suite (`make test-matrix`), and their bug-fix releases."""
 
 REFUSED = {
-    "0.17": "training scripts start in another way there, and interleaved pipelines train to other"
-    " losses than one process",
+    "0.17": "training scripts start in another way there, and interleaved pipelines with mHC"
+    " train to other losses than one process",
     "0.16": "its package has no megatron.training, and its optimizer lacks hooks",
 }
 """For each older series that was tried (0.17.1 and 0.16.1): why it does not work."""

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from megatron_mhc import MHCConfig
+from tests.gpu_memory import requested_bytes
 from tests.kernel_cases import check_rebuild
 
 pytestmark = [
@@ -47,11 +48,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_grouped_gemm": True,
     },
 }
-
-
-def requested_bytes() -> int:
-    """Bytes that tensors ask for: blocks that hold them can be up to 1 MiB larger, by chance."""
-    return torch.cuda.memory_stats()["requested_bytes.all.current"]
 
 
 def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:

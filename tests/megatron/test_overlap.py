@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_mhc import schedule
+from megatron_mhc import links, schedule
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
 
@@ -144,6 +145,20 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
 
     assert run(False, p2p_communicator="a caller's own") == "ours"
     assert [run(False), run(False), run(True), run(True)] == ["stock", "ours", "stock", "ours"]
+
+
+def test_a_gradient_that_an_interleaved_chunk_sends_keeps_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The allocator is told who still reads it; what happens otherwise only GPUs show."""
+    lent: list[Any] = []
+    monkeypatch.setattr(links, "lend", lambda values, stream: lent.append((values, stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "compute")
+    monkeypatch.setattr(P2PCommunicator, "send_backward_recv_backward", lambda *sent: sent[1])
+    communicator = object.__new__(links.AsideCommunicator)
+    assert communicator.send_backward_recv_backward("gradient", False, None, True) == "gradient"
+    assert communicator.send_backward_recv_backward(None, True, None, True) is None
+    assert lent == [("gradient", "compute")]
 
 
 def test_stages_that_differ_in_overlap_are_refused() -> None:
