@@ -15,7 +15,7 @@ def megatron() -> Iterator[None]:
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29535",
+        "MASTER_PORT": "0",
     }
     before = {name: os.environ.get(name) for name in chosen}
     os.environ.update(chosen)

@@ -26,7 +26,7 @@ def pipeline(*flags: str) -> str:
     done = subprocess.run(
         [sys.executable, "benchmarks/pipeline.py", *STAGE, *flags],
         cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": "29536"},
+        env=os.environ | {"MASTER_PORT": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

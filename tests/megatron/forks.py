@@ -80,17 +80,18 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        processes: list[int] = []
-        for rank in range(job["processes"]):
-            process = os.fork()
-            if not process:
-                _become(job, rank, port)
-                return
-            processes.append(process)
-        print(_wait(processes, job["seconds"]), flush=True)
+        with socket.socket() as held:
+            # bound until the run ends, so that nobody else is given the port before rank 0 listens
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            processes: list[int] = []
+            for rank in range(job["processes"]):
+                process = os.fork()
+                if not process:
+                    _become(job, rank, held.getsockname()[1])
+                    return
+                processes.append(process)
+            print(_wait(processes, job["seconds"]), flush=True)
 
 
 if __name__ == "__main__":
