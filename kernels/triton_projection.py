@@ -1,10 +1,10 @@
 """The forward: two kernels over the streams and a small one, whichever operation asks.
 
-`project_kernel` (K1) mixes the streams of the site that ends and, on the tile still in registers,
-projects the result for the site that begins; each half can run alone. `finish_kernel` (K2) adds up
+`project_kernel` mixes the streams of the site that ends and, on the tile still in registers,
+projects the result for the site that begins; each half can run alone. `finish_kernel` adds up
 the partial projections and makes the coefficients, with which `aggregate`'s own kernel reads the
-streams once more. `combine`, `pre`, `coefficients`,
-`combine_pre` and `head` are these kernels with different flags, so their results agree to the bit.
+streams once more. `combine`, `pre`, `coefficients`, `combine_pre` and `head` are these kernels with
+different flags, so their results agree to the bit.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -212,7 +212,7 @@ def project(
     phi: Tensor | None,
     mixing: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch K1 on x [T, n, C].
+    """Launch `project_kernel` on x [T, n, C].
 
     Args:
         phi: [rows, n*C], or None to combine alone.
@@ -287,7 +287,7 @@ def finish(
     pre_eps: float,
     sinkhorn_eps: float = 0.0,
 ) -> Finished:
-    """Launch K2 for the streams x [T, n, C] that were projected, and `aggregate`'s kernel."""
+    """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s kernel."""
     tokens, n, width = x.shape
     blocks, rows, _ = partial.shape
     rows -= 1

@@ -28,7 +28,7 @@ TILE_OF_EIGHT = Tile(tokens=4, channels=128, warps=4)
 
 @triton.jit
 def store_u(u_ptr, streams, h_pre_ptr, t64, t_mask, offsets, mask, N: tl.constexpr):
-    """u = H_pre x of tiles in registers, summed as `finish_kernel` and `aggregate_kernel` do."""
+    """u = H_pre x of tiles in registers, summed as `aggregate_kernel` does."""
     h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
     u = tl.zeros_like(streams[0]).to(tl.float32)
     for i in tl.static_range(N):

@@ -1,12 +1,13 @@
-"""The backward's second kernel over the streams (B31), whichever operation asks.
+"""The backward's second kernel over the streams, whichever operation asks.
 
 It builds the whole gradient of the projected streams y on chip,
     dY = dy + h_pre^T du + d_z phi + k y,
 and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
 once. Sums over tokens or channels are partial sums.
 
-B2, B31 and `phi_kernel` go through shares of the tokens side by side: B2 from the ends to the
-starts, B31 back, `phi_kernel` to the starts again: each starts with what the one before read last.
+`coefficients_kernel`, `streams_kernel` and `phi_kernel` go through shares of the tokens side by
+side: the first from the ends to the starts, the second back, the third to the starts again: each
+starts with what the one before read last.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
@@ -265,12 +266,12 @@ def streams_gradients(
     token: TokenGradients | None = None,
     mixing: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> StreamsGradients:
-    """Launch B31.
+    """Launch `streams_kernel`.
 
     Args:
         y: [T, n, C], the streams that were projected (any tensor of that shape without phi).
         dy, du: gradients of y and u; an absent one is zero.
-        phi, token: the projection and what B2 returned, or None where nothing was projected.
+        phi, token: the projection and what `coefficients_gradients` returned, or None where nothing was projected.
         mixing: (x, f, h_post, h_res, f_bias) of the combine that made y, or None: dx is dY.
     """
     tokens, n, width = y.shape

@@ -1,4 +1,4 @@
-"""The backward's first kernel over the streams (B2): what the streams' gradient needs of a token.
+"""The backward's first kernel over the streams: what the streams' gradient needs of a token.
 
 From the gradients of u, h_post and h_res it goes through Sinkhorn, sigmoid and the norm to
 d_z [rows], k and h_pre, with which dY = dy + h_pre^T du + d_z phi + k y.
@@ -163,7 +163,7 @@ def coefficients_gradients(
     pre_eps: float,
     sinkhorn_eps: float = 0.0,
 ) -> TokenGradients:
-    """Launch B2. du or d_pre is the gradient of what H_pre became; an absent one is zero."""
+    """Launch `coefficients_kernel`. du or d_pre is the gradient of what H_pre became; an absent one is zero."""
     tokens, n, width = y.shape
     rows = normed.shape[1]
     if du is None and d_pre is None:

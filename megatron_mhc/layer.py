@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
+from .aside import INLINE, Aside, Inline
 from .checkpoint import StoredSettings
 from .compatibility import check_transformer_config
 from .config import MHCConfig
@@ -25,7 +26,6 @@ from .connection import Begun, Ended, Head, HyperConnection
 from .memory import Plan, plan
 from .pipeline import mark_streams
 from .recompute import Block, Passed, are_unchanged
-from .streams import INLINE, Aside, Inline
 
 
 class _Ahead(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from .aside import Aside, lend
 from .pipeline import streams_of
-from .streams import Aside, lend
 
 _backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 

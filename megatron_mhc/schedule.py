@@ -34,11 +34,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from .aside import INLINE, Aside, Inline
 from .layer import MHCLayer
 from .links import AsideCommunicator, Links, two_directions
 from .pipeline import overlap_in_flight_of
 from .recompute import rebuild_ahead
-from .streams import INLINE, Aside, Inline
 
 NCCL = "nccl"
 

@@ -68,7 +68,6 @@ DATA_ARGS=(
 if [ "$MHC" = 1 ]; then
     MHC_ARGS+=(
         --mhc-recompute auto
-        --mhc-overlap-p2p
         --mhc-log-interval 100
         --mhc-guard warn
     )

@@ -96,7 +96,6 @@ if [ "$MHC" = 1 ]; then
     MHC_ARGS+=(
         --mhc-num-streams 4
         --mhc-recompute auto
-        --mhc-overlap-p2p
         --mhc-log-interval 100
         --mhc-guard warn
     )

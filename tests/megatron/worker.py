@@ -43,11 +43,11 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
+from megatron_mhc.aside import Aside  # noqa: E402
 from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 from megatron_mhc.pipeline import check_stages  # noqa: E402
 from megatron_mhc.recompute import rebuild_ahead  # noqa: E402
-from megatron_mhc.streams import Aside  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
 
