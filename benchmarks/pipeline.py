@@ -306,7 +306,9 @@ def train_equal(stage: Stage, options: argparse.Namespace) -> None:
             stage.step()
             with torch.no_grad():
                 for parameter in stage.model.parameters():
-                    parameter -= 1e-3 * parameter.grad
+                    # as far for a large gradient as for a small one: the loss has no bound
+                    size = parameter.grad.abs().mean().clamp_min(1e-30)
+                    parameter -= 1e-4 * parameter.grad / size
         torch.cuda.synchronize()
         ended[mode] = {n: p.detach().cpu().clone() for n, p in stage.model.named_parameters()} | {
             "sent forward": stage.neighbours.to_next.far.clone(),

@@ -44,10 +44,16 @@ def two_directions(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommuni
 
 
 def _communicators(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommunicator]:
-    # a batch of messages is waited for as one
-    config = copy.copy(config)
-    config.batch_p2p_comm = False
+    config = _without_timers(config)
+    config.batch_p2p_comm = False  # a batch of messages is waited for as one
     return P2PCommunicator(group, config), P2PCommunicator(_backward_groups[group], config)
+
+
+def _without_timers(config: Any) -> Any:
+    """A copy whose messages nobody times: a timer lets the host wait for the whole device."""
+    config = copy.copy(config)
+    config.timers = None
+    return config
 
 
 def _connect(forward: P2PCommunicator, backward: P2PCommunicator) -> None:
@@ -78,10 +84,18 @@ class Inbox:
         receive: posts one; returns its tensor and the request to wait for.
         total: how many there will be.
         aside: the streams that wait for them.
+        ahead: whether `take` posts the one after what it takes; else the caller posts each.
     """
 
-    def __init__(self, receive: Callable[[], tuple[Tensor, Any]], total: int, aside: Aside) -> None:
-        self._receive, self._total, self._aside = receive, total, aside
+    def __init__(
+        self,
+        receive: Callable[[], tuple[Tensor, Any]],
+        total: int,
+        aside: Aside,
+        *,
+        ahead: bool = True,
+    ) -> None:
+        self._receive, self._total, self._aside, self.ahead = receive, total, aside, ahead
         self._posted: deque[tuple[Tensor, Any]] = deque()
         self._next = 0
 
@@ -93,8 +107,9 @@ class Inbox:
             self._next += 1
 
     def take(self, microbatch: int) -> Tensor:
-        """A microbatch's tensor, once its stream has it; the one after it is posted first."""
-        self.post()
+        """A microbatch's tensor, once its stream has it; the one after it may be posted first."""
+        if self.ahead:
+            self.post()
         tensor, request = self._posted.popleft()
         with torch.cuda.stream(self._aside.of(microbatch)):
             request.wait()
@@ -119,7 +134,9 @@ class Outbox:
         self.drain()
         # another tensor of the same memory: Megatron empties the one that it sent
         wire = tensor.detach()
-        with torch.cuda.stream(self._aside.of(microbatch)):
+        stream = self._aside.of(microbatch)
+        lend(wire, stream)
+        with torch.cuda.stream(stream):
             self._sent = wire, self._send(wire), microbatch
 
     def drain(self) -> None:
@@ -140,11 +157,20 @@ class Links:
         backward: that of the gradients; another one, or one that keeps the directions apart.
         shape: [s, b, C] of what is exchanged (the streams are added by the communicator).
         microbatches: how many.
+        in_flight: how many a stage starts ahead for each stage behind it. With one, a gradient's
+            receive is posted behind the forward in front of it and no earlier: were both
+            neighbours' hosts to wait for their devices, each would wait for the other's message.
         aside: the streams that wait and send.
     """
 
     def __init__(
-        self, forward: Any, backward: Any, shape: Any, microbatches: int, aside: Aside
+        self,
+        forward: Any,
+        backward: Any,
+        shape: Any,
+        microbatches: int,
+        in_flight: int,
+        aside: Aside,
     ) -> None:
         def receive_input() -> tuple[Tensor, Any]:
             tensor, requests = forward.send_forward_recv_forward(None, True, shape, True)
@@ -163,7 +189,9 @@ class Links:
         first, last = forward.is_pp_first_stage, forward.is_pp_last_stage
         self.inputs = None if first else Inbox(receive_input, microbatches, aside)
         self.outputs = None if last else Outbox(send_output, aside)
-        self.gradients = None if last else Inbox(receive_gradient, microbatches, aside)
+        self.gradients = (
+            None if last else Inbox(receive_gradient, microbatches, aside, ahead=in_flight > 1)
+        )
         self.input_gradients = None if first else Outbox(send_gradient, aside)
 
     def drain(self) -> None:
@@ -186,7 +214,7 @@ class AsideCommunicator(P2PCommunicator):
     """
 
     def __init__(self, group: Any, config: Any, aside: Aside) -> None:
-        super().__init__(group, config)
+        super().__init__(group, _without_timers(config))
         self.aside = aside
         self._outbox = Outbox(self._send, aside)
         self._shape: Any = None
@@ -197,11 +225,21 @@ class AsideCommunicator(P2PCommunicator):
     def send_forward_recv_forward(
         self, output_tensor: Any, recv_prev: bool, tensor_shape: Any, overlap_p2p_comm: bool = False
     ) -> Any:
-        """Send and receive apart; the send has no request that anybody needs to wait for."""
-        if output_tensor is not None and overlap_p2p_comm:
-            self._shape = tensor_shape
-            self._outbox.put(output_tensor, self.aside.turn)
+        """Send and receive apart; the send has no request that anybody needs to wait for.
+
+        Without `overlap_p2p_comm` (warm-up, evaluation) Megatron waits for both, and sends from the
+        compute stream, which has to wait for the output first.
+        """
+        if output_tensor is not None:
+            if overlap_p2p_comm:
+                self._shape = tensor_shape
+                self._outbox.put(output_tensor, self.aside.turn)
+            else:
+                compute = torch.cuda.current_stream()
+                compute.wait_stream(self.aside.of(self.aside.turn))
+                lend(output_tensor, compute)
             self.aside.turn += 1
+        if overlap_p2p_comm:
             output_tensor = None
         return super().send_forward_recv_forward(
             output_tensor, recv_prev, tensor_shape, overlap_p2p_comm

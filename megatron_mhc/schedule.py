@@ -9,11 +9,12 @@ operation on the streams (paper section 4.3.3: F_post,res on a high-priority str
     compute     [ R 1 ][  B 1 ][     F 4     ][ R 2 ][   B 2   ][     F 5     ][ R 3 ][ B 3
     links out                        dx1 ....>       y4 ....>          dx2 ....>
 
-* Receives are posted a microbatch ahead; only the operation that reads them waits for them.
+* Receives are posted a microbatch ahead (with one in flight, a gradient's behind the forward in
+  front of it); only the operation that reads them waits for them.
 * Sends leave from the stream that made their tensor, as soon as it is there; the compute stream
   never waits for one. Their memory is kept until they are through (`links.Outbox`).
 * A microbatch's work beside the compute stream is on one stream, those that meet on different ones
-  (`streams.Aside`). Events alone keep the order; the host waits for nothing.
+  (`aside.Aside`). Events alone keep the order; the host waits for nothing.
 * A stage starts by as many forwards as there are stages behind it, times `overlap_in_flight`. With
   1 this is 1F1B: in its steady state a stage still waits for its gradient to make the round trip,
   two messages, through the stage behind. With 2 that wait is gone, for twice the activations.
@@ -146,7 +147,7 @@ def one_forward_one_backward(
         embedding = schedules.clear_embedding_activation_buffer(config, model, last)
 
     aside = aside_of([model], behind * overlap_in_flight_of(config))
-    links = Links(*directions, shape, num_microbatches, aside)
+    links = Links(*directions, shape, num_microbatches, overlap_in_flight_of(config), aside)
     waiting: deque[tuple[Tensor | None, Tensor]] = deque()
     results: list[Any] = []
     tokens = torch.zeros([], dtype=torch.int, device="cuda")
@@ -182,6 +183,8 @@ def one_forward_one_backward(
     def backward(microbatch: int) -> None:
         x, y = waiting.popleft()
         stream = aside.of(microbatch)
+        if links.gradients is not None and not links.gradients.ahead:
+            links.gradients.post()
         # the one place for it: what is stored here is rebuilt before the gradient is waited for
         rebuilt = rebuild_ahead(model)
         if rebuilt or links.gradients is None:
@@ -199,8 +202,9 @@ def one_forward_one_backward(
         if links.inputs is not None:
             links.inputs.post()
         for microbatch in range(num_microbatches + (0 if forward_only else warmup)):
-            if microbatch == warmup and links.gradients is not None and not forward_only:
-                links.gradients.post()
+            if microbatch == warmup and not forward_only:
+                if links.gradients is not None and links.gradients.ahead:
+                    links.gradients.post()
             if microbatch < num_microbatches:
                 forward(microbatch)
             if microbatch >= warmup and not forward_only:
