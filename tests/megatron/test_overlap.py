@@ -92,9 +92,6 @@ def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
     assert_same_training(result["eager"], result["off"], bound=None)
 
 
-STOCK_ONLY = ["send_forward_recv_backward", "recv_forward", "recv_backward", "send_forward"]
-
-
 @pytest.mark.parametrize("case", ["6 microbatches", "four stages", "four stages, 3 microbatches"])
 def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
     """The first stage's messages: each schedule has its own."""
@@ -112,6 +109,18 @@ def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
         assert result[mode]["aside"] == {"run": (steps + 1) * microbatches, "open": 0}
     assert result["off"]["messages"]["send_forward_recv_forward"] == 0
     assert result["off"]["aside"] == {"run": 0, "open": 0}
+
+
+@pytest.mark.parametrize("case", ["6 microbatches", "four stages"])
+def test_hosts_that_wait_for_every_message_do_not_lock(case: str) -> None:
+    """What locks ends by the launcher's limit of time."""
+    processes, settings = CASES[case]
+    waiting = {
+        mode: {**COMMON, **settings, "mhc": mhc, "hosts_wait": True}
+        for mode, mhc in {"on": OVERLAP, "eager": EAGER}.items()
+    }
+    for result in run_scenarios(processes, waiting).values():
+        assert_same_training(result, results(case)["off"], bound=None)
 
 
 def test_the_ends_of_interleaved_chunks_run_aside() -> None:

@@ -48,6 +48,7 @@ from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 from megatron_mhc.pipeline import check_stages  # noqa: E402
 from megatron_mhc.recompute import rebuild_ahead  # noqa: E402
+from tests.megatron.rendezvous import hosts_wait  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
 
@@ -77,6 +78,7 @@ class Scenario:
         hold: count the bytes that a forward keeps for its backward (`held_bytes`).
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
         decode: after training, read some tokens at once and token by token (`decoded`).
+        hosts_wait: every message between stages ends before its post returns (`rendezvous`).
     """
 
     steps: int = 3
@@ -102,6 +104,7 @@ class Scenario:
     hold: bool = False
     rebuild_ahead: bool = False
     decode: bool = False
+    hosts_wait: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -434,7 +437,12 @@ def run(s: Scenario) -> dict[str, Any]:
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside).
     """
-    with counted(P2PCommunicator, *MESSAGES) as messages, counted(Aside, "run", "open") as aside:
+    waits = hosts_wait() if s.hosts_wait else contextlib.nullcontext()
+    with (
+        waits,
+        counted(P2PCommunicator, *MESSAGES) as messages,
+        counted(Aside, "run", "open") as aside,
+    ):
         return train(s) | {"messages": messages, "aside": aside}
 
 
