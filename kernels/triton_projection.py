@@ -287,7 +287,7 @@ def finish(
     pre_eps: float,
     sinkhorn_eps: float = 0.0,
 ) -> Finished:
-    """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s kernel."""
+    """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
     tokens, n, width = x.shape
     blocks, rows, _ = partial.shape
     rows -= 1

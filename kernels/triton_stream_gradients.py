@@ -271,7 +271,8 @@ def streams_gradients(
     Args:
         y: [T, n, C], the streams that were projected (any tensor of that shape without phi).
         dy, du: gradients of y and u; an absent one is zero.
-        phi, token: the projection and what `coefficients_gradients` returned, or None where nothing was projected.
+        phi, token: the projection and what `coefficients_gradients` returned, or None where
+            nothing was projected.
         mixing: (x, f, h_post, h_res, f_bias) of the combine that made y, or None: dx is dY.
     """
     tokens, n, width = y.shape

@@ -163,7 +163,10 @@ def coefficients_gradients(
     pre_eps: float,
     sinkhorn_eps: float = 0.0,
 ) -> TokenGradients:
-    """Launch `coefficients_kernel`. du or d_pre is the gradient of what H_pre became; an absent one is zero."""
+    """Launch `coefficients_kernel`.
+
+    du or d_pre is the gradient of what H_pre became; an absent one is zero.
+    """
     tokens, n, width = y.shape
     rows = normed.shape[1]
     if du is None and d_pre is None:

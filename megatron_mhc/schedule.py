@@ -148,6 +148,7 @@ def one_forward_one_backward(
 
     aside = aside_of([model], behind * overlap_in_flight_of(config))
     links = Links(*directions, shape, num_microbatches, overlap_in_flight_of(config), aside)
+    gradients = links.gradients
     waiting: deque[tuple[Tensor | None, Tensor]] = deque()
     results: list[Any] = []
     tokens = torch.zeros([], dtype=torch.int, device="cuda")
@@ -183,13 +184,13 @@ def one_forward_one_backward(
     def backward(microbatch: int) -> None:
         x, y = waiting.popleft()
         stream = aside.of(microbatch)
-        if links.gradients is not None and not links.gradients.ahead:
-            links.gradients.post()
+        if gradients and not gradients.ahead:
+            gradients.post()
         # the one place for it: what is stored here is rebuilt before the gradient is waited for
         rebuilt = rebuild_ahead(model)
-        if rebuilt or links.gradients is None:
+        if rebuilt or gradients is None:
             stream.wait_stream(torch.cuda.current_stream())
-        g = None if links.gradients is None else links.gradients.take(microbatch)
+        g = None if gradients is None else gradients.take(microbatch)
         # called from there, the first operation waits for the gradient alone, and the compute
         # stream for nothing but what it reads
         with torch.cuda.stream(stream):
@@ -202,9 +203,8 @@ def one_forward_one_backward(
         if links.inputs is not None:
             links.inputs.post()
         for microbatch in range(num_microbatches + (0 if forward_only else warmup)):
-            if microbatch == warmup and not forward_only:
-                if links.gradients is not None and links.gradients.ahead:
-                    links.gradients.post()
+            if microbatch == warmup and not forward_only and gradients and gradients.ahead:
+                gradients.post()
             if microbatch < num_microbatches:
                 forward(microbatch)
             if microbatch >= warmup and not forward_only:
