@@ -57,7 +57,8 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
     )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     if seen.banner is None:
-        seen.banner = report.banner(config, source, *counts, device, memory.plan_of(chunks))
+        plan = memory.plan_of(chunks)
+        seen.banner = report.banner(config, source, *counts, device, args.params_dtype, plan)
         report.print_banner(seen.banner)
 
 

@@ -94,10 +94,16 @@ def test_the_runner_says_how_it_recomputes(wide: subprocess.CompletedProcess[str
     result = python(*RUN, "--mhc", "--mhc-recompute", "auto")
     assert result.returncode == 0, result.stdout[-3000:]
     assert (
-        "12,396 extra parameters; recompute in blocks of 1 layer (auto): 2,832 bytes a token beyond"
-        " the ordinary model, 1 microbatch in flight (settings from flags)"
+        "12,396 extra parameters; recompute in blocks of 1 layer (auto) (what it saves is predicted"
+        " for backend triton alone) (settings from flags)"
     ) in result.stdout
     assert losses(result) == losses(wide)
+
+
+def test_the_runner_says_that_the_reference_gives_no_bf16_streams_back() -> None:
+    result = python(*RUN, "--bf16", "--mhc", "--mhc-recompute", "1")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "blocks of 1 layer gives no streams back: backend torch keeps fp32" in result.stdout
 
 
 def test_auto_is_one_line_in_ones_own_script(
