@@ -159,7 +159,7 @@ def test_a_spec_of_ones_own_gets_sites_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected at least 1"),
+        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected an int"),
         (["--mhc-sinkhorn-iterations", "0"], "ValueError: sinkhorn_iterations is 0"),
         (["--mhc-convention", "v4"], "argument --mhc-convention: invalid choice: 'v4'"),
         (["--mhc-backend", "triton"], "ValueError: backend is 'triton', but Triton needs a CUDA"),
