@@ -176,6 +176,13 @@ def test_bad_flags_stop_before_training(flags: list[str], message: str) -> None:
     assert not losses(result)
 
 
+@pytest.mark.parametrize("asked", ["--mhc", "--spec megatron_mhc.spec gpt_layer_spec"])
+def test_a_variable_that_nobody_reads_stops_before_training(asked: str) -> None:
+    result = python(*RUN, *asked.split(), MHC_NUM_STREAMS="8")
+    assert result.returncode != 0 and not losses(result)
+    assert "ValueError: MHC_NUM_STREAMS set in the environment" in result.stdout
+
+
 DENSE = """
 import argparse, sys
 from megatron_mhc.patches import cpu

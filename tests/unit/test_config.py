@@ -117,14 +117,43 @@ def test_environment_variables_become_the_config() -> None:
     ("environ", "message"),
     [
         ({"MHC_STREAMS": "4"}, "MHC_STREAMS is set; known are MHC_BACKEND, "),
-        ({"MHC_NUM_STREAMS": "four"}, "MHC_NUM_STREAMS is 'four'"),
-        ({"MHC_OVERLAP_P2P": "maybe"}, "'maybe' is neither 0 nor 1"),
+        ({"MHC_NUM_STREAMS": "four"}, "MHC_NUM_STREAMS is 'four'; expected a whole number"),
+        (
+            {"MHC_RECOMPUTE": "none"},
+            "MHC_RECOMPUTE is 'none'; expected off, auto or a number of layers",
+        ),
+        ({"MHC_OVERLAP_P2P": "maybe"}, "MHC_OVERLAP_P2P is 'maybe'; expected 0 or 1"),
         ({"MHC_NUM_STREAMS": "-1"}, "num_streams is -1"),
     ],
 )
 def test_refused_environment(environ: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_environment(environ)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mhc-recompute none", "recompute: 'none'; expected off, auto or a number of layers"),
+        ("--mhc-num-streams four", "--mhc-num-streams: 'four'; expected a whole number"),
+    ],
+)
+def test_refused_flags(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--mhc", *flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_variable_beside_the_flags_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would read it: `MHC_NUM_STREAMS=8 ... --mhc` would train with four streams."""
+    monkeypatch.setenv("MHC_NUM_STREAMS", "8")
+    with pytest.raises(ValueError, match=r"MHC_NUM_STREAMS set .* give --mhc-num-streams"):
+        prepare_arguments(parse("--mhc"))
+    # of a run without mHC the variable says nothing
+    prepare_arguments(parse())
+    monkeypatch.delenv("MHC_NUM_STREAMS")
+    monkeypatch.setenv("MHC_HOME", "/not/of/ours")
+    prepare_arguments(parse("--mhc"))
 
 
 GIVEN = {
