@@ -92,9 +92,6 @@ def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
     assert_same_training(result["eager"], result["off"], bound=None)
 
 
-STOCK_ONLY = ["send_forward_recv_backward", "recv_forward", "recv_backward", "send_forward"]
-
-
 @pytest.mark.parametrize("case", ["6 microbatches", "four stages", "four stages, 3 microbatches"])
 def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
     """The first stage's messages: each schedule has its own."""

@@ -157,7 +157,6 @@ def test_a_variable_beside_the_flags_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 GIVEN = {
-    "--enable-hyper-connections": {"enable_hyper_connections": True},
     "--fp32-residual-connection": {"fp32_residual_connection": True},
     "--fused-residual-rmsnorm": {"fused_residual_rmsnorm": True},
     "--recompute-modules layernorm": {
