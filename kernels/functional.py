@@ -1,8 +1,8 @@
 """The public operations: they check their arguments, then hand them to Triton or the reference.
 
-Shapes, dtypes and equations: `reference`, under the same names. Every operation takes `backend=`
-(`backend.resolve` says what it means) and raises ValueError naming the argument that does not fit,
-what came and what was wanted.
+Shapes, dtypes and equations: `reference`, under the same names. Every operation raises ValueError
+naming the argument that does not fit, what came and what was wanted. All but `hc_coefficients` take
+`backend=` (`backend.resolve` says what it means).
 """
 
 from collections.abc import Sequence
@@ -268,9 +268,9 @@ def head(
 
 
 def hc_coefficients(
-    x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor, *, backend: str | None = None
+    x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.hc_coefficients`; the reference serves every backend."""
+    """See `reference.hc_coefficients`, the only implementation."""
     check_streams("x", x)
     n, width = x.shape[-2:]
     check_parameter("theta", theta, (n + 2, width), x)

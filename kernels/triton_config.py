@@ -27,11 +27,6 @@ class Tile:
     registers: int | None = None
 
 
-def rows(n: int) -> int:
-    """Rows of phi: n for H_pre, n for H_post, n*n for H_res."""
-    return n * n + 2 * n
-
-
 def padded(count: int) -> int:
     """The smallest power of two that holds `count` rows and that the matrix units accept."""
     size = 16

@@ -99,7 +99,9 @@ def main() -> None:
     elif args.command == "doctor":
         from .doctor import report
 
-        print(report())
+        page, is_well = report()
+        print(page)
+        sys.exit(0 if is_well else 1)
     elif args.command == "convert":
         _convert(args)
     else:

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.patches import Patch, registry
+from megatron_mhc.patches import Patch, PatchError, registry
 from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
-from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
-from megatron_mhc.patches.releases import check_release
+from megatron_mhc.patches.registry import ENVIRONMENT_VARIABLE, turned_off
+from megatron_mhc.patches.releases import check_release, megatron_core_version
 from megatron_mhc.patches.spec_function import spec_function_patches
 from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
@@ -57,7 +58,8 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
     )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     if seen.banner is None:
-        seen.banner = report.banner(config, source, *counts, device, memory.plan_of(chunks))
+        plan = memory.plan_of(chunks)
+        seen.banner = report.banner(config, source, *counts, device, args.params_dtype, plan)
         report.print_banner(seen.banner)
 
 
@@ -108,12 +110,31 @@ def plugin_patches() -> tuple[Patch, ...]:
     )
 
 
+def check_turned_off() -> None:
+    """Refuse ids in the environment variable that turn nothing off.
+
+    Not the registry's to do: it gets the patches a few at a time, and knows only those that came.
+
+    Raises:
+        PatchError: names each such id, and all that exist with this release of Megatron.
+    """
+    known = {patch.id for patch in (*plugin_patches(), *CPU_PATCHES)}
+    if unknown := turned_off() - known:
+        raise PatchError(
+            f"{ENVIRONMENT_VARIABLE} turns off {', '.join(sorted(unknown))}, and with Megatron-Core"
+            f" {megatron_core_version()} there is no such patch; known are"
+            f" {', '.join(sorted(known))}"
+        )
+
+
 def activate() -> None:
     """Teach this process's Megatron the `--mhc*` flags. Once is enough; again changes nothing.
 
     Raises:
         UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
-        PatchError: something that a patch changes is not there.
+        PatchError: something that a patch changes is not there, or the environment turns off a
+            patch that does not exist.
     """
     check_release()
+    check_turned_off()
     registry.apply(*plugin_patches())

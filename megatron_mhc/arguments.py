@@ -17,15 +17,23 @@ SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
 """What `--spec` must name for a model with mHC."""
 
 
+def _whole(text: str, expected: str = "a whole number") -> int:
+    try:
+        return int(text)
+    except ValueError:
+        # argparse puts the flag in front of this, `config_from_environment` the variable
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}") from None
+
+
 def _recompute(text: str) -> int | str | None:
     if text == "off":
         return None
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else _whole(text, "off, auto or a number of layers")
 
 
 def _switch(text: str) -> bool:
     if text.lower() not in ("0", "1", "false", "true"):
-        raise ValueError(f"{text!r} is neither 0 nor 1")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected 0 or 1")
     return text.lower() in ("1", "true")
 
 
@@ -37,8 +45,10 @@ class _Setting:
 
 
 SETTINGS: Mapping[str, _Setting] = {
-    "num_streams": _Setting(int, "residual streams (n; kernels exist for 1, 2, 4 and 8)"),
-    "sinkhorn_iterations": _Setting(int, "Sinkhorn-Knopp steps that make H_res doubly stochastic"),
+    "num_streams": _Setting(_whole, "residual streams (n; kernels exist for 1, 2, 4 and 8)"),
+    "sinkhorn_iterations": _Setting(
+        _whole, "Sinkhorn-Knopp steps that make H_res doubly stochastic"
+    ),
     "convention": _Setting(
         str,
         "'paper', or 'deepseek_v4' for the eps values and the learned head of the V4 checkpoints",
@@ -64,12 +74,19 @@ SETTINGS: Mapping[str, _Setting] = {
         _switch, "overlap pipeline communication and the ends of each stage with the rest"
     ),
     "overlap_in_flight": _Setting(
-        int,
+        _whole,
         "with --mhc-overlap-p2p and 1F1B: microbatches started ahead for each stage behind; 2 hides"
         " the way of a gradient back too, for up to twice the activations",
     ),
 }
 """A row a field of MHCConfig."""
+
+VARIABLES: Mapping[str, str] = {f"MHC_{name.upper()}": name for name in SETTINGS}
+"""The environment variables, and the field that each one sets."""
+
+
+def _flag(name: str) -> str:
+    return "--mhc-" + name.replace("_", "-")
 
 
 def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
@@ -78,7 +95,7 @@ def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
         if field.name not in names:
             continue
         setting = SETTINGS[field.name]
-        flag = "--mhc-" + field.name.replace("_", "-")
+        flag = _flag(field.name)
         default = "off" if field.default in (None, False) else field.default
         text = f"{setting.help} (default: {default})"
         if setting.parse is _switch:
@@ -107,8 +124,14 @@ def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
     """MHCConfig from parsed flags; what was not given has its default.
 
     Raises:
-        ValueError: a value that MHCConfig refuses.
+        ValueError: a value that MHCConfig refuses, or an environment variable beside the flags.
     """
+    if found := sorted(VARIABLES.keys() & os.environ.keys()):
+        flags = ", ".join(_flag(VARIABLES[variable]) for variable in found)
+        raise ValueError(
+            f"{', '.join(found)} set in the environment, which is not read where there are flags:"
+            f" unset it and give {flags}"
+        )
     return MHCConfig(**_given(args))
 
 
@@ -117,7 +140,7 @@ def flags_of(mhc: MHCConfig) -> str:
     flags = ["--mhc"]
     for field in dataclasses.fields(MHCConfig):
         if (value := getattr(mhc, field.name)) != field.default:
-            flag = "--mhc-" + field.name.replace("_", "-")
+            flag = _flag(field.name)
             flags.append(flag if value is True else f"{flag} {value}")
     return " ".join(flags)
 
@@ -129,15 +152,14 @@ def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfi
         ValueError: an MHC_* variable that does not exist, or a value that does not fit.
     """
     values = {}
-    known = {f"MHC_{name.upper()}": name for name in SETTINGS}
     for variable in sorted(v for v in environ if v.startswith("MHC_")):
-        if variable not in known:
-            raise ValueError(f"{variable} is set; known are {', '.join(sorted(known))}")
-        name = known[variable]
+        if variable not in VARIABLES:
+            raise ValueError(f"{variable} is set; known are {', '.join(sorted(VARIABLES))}")
+        name = VARIABLES[variable]
         try:
             values[name] = SETTINGS[name].parse(environ[variable])
-        except ValueError as error:
-            raise ValueError(f"{variable} is {environ[variable]!r}: {error}") from error
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{variable} is {error}") from error
     return MHCConfig(**values)
 
 
@@ -152,7 +174,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     check_monitor_arguments(args)
     if not args.mhc:
         if given := _given(args):
-            flags = ", ".join("--mhc-" + name.replace("_", "-") for name in given)
+            flags = ", ".join(map(_flag, given))
             raise ValueError(f"{flags} given without --mhc: add --mhc, or drop them")
         return
     config = config_from_arguments(args)

@@ -41,11 +41,6 @@ CONFLICTS_OF_0_18 = (
 CONFLICTS = (
     *(CONFLICTS_OF_0_18 if is_installed("<0.19") else ()),
     Conflict(
-        "--enable-hyper-connections",
-        _is_set("enable_hyper_connections"),
-        "this Megatron has hyper-connections of its own and they are on; use one of the two",
-    ),
-    Conflict(
         "--fp32-residual-connection",
         _is_set("fp32_residual_connection"),
         "the streams are kept in the model's dtype; drop the flag",

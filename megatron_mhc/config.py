@@ -15,6 +15,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
+def _is_count(value: Any) -> bool:
+    # not isinstance: True is an int too
+    return type(value) is int and value >= 1
+
+
 @dataclass(frozen=True)
 class MHCConfig:
     """The settings of mHC.
@@ -38,7 +43,7 @@ class MHCConfig:
             twice the activations.
 
     Raises:
-        ValueError: a value that is unknown, out of range or cannot work with another.
+        ValueError: a value of another type, unknown, out of range or at odds with another.
     """
 
     num_streams: int = 4
@@ -52,25 +57,23 @@ class MHCConfig:
     overlap_in_flight: Literal[1, 2] = 1
 
     def __post_init__(self) -> None:
-        if self.num_streams < 1:
-            raise ValueError(f"num_streams is {self.num_streams}; expected at least 1")
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(
-                f"sinkhorn_iterations is {self.sinkhorn_iterations}; expected at least 1"
-            )
+        for name in ("num_streams", "sinkhorn_iterations"):
+            if not _is_count(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r}; expected an int, at least 1")
         _check_choice("convention", self.convention, get_args(Convention))
         _check_choice("init", self.init, get_args(Init))
         _check_choice("variant", self.variant, get_args(Variant))
         check_backend(self.backend)
-        if self.variant == "hc" and (self.convention, self.init) != ("paper", "residual"):
-            raise ValueError(
-                f"variant 'hc' knows neither conventions nor other starts; convention is"
-                f" {self.convention!r} and init {self.init!r}: leave both at their defaults"
-            )
+        for name in ("sinkhorn_iterations", "convention", "init"):
+            value, default = getattr(self, name), getattr(MHCConfig, name)
+            if self.variant == "hc" and value != default:
+                raise ValueError(
+                    f"{name} is {value!r}, which variant 'hc' has no use for; leave it at its"
+                    f" default, {default!r}"
+                )
         if self.variant == "hc" and self.backend == "triton":
             raise ValueError("backend is 'triton', but variant 'hc' has the reference only")
-        whole = isinstance(self.recompute, int) and not isinstance(self.recompute, bool)
-        if not (self.recompute in (None, "auto") or (whole and int(self.recompute) >= 1)):
+        if not (self.recompute in (None, "auto") or _is_count(self.recompute)):
             raise ValueError(
                 f"recompute is {self.recompute!r}; expected None, 'auto' or a number of layers"
             )
@@ -79,7 +82,9 @@ class MHCConfig:
                 f"recompute is {self.recompute!r}, but variant 'hc' keeps fp32 copies of the"
                 " streams, which recompute cannot give back; leave it off"
             )
-        if self.overlap_in_flight not in (1, 2):
+        if type(self.overlap_p2p) is not bool:
+            raise ValueError(f"overlap_p2p is {self.overlap_p2p!r}; expected True or False")
+        if not (_is_count(self.overlap_in_flight) and self.overlap_in_flight <= 2):
             raise ValueError(f"overlap_in_flight is {self.overlap_in_flight!r}; expected 1 or 2")
         if self.overlap_in_flight == 2 and not self.overlap_p2p:
             raise ValueError("overlap_in_flight is 2 without overlap_p2p: turn that on too")

@@ -45,8 +45,12 @@ def _hook_state(target: str) -> str:
 
 
 def _patch_lines() -> list[str]:
-    from .activate import plugin_patches
+    from .activate import check_turned_off, plugin_patches
 
+    try:
+        check_turned_off()
+    except PatchError as error:
+        return [f"  ERROR {error}"]
     lines = []
     for title, patches, tried in (
         ("Patches of a training run (applied now, to try them)", plugin_patches(), True),
@@ -67,8 +71,8 @@ def _patch_lines() -> list[str]:
     return lines
 
 
-def report() -> str:
-    """The doctor's whole page."""
+def report() -> tuple[str, bool]:
+    """The doctor's whole page, and whether all is well: no line of it says ERROR or MISSING."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (use --cpu)"
     lines = [f"Python {platform.python_version()}, CUDA device: {device}", "Versions:"]
     lines += [f"  {package:26} {_version(package)}" for package in PACKAGES]
@@ -78,4 +82,5 @@ def report() -> str:
         lines.append(f"  ERROR {error}")
     lines.append("Hooks:")
     lines += [f"  {_hook_state(target):26} {target}: {why}" for target, why in HOOKS]
-    return "\n".join(lines + _patch_lines())
+    lines += _patch_lines()
+    return "\n".join(lines), not any(line.startswith(("  ERROR", "  MISSING")) for line in lines)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.patches.releases import is_installed
 
 from .accounting import (
@@ -177,7 +178,7 @@ def bytes_of_streams(
 
     plan = plan_of(chunks)
     if plan is not None:
-        return sum(plan.bytes_a_token.values()), str(plan).split(":")[0]
+        return sum(plan.bytes_a_token.values()), plan.blocks
     layers = sum(isinstance(module, MHCLayer) for chunk in chunks for module in chunk.modules())
     virtual = args.virtual_pipeline_model_parallel_size or 1
     stages = args.pipeline_model_parallel_size
@@ -204,10 +205,15 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     extra = training_flops_a_token(args, mhc)
     # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
     whole = num_floating_point_operations(args, 1) / args.seq_length
+    is_served = (
+        mhc.variant == "mhc" and mhc.backend != "torch" and mhc.num_streams in TRITON_STREAMS
+    )
+    lines = [] if is_served else ["  activations: of the Triton kernels; the reference keeps more"]
     return [
         f"mHC: {sites} sites, {parameters:,} extra parameters (fp32)",
         f"  FLOPs a token: {forward:,} forward, {extra:,} a training step,"
         f" {extra / (whole - extra):.2%} of the ordinary model's {whole - extra:,.0f}",
+        *lines,
     ]
 
 

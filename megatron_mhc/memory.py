@@ -67,15 +67,20 @@ class Plan:
             "ordinary residual and norm": -(2 + self.norms) * layers * wide,
         }
 
-    def __str__(self) -> str:
-        """For the banner."""
-        total = sum(self.bytes_a_token.values())
+    @property
+    def blocks(self) -> str:
+        """How the layers are put into blocks, in words."""
         auto = " (auto)" if self.setting == "auto" else ""
         layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        return f"recompute in blocks of {layers}{auto}"
+
+    def __str__(self) -> str:
+        """For the banner: the blocks and their memory, which is that of the Triton kernels."""
+        total = sum(self.bytes_a_token.values())
         flight = "1 microbatch" if self.in_flight == 1 else f"{self.in_flight} microbatches"
         return (
-            f"recompute in blocks of {layers}{auto}: {total:,.0f} bytes a token beyond"
-            f" the ordinary model, {flight} in flight"
+            f"{self.blocks}: {total:,.0f} bytes a token beyond the ordinary model, {flight} in"
+            " flight"
         )
 
 

@@ -16,15 +16,33 @@ class DenseModelError(RuntimeError):
     """mHC was asked for and a layer of the model came out with ordinary residual connections."""
 
 
+def _recompute(mhc: MHCConfig, plan: Plan | None, reference: bool, dtype: torch.dtype) -> str:
+    """What the banner says of recompute, where the reference or the kernels run on such streams."""
+    blocks = f"recompute {mhc.recompute}" if plan is None else plan.blocks
+    if not reference:
+        return str(plan or blocks)
+    if dtype.itemsize < 4:
+        return f"{blocks} gives no streams back: backend torch keeps fp32 copies of {dtype} streams"
+    return f"{blocks} (what it saves is predicted for backend triton alone)"
+
+
 def banner(
     mhc: MHCConfig,
     source: str,
     sites: int,
     parameters: int,
     device: torch.device,
-    recompute: Plan | None = None,
+    dtype: torch.dtype,
+    plan: Plan | None = None,
 ) -> str:
-    """The line that says how mHC is on (`recompute`: what the first stage's layers follow)."""
+    """The line that says how mHC is on.
+
+    Args:
+        mhc, source: the settings, and where they come from.
+        sites, parameters: how many mHC has in the whole model.
+        device, dtype: of the streams.
+        plan: what the first stage's layers follow under recompute, where it is known already.
+    """
     backend: str = mhc.backend
     if backend == "auto":
         reason = kernels.why_not_triton(mhc.num_streams, device)
@@ -34,7 +52,7 @@ def banner(
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
     dropped = ""
     if mhc.recompute is not None:
-        dropped = f"; {recompute or f'recompute {mhc.recompute}'}"
+        dropped = f"; {_recompute(mhc, plan, backend.startswith('torch'), dtype)}"
     return (
         f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
         f" {mhc.convention}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
@@ -91,4 +109,4 @@ def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
         transformer_config.hidden_size,
         transformer_config.mtp_num_layers or 0,
     )
-    print_banner(banner(mhc, source, *counts, device))
+    print_banner(banner(mhc, source, *counts, device, transformer_config.params_dtype))

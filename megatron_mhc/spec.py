@@ -23,7 +23,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from .activate import model_patches
+from .activate import check_turned_off, model_patches
 from .arguments import active_config, base_spec
 from .config import MHCConfig
 from .layer import MHCLayer, mhc_layer
@@ -55,8 +55,10 @@ def with_mhc[
     Raises:
         ValueError: a layer that is no TransformerLayer, has mHC already, fills its residual slots
             with something else than Megatron's bias-dropout-add, or has cross attention.
-        PatchError: a Megatron-Core of a version that the plugin does not know.
+        PatchError: a Megatron-Core of a version that the plugin does not know, or an unknown id in
+            MEGATRON_MHC_PATCHES.
     """
+    check_turned_off()
     registry.apply(*model_patches())
     config = MHCConfig() if config is None else config
     if isinstance(spec, list):

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from .releases import SUPPORTED, megatron_core_version
 
 ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
-"""Turns single patches off: comma-separated ids with a minus in front, `-cpu-rng,-arguments`."""
+"""Turns single patches off: comma-separated ids with a minus in front, `-metrics,-throughput`."""
 
 
 class PatchError(RuntimeError):
@@ -59,7 +59,7 @@ def turned_off() -> set[str]:
         if not entry.startswith("-"):
             raise PatchError(
                 f"{ENVIRONMENT_VARIABLE} has the entry {entry!r}; expected ids with a minus in"
-                " front, separated by commas, such as -cpu-rng"
+                " front, separated by commas, such as -metrics"
             )
     return {entry[1:] for entry in entries}
 

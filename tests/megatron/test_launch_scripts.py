@@ -111,6 +111,14 @@ def test_flags_that_are_refused_are_named(flags: list[str], says: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@NEEDS_0_19
+@pytest.mark.parametrize("flags", ["--mhc-backend torch", "--mhc-variant hc", ""])
+def test_the_dry_run_says_whose_activations_it_reckons(flags: str) -> None:
+    result = python("-m", "megatron_mhc", "doctor", "--args", *TINY, "--mhc", *flags.split())
+    assert result.returncode == 0, result.stdout
+    assert ("the reference keeps more" in result.stdout) == bool(flags)
+
+
 COUNT = """
 import sys
 from megatron_mhc.patches import cpu, registry

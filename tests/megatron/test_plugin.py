@@ -94,10 +94,16 @@ def test_the_runner_says_how_it_recomputes(wide: subprocess.CompletedProcess[str
     result = python(*RUN, "--mhc", "--mhc-recompute", "auto")
     assert result.returncode == 0, result.stdout[-3000:]
     assert (
-        "12,396 extra parameters; recompute in blocks of 1 layer (auto): 2,832 bytes a token beyond"
-        " the ordinary model, 1 microbatch in flight (settings from flags)"
+        "12,396 extra parameters; recompute in blocks of 1 layer (auto) (what it saves is predicted"
+        " for backend triton alone) (settings from flags)"
     ) in result.stdout
     assert losses(result) == losses(wide)
+
+
+def test_the_runner_says_that_the_reference_gives_no_bf16_streams_back() -> None:
+    result = python(*RUN, "--bf16", "--mhc", "--mhc-recompute", "1")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "blocks of 1 layer gives no streams back: backend torch keeps fp32" in result.stdout
 
 
 def test_auto_is_one_line_in_ones_own_script(
@@ -153,7 +159,7 @@ def test_a_spec_of_ones_own_gets_sites_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected at least 1"),
+        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected an int"),
         (["--mhc-sinkhorn-iterations", "0"], "ValueError: sinkhorn_iterations is 0"),
         (["--mhc-convention", "v4"], "argument --mhc-convention: invalid choice: 'v4'"),
         (["--mhc-backend", "triton"], "ValueError: backend is 'triton', but Triton needs a CUDA"),
@@ -168,6 +174,13 @@ def test_bad_flags_stop_before_training(flags: list[str], message: str) -> None:
     assert result.returncode != 0
     assert message in result.stdout
     assert not losses(result)
+
+
+@pytest.mark.parametrize("asked", ["--mhc", "--spec megatron_mhc.spec gpt_layer_spec"])
+def test_a_variable_that_nobody_reads_stops_before_training(asked: str) -> None:
+    result = python(*RUN, *asked.split(), MHC_NUM_STREAMS="8")
+    assert result.returncode != 0 and not losses(result)
+    assert "ValueError: MHC_NUM_STREAMS set in the environment" in result.stdout
 
 
 DENSE = """
@@ -240,18 +253,22 @@ WAYS = {
 }
 
 
+def installed(release: str, folder: Path) -> dict[str, str]:
+    """The environment in which Python believes that this release of Megatron-Core is installed."""
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\n"
+        "real = m.version\n"
+        f"m.version = lambda name: {release!r} if name == 'megatron-core' else real(name)\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("release", "message"), REFUSALS, ids=[r for r, _ in REFUSALS])
 def test_an_unsupported_megatron_is_refused_by_name(
     release: str, message: str, way: str, tmp_path: Path
 ) -> None:
-    site = tmp_path / "sitecustomize.py"
-    site.write_text(
-        "import importlib.metadata as m\n"
-        "real = m.version\n"
-        f"m.version = lambda name: {release!r} if name == 'megatron-core' else real(name)\n"
-    )
-    result = python(*WAYS[way], PYTHONPATH=str(tmp_path))
+    result = python(*WAYS[way], **installed(release, tmp_path))
     assert result.returncode != 0
     assert (
         f"UnsupportedMegatronError: Megatron-Core {message}megatron_mhc works with {SUPPORTED}:"
@@ -267,6 +284,57 @@ def test_doctor_knows_every_hook_and_patch() -> None:
     assert "parameter-groups           off (by MEGATRON_MHC_PATCHES)" in result.stdout
     for applied in ("arguments", "validation", "built-model"):
         assert f"  {applied:26} applied" in result.stdout
+
+
+def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
+    result = python("-m", "megatron_mhc", "doctor", **installed("0.21.0", tmp_path))
+    assert result.returncode == 1, result.stdout
+    assert "  ERROR Megatron-Core 0.21.0 is not supported. " in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_doctor_fails_where_a_hook_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_mhc import doctor
+
+    assert doctor.report()[1]
+    monkeypatch.setattr(doctor, "HOOKS", (("megatron.core:no_such_hook", "of this test"),))
+    page, is_well = doctor.report()
+    assert "  MISSING (" in page and not is_well
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("-parameter-groups,-nonsense", "MEGATRON_MHC_PATCHES turns off nonsense, and with Mega"),
+        ("parameter-groups", "has the entry 'parameter-groups'; expected ids with a minus"),
+    ],
+)
+def test_doctor_fails_where_a_patch_that_is_turned_off_does_not_exist(
+    ids: str, message: str
+) -> None:
+    result = python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES=ids)
+    assert result.returncode == 1, result.stdout
+    assert message in result.stdout and "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("way", ["activate", "with_mhc"])
+def test_ids_of_patches_that_do_not_exist_are_refused(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_mhc.activate import activate
+    from megatron_mhc.patches import PatchError, registry
+
+    turn_on = activate if way == "activate" else lambda: with_mhc(specs()["local"])
+    # the second is of --cpu alone, and the third of a training run alone: neither is unknown
+    known = "-muon-layout,-cpu-rng-get,-arguments"
+    try:
+        monkeypatch.setenv("MEGATRON_MHC_PATCHES", f"{known},-muon_layout")
+        with pytest.raises(PatchError, match=r"off muon_layout, .* known are .*, muon-layout, "):
+            turn_on()
+        monkeypatch.setenv("MEGATRON_MHC_PATCHES", known)
+        turn_on()
+    finally:
+        registry.undo()
 
 
 def specs() -> dict[str, Any]:

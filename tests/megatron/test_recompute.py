@@ -161,6 +161,13 @@ def test_the_bytes_are_gone(case: str, blocks: tuple[int, ...], last_layers: int
     assert got["whole"] == want["kept"] == want["whole"]
 
 
+def test_the_reference_keeps_bf16_streams() -> None:
+    """Its fp32 copies are the graph's: u and norm(u) of the four layers fall alone."""
+    got, want = (result["held"] for result in results("bf16"))
+    bf16 = FP32 // 2
+    assert want["kept"] - got["kept"] == 4 * 2 * 2 * bf16 * TOKENS
+
+
 def test_evaluation_keeps_no_streams() -> None:
     """Megatron turns gradients on around the residual slot; under no_grad there is no graph."""
     for result in results("two layers"):

@@ -27,20 +27,28 @@ from megatron_mhc.connection import Head, HyperConnection
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_streams": 0}, "num_streams is 0; expected at least 1"),
-        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations is 0; expected at least 1"),
+        ({"num_streams": 0}, "num_streams is 0; expected an int, at least 1"),
+        ({"num_streams": 4.0}, "num_streams is 4.0; expected an int"),
+        ({"num_streams": True}, "num_streams is True; expected an int"),
+        ({"num_streams": "4"}, "num_streams is '4'; expected an int"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations is 0; expected an int, at least 1"),
+        ({"sinkhorn_iterations": 2.5}, "sinkhorn_iterations is 2.5; expected an int"),
         ({"convention": "v4"}, "convention is 'v4'; expected one of paper, deepseek_v4"),
         ({"init": "random"}, "init is 'random'; expected one of residual, zero"),
         ({"variant": "HC"}, "variant is 'HC'; expected one of mhc, hc"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, triton, torch"),
-        ({"variant": "hc", "convention": "deepseek_v4"}, "variant 'hc' knows neither"),
-        ({"variant": "hc", "init": "zero"}, "variant 'hc' knows neither"),
+        ({"variant": "hc", "sinkhorn_iterations": 5}, "sinkhorn_iterations is 5, .* default, 20"),
+        ({"variant": "hc", "convention": "deepseek_v4"}, "is 'deepseek_v4', which variant 'hc'"),
+        ({"variant": "hc", "init": "zero"}, "init is 'zero', .* leave it at its default, 'resid"),
         ({"variant": "hc", "backend": "triton"}, "has the reference only"),
         ({"recompute": 0}, "recompute is 0; expected None, 'auto' or a number of layers"),
         ({"recompute": True}, "recompute is True; expected"),
         ({"recompute": "full"}, "recompute is 'full'; expected"),
+        ({"recompute": 2.0}, "recompute is 2.0; expected"),
         ({"recompute": 2, "variant": "hc"}, "recompute is 2, but variant 'hc' keeps fp32"),
+        ({"overlap_p2p": "0"}, "overlap_p2p is '0'; expected True or False"),
         ({"overlap_p2p": True, "overlap_in_flight": 3}, "overlap_in_flight is 3; expected 1 or 2"),
+        ({"overlap_in_flight": True}, "overlap_in_flight is True; expected 1 or 2"),
         ({"overlap_in_flight": 2}, "overlap_in_flight is 2 without overlap_p2p"),
     ],
 )
@@ -109,8 +117,12 @@ def test_environment_variables_become_the_config() -> None:
     ("environ", "message"),
     [
         ({"MHC_STREAMS": "4"}, "MHC_STREAMS is set; known are MHC_BACKEND, "),
-        ({"MHC_NUM_STREAMS": "four"}, "MHC_NUM_STREAMS is 'four'"),
-        ({"MHC_OVERLAP_P2P": "maybe"}, "'maybe' is neither 0 nor 1"),
+        ({"MHC_NUM_STREAMS": "four"}, "MHC_NUM_STREAMS is 'four'; expected a whole number"),
+        (
+            {"MHC_RECOMPUTE": "none"},
+            "MHC_RECOMPUTE is 'none'; expected off, auto or a number of layers",
+        ),
+        ({"MHC_OVERLAP_P2P": "maybe"}, "MHC_OVERLAP_P2P is 'maybe'; expected 0 or 1"),
         ({"MHC_NUM_STREAMS": "-1"}, "num_streams is -1"),
     ],
 )
@@ -119,8 +131,32 @@ def test_refused_environment(environ: dict, message: str) -> None:
         config_from_environment(environ)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mhc-recompute none", "recompute: 'none'; expected off, auto or a number of layers"),
+        ("--mhc-num-streams four", "--mhc-num-streams: 'four'; expected a whole number"),
+    ],
+)
+def test_refused_flags(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--mhc", *flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_variable_beside_the_flags_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would read it: `MHC_NUM_STREAMS=8 ... --mhc` would train with four streams."""
+    monkeypatch.setenv("MHC_NUM_STREAMS", "8")
+    with pytest.raises(ValueError, match=r"MHC_NUM_STREAMS set .* give --mhc-num-streams"):
+        prepare_arguments(parse("--mhc"))
+    # of a run without mHC the variable says nothing
+    prepare_arguments(parse())
+    monkeypatch.delenv("MHC_NUM_STREAMS")
+    monkeypatch.setenv("MHC_HOME", "/not/of/ours")
+    prepare_arguments(parse("--mhc"))
+
+
 GIVEN = {
-    "--enable-hyper-connections": {"enable_hyper_connections": True},
     "--fp32-residual-connection": {"fp32_residual_connection": True},
     "--fused-residual-rmsnorm": {"fused_residual_rmsnorm": True},
     "--recompute-modules layernorm": {

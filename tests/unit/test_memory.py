@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.kernels.backend import Backend
 from megatron_mhc.memory import Plan, microbatches_in_flight
 from megatron_mhc.report import banner
 
@@ -65,13 +66,29 @@ def test_bytes_a_token_by_hand() -> None:
 
 
 def test_the_banner_says_how() -> None:
-    mhc = MHCConfig(recompute="auto")
     plan = Plan(4, 4096, (8,), 1, 0, "auto")
-    line = banner(mhc, "flags", 16, 10, torch.device("cpu"), plan)
+    triton = MHCConfig(recompute="auto", backend="triton")
+    where = (torch.device("cpu"), torch.bfloat16)
+    line = banner(triton, "flags", 16, 10, *where, plan)
     assert f"recompute in blocks of {plan.layers} layers (auto): " in line
     assert f"{sum(plan.bytes_a_token.values()):,.0f} bytes a token" in line
     assert "(auto)" not in str(Plan(4, 4096, (8,), 3, 0, 1)) and "1 layer: " in str(
         Plan(4, 4096, (8,), 3, 0, 1)
     )
-    assert "recompute auto" in banner(mhc, "environment", 16, 10, torch.device("cpu"))
-    assert "recompute" not in banner(MHCConfig(), "flags", 16, 10, torch.device("cpu"))
+    assert "; recompute auto (settings" in banner(triton, "environment", 16, 10, *where)
+    assert "recompute" not in banner(MHCConfig(), "flags", 16, 10, *where)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_banner_promises_no_bytes_for_the_reference(backend: Backend) -> None:
+    """What it says of either dtype, `test_recompute.py` counts in bytes."""
+    mhc, cpu = MHCConfig(recompute=2, backend=backend), torch.device("cpu")
+    plan = Plan(4, 4096, (8,), 1, 0, 2)
+    for followed, blocks in ((plan, "recompute in blocks of 2 layers"), (None, "recompute 2")):
+        line = banner(mhc, "flags", 16, 10, cpu, torch.bfloat16, followed)
+        assert (
+            f"{blocks} gives no streams back: backend torch keeps fp32 copies of torch.bfloat16"
+            " streams (settings"
+        ) in line
+        line = banner(mhc, "flags", 16, 10, cpu, torch.float32, followed)
+        assert f"{blocks} (what it saves is predicted for backend triton alone) (settings" in line
