@@ -76,8 +76,8 @@ def _extra_flops_a_token(args: argparse.Namespace) -> float:
 
 
 def _like_decoder(decoder: Any, mtp: Any) -> Any:
-    """`spec.like_decoder`, imported when there is a model to build."""
-    from .spec import like_decoder
+    """`wide.like_decoder`, imported when there is a model to build."""
+    from .wide import like_decoder
 
     return like_decoder(decoder, mtp)
 
