@@ -50,7 +50,6 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
         return
     config, source = arguments.active_config()
     report.check_model(chunks, config)
-    pipeline.check_stages(chunks, config)
     args = get_args()
     counts = accounting.sites_and_parameters(
         config, args.num_layers, args.hidden_size, args.mtp_num_layers or 0

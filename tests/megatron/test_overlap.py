@@ -132,11 +132,14 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
     monkeypatch.setattr(schedule, "one_forward_one_backward", lambda **arguments: "ours")
+    monkeypatch.setattr(schedule, "check_stages", lambda *_: None)
     config = SimpleNamespace(mhc_overlap_in_flight=1)
+
+    first = SimpleNamespace(config=config)
 
     def run(forward_only: bool, **more: Any) -> Any:
         arguments = {
-            "model": SimpleNamespace(config=config),
+            "model": first,
             "forward_only": forward_only,
             "pg_collection": SimpleNamespace(pp="a group"),
             **more,
@@ -145,6 +148,8 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
 
     assert run(False, p2p_communicator="a caller's own") == "ours"
     assert [run(False), run(False), run(True), run(True)] == ["stock", "ours", "stock", "ours"]
+    # another model's first step, with the same configuration
+    assert run(False, model=SimpleNamespace(config=config)) == "stock"
 
 
 def test_a_gradient_that_an_interleaved_chunk_sends_keeps_its_memory(

@@ -45,7 +45,6 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
-from megatron_mhc.pipeline import check_stages  # noqa: E402
 from megatron_mhc.recompute import rebuild_ahead  # noqa: E402
 from megatron_mhc.streams import Aside  # noqa: E402
 
@@ -60,6 +59,7 @@ class Scenario:
         mhc: settings of MHCConfig, or None for the ordinary model.
         mhc_by_rank: these instead, one for each rank.
         config: settings of TransformerConfig beyond the tiny defaults.
+        share_config: build a model with mHC first, with the same TransformerConfig.
         parallel: keyword arguments of initialize_model_parallel.
         tied: whether the output layer's weight is the embedding's.
         evaluate: after training, run the microbatches of one more step forward only.
@@ -83,6 +83,7 @@ class Scenario:
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     mhc_by_rank: list[dict[str, Any]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    share_config: bool = False
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -445,9 +446,9 @@ def train(s: Scenario) -> dict[str, Any]:
         s.mhc = s.mhc_by_rank[dist.get_rank()]
     config = transformer_config(s)
     config.finalize_model_grads_func = finalize_model_grads
+    if s.share_config:
+        build(dataclasses.replace(s, mhc={}), config)
     cores = build(s, config)
-    if s.mhc is not None:
-        check_stages(cores, MHCConfig(**s.mhc))
     model = [
         DistributedDataParallel(
             config,
