@@ -12,6 +12,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_mhc import links, schedule
+from megatron_mhc.memory import microbatches_in_flight
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
 
@@ -90,6 +91,22 @@ def test_overlap_trains_bit_for_bit_as_stock_order_does(case: str) -> None:
 def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
     result = results(case)
     assert_same_training(result["eager"], result["off"], bound=None)
+
+
+@pytest.mark.parametrize(
+    "case", ["6 microbatches", "four stages", "four stages, 3 microbatches", "interleaved"]
+)
+def test_as_many_microbatches_are_in_flight_as_memory_is_planned_for(case: str) -> None:
+    processes, settings = CASES[case]
+    chunks = settings.get("parallel", {}).get("virtual_pipeline_model_parallel_size", 1)
+    for mode, ahead in (("off", 1), ("on", 1), ("eager", 2)):
+        if trained := results(case)[mode]:
+            planned = [
+                microbatches_in_flight(stage, processes, chunks, group=processes, ahead=ahead)
+                for stage in range(processes)
+            ]
+            most = settings["microbatches"] * chunks
+            assert trained["in_flight"] == [min(number, most) for number in planned]
 
 
 STOCK_ONLY = ["send_forward_recv_backward", "recv_forward", "recv_backward", "send_forward"]

@@ -35,7 +35,10 @@ from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E40
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs as specs  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel import (  # noqa: E402
+    get_forward_backward_func,
+    schedules,
+)
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
@@ -417,6 +420,33 @@ def counted(owner: type, *names: str) -> Iterator[dict[str, int]]:
         yield counts
 
 
+@contextlib.contextmanager
+def most_in_flight() -> Iterator[list[int]]:
+    """The most microbatches (of a chunk) between their forward and their backward, by rank."""
+    held, most = 0, 0
+    forward, backward = schedules.forward_step, schedules.backward_step
+
+    def count_forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal held, most
+        held += torch.is_grad_enabled()
+        most = max(most, held)
+        return forward(*args, **kwargs)
+
+    def count_backward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal held
+        held -= 1
+        return backward(*args, **kwargs)
+
+    schedules.forward_step, schedules.backward_step = count_forward, count_backward
+    found: list[int] = []
+    try:
+        yield found
+    finally:
+        schedules.forward_step, schedules.backward_step = forward, backward
+    found += [0] * dist.get_world_size()
+    dist.all_gather_object(found, most)
+
+
 MESSAGES = [
     *("recv_forward", "send_forward", "recv_backward", "send_backward"),
     *("send_forward_recv_backward", "send_backward_recv_forward"),
@@ -433,10 +463,16 @@ def run(s: Scenario) -> dict[str, Any]:
         dtypes and weight_decay (of each parameter, by name), and
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
-        messages (calls of each method of P2PCommunicator) and aside (of each method of Aside).
+        messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
+        in_flight (`most_in_flight`).
     """
-    with counted(P2PCommunicator, *MESSAGES) as messages, counted(Aside, "run", "open") as aside:
-        return train(s) | {"messages": messages, "aside": aside}
+    with (
+        counted(P2PCommunicator, *MESSAGES) as messages,
+        counted(Aside, "run", "open") as aside,
+        most_in_flight() as in_flight,
+    ):
+        result = train(s)
+    return result | {"messages": messages, "aside": aside, "in_flight": in_flight}
 
 
 def train(s: Scenario) -> dict[str, Any]:
