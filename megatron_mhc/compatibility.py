@@ -126,7 +126,6 @@ RECOMPUTE_CONFLICTS = (
 )
 """What selective recompute of the streams cannot work with."""
 
-
 OVERLAP_CONFLICTS = (
     Conflict(
         "--mhc-overlap-p2p without --pipeline-model-parallel-size",
@@ -163,6 +162,16 @@ OVERLAP_CONFLICTS = (
 )
 """What the schedules of `overlap_p2p` have no place for."""
 
+IN_FLIGHT_CONFLICTS = (
+    Conflict(
+        "--mhc-overlap-in-flight 2 with virtual stages",
+        _is_set(_INTERLEAVED),
+        "the interleaved schedule is Megatron's and starts as many microbatches as it likes; drop"
+        " the flag, or the virtual stages",
+    ),
+)
+"""What `overlap_in_flight` of 2 has no effect on."""
+
 
 def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> None:
     """Refuse settings that mHC cannot work with.
@@ -179,6 +188,8 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
     )
     if mhc is not None and mhc.overlap_p2p:
         asked += OVERLAP_CONFLICTS
+    if mhc is not None and mhc.overlap_in_flight > 1:
+        asked += IN_FLIGHT_CONFLICTS
     conflicts = CONFLICTS + asked
     found = [c for c in conflicts if c.given(settings)]
     if found:
