@@ -9,6 +9,7 @@ import torch
 from megatron_mhc.patches import Patch, registry
 from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
 from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -24,7 +25,17 @@ from megatron_mhc.patches.training import (
     validation_patch,
 )
 
-from . import accounting, arguments, checkpoint, memory, monitor, parameters, pipeline, report
+from . import (
+    accounting,
+    arguments,
+    checkpoint,
+    compatibility,
+    memory,
+    monitor,
+    parameters,
+    pipeline,
+    report,
+)
 
 
 class _Seen:
@@ -90,6 +101,7 @@ def model_patches() -> tuple[Patch, ...]:
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
+        *fsdp_patches(compatibility.refuse_fsdp),
     )
 
 
