@@ -205,7 +205,7 @@ def bytes_of_streams(
     plan = plan_of(chunks)
     if plan is not None:
         return sum(plan.bytes_a_token.values()), str(plan).split(":")[0]
-    in_flight = most_in_flight(chunks[0].config, mhc, stage)  # type: ignore[arg-type]
+    in_flight = most_in_flight(chunks[0].config, mhc, stage)
     sizes = (args.hidden_size, args.params_dtype.itemsize)
     kept, rebuilt = 0, 0
     for chunk in chunks:
