@@ -20,7 +20,7 @@ def check_stages(chunks: Sequence[Any], config: Any, group: Any) -> None:
     Args:
         chunks: the model chunks of this rank, wrapped or not.
         config: the model's TransformerConfig.
-        group: the pipeline's process group, or None where there is no single one.
+        group: the pipeline's process group; anything else (None) asks no other rank.
 
     Raises:
         ValueError: on every rank: a chunk without sites beside others that have them; stages that
@@ -51,7 +51,7 @@ def _have_sites(chunks: Sequence[Any], group: Any) -> bool:
         else:
             mine.append((None, None, None))
     stages: list[Any] = [mine]
-    if group is not None:
+    if isinstance(group, torch.distributed.ProcessGroup):
         stages = [None] * group.size()
         torch.distributed.all_gather_object(stages, mine, group=group)
     described = "; ".join(f"stage {i}: {stage}" for i, stage in enumerate(stages))
