@@ -45,17 +45,37 @@ def training_flops_a_token(args: argparse.Namespace, mhc: MHCConfig) -> int:
 
 
 def activation_bytes_a_token(
-    mhc: MHCConfig, num_layers: int, hidden_size: int, element_size: int, full_recompute: bool
+    mhc: MHCConfig, num_layers: int, hidden_size: int, element_size: int
 ) -> int:
     """What mHC keeps for the backward beyond the ordinary model, a token and a microbatch.
 
     With the Triton kernels and without `MHCConfig.recompute` (see `memory.Plan` for that): at a
     site the n streams, u and F's output, where the ordinary model keeps its residual; and in fp32
-    H_post, H_res, their n*n + 2n logits and 1/r. Under Megatron's full recompute a layer keeps its
-    input alone, n streams instead of one.
+    H_post, H_res, their n*n + 2n logits and 1/r.
     """
     n, stream = mhc.num_streams, hidden_size * element_size
-    if full_recompute:
-        return num_layers * (n - 1) * stream
     coefficients = 4 * (n * n + n + n * n + 2 * n + 1)
     return 2 * num_layers * ((n + 1) * stream + coefficients)
+
+
+def full_recompute_bytes_a_token(
+    mhc: MHCConfig, num_layers: int, hidden_size: int, element_size: int, method: str, length: int
+) -> tuple[int, int]:
+    """The same under Megatron's full recompute, of a model chunk: what is kept, what is rebuilt.
+
+    A recomputed block keeps its input alone, n streams instead of one; in the backward one block at
+    a time, of one microbatch, has all that its layers keep.
+
+    Args:
+        method, length: `--recompute-method` and `--recompute-num-layers`: "uniform" makes blocks of
+            so many layers, "block" recomputes so many layers of the chunk, each by itself.
+    """
+    sizes = (hidden_size, element_size)
+    if method == "uniform":
+        blocks, block, others = -(-num_layers // length), min(length, num_layers), 0
+    else:
+        blocks = min(length, num_layers)
+        block, others = min(blocks, 1), num_layers - blocks
+    inputs = blocks * (mhc.num_streams - 1) * hidden_size * element_size
+    kept = inputs + activation_bytes_a_token(mhc, others, *sizes)
+    return kept, activation_bytes_a_token(mhc, block, *sizes)

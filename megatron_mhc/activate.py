@@ -9,6 +9,7 @@ import torch
 from megatron_mhc.patches import Patch, PatchError, registry
 from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
+from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -25,7 +26,17 @@ from megatron_mhc.patches.training import (
     validation_patch,
 )
 
-from . import accounting, arguments, checkpoint, memory, monitor, parameters, pipeline, report
+from . import (
+    accounting,
+    arguments,
+    checkpoint,
+    compatibility,
+    memory,
+    monitor,
+    parameters,
+    pipeline,
+    report,
+)
 
 
 class _Seen:
@@ -51,7 +62,6 @@ def _check_built_model(chunks: list[torch.nn.Module]) -> None:
         return
     config, source = arguments.active_config()
     report.check_model(chunks, config)
-    pipeline.check_stages(chunks, config)
     args = get_args()
     counts = accounting.sites_and_parameters(
         config, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
@@ -78,8 +88,8 @@ def _extra_flops_a_token(args: argparse.Namespace) -> float:
 
 
 def _like_decoder(decoder: Any, mtp: Any) -> Any:
-    """`spec.like_decoder`, imported when there is a model to build."""
-    from .spec import like_decoder
+    """`wide.like_decoder`, imported when there is a model to build."""
+    from .wide import like_decoder
 
     return like_decoder(decoder, mtp)
 
@@ -93,6 +103,7 @@ def model_patches() -> tuple[Patch, ...]:
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
+        *fsdp_patches(compatibility.refuse_fsdp),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mhc.patches.releases import is_installed
 
 from .config import MHCConfig
+from .parameters import is_hyper_connection
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Conflict:
 def _is_set(name: str, *off: Any) -> Callable[[Any], bool]:
     return lambda settings: getattr(settings, name, None) not in (None, False, *off)
 
+
+NO_FSDP = "FSDP is not tried yet; use DDP or the distributed optimizer"
 
 CONFLICTS_OF_0_18 = (
     Conflict(
@@ -100,12 +103,12 @@ CONFLICTS = (
     Conflict(
         "--use-megatron-fsdp",
         _is_set("use_megatron_fsdp"),
-        "FSDP is not tried yet; use DDP or the distributed optimizer",
+        NO_FSDP,
     ),
     Conflict(
         "--use-torch-fsdp2",
         _is_set("use_torch_fsdp2"),
-        "FSDP is not tried yet; use DDP or the distributed optimizer",
+        NO_FSDP,
     ),
 )
 
@@ -120,7 +123,6 @@ RECOMPUTE_CONFLICTS = (
     ),
 )
 """What selective recompute of the streams cannot work with."""
-
 
 OVERLAP_CONFLICTS = (
     Conflict(
@@ -158,6 +160,16 @@ OVERLAP_CONFLICTS = (
 )
 """What the schedules of `overlap_p2p` have no place for."""
 
+IN_FLIGHT_CONFLICTS = (
+    Conflict(
+        "--mhc-overlap-in-flight 2 with virtual stages",
+        _is_set(_INTERLEAVED),
+        "the interleaved schedule is Megatron's and starts as many microbatches as it likes; drop"
+        " the flag, or the virtual stages",
+    ),
+)
+"""What `overlap_in_flight` of 2 has no effect on."""
+
 
 def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> None:
     """Refuse settings that mHC cannot work with.
@@ -174,8 +186,20 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
     )
     if mhc is not None and mhc.overlap_p2p:
         asked += OVERLAP_CONFLICTS
+    if mhc is not None and mhc.overlap_in_flight > 1:
+        asked += IN_FLIGHT_CONFLICTS
     conflicts = CONFLICTS + asked
     found = [c for c in conflicts if c.given(settings)]
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)
         raise ValueError(f"mHC does not work with these settings: {lines}")
+
+
+def refuse_fsdp(module: Any) -> None:
+    """What Megatron's FSDP wrappers ask before they wrap a module.
+
+    Raises:
+        ValueError: it has parameters of mHC.
+    """
+    if any(is_hyper_connection(parameter) for parameter in module.parameters()):
+        raise ValueError(f"mHC does not work with Megatron's FSDP wrappers: {NO_FSDP}")

@@ -3,7 +3,7 @@
 Megatron's own parser checks the flags. Every pipeline stage is then built at its real size with
 tensors that have no memory, in a process group that only pretends, so parameters are counted and
 not estimated. Nothing needs a GPU or Transformer Engine: the layers are those of the local
-implementation, which have the same shapes.
+implementation, which have the same shapes (what they lack, `add_fused_norms` adds).
 """
 
 import argparse
@@ -22,12 +22,13 @@ from megatron_mhc.patches.releases import is_installed
 from .accounting import (
     activation_bytes_a_token,
     forward_flops_a_token,
+    full_recompute_bytes_a_token,
     sites_and_parameters,
     training_flops_a_token,
 )
 from .arguments import config_from_arguments
 from .config import MHCConfig
-from .memory import microbatches_in_flight, plan_of
+from .memory import most_in_flight, plan_of
 from .parameters import is_hyper_connection
 
 GIB = 2**30
@@ -39,12 +40,10 @@ WITHOUT_TRANSFORMER_ENGINE = {
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
     "moe_router_padding_for_quantization": False,
-    # the local implementation norms both latents of MLA or neither
-    "qk_layernorm": False,
     "fp8": None,
     "context_parallel_size": 1,
 }
-"""What is built instead of what was asked for: nothing here changes the shape of a matrix."""
+"""What is built instead of what was asked for: nothing here changes the shape of a parameter."""
 
 
 class FlagsError(ValueError):
@@ -57,6 +56,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     Raises:
         FlagsError: says what Megatron or mHC says of them.
     """
+    from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -65,6 +65,13 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all of its arguments
             args = parse_args()
             validate_args(args)
+        reconfigure_num_microbatches_calculator(
+            rank=1,  # rank 0 talks
+            global_batch_size=args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            data_parallel_size=args.data_parallel_size,
+            decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
+        )
     except (ValueError, AssertionError, RuntimeError) as error:
         raise FlagsError(f"these flags are refused: {error or type(error).__name__}") from error
     finally:
@@ -78,8 +85,6 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
             args.tensor_model_parallel_size,
             logging_enabled=False,
         )
-    if args.data_parallel_size * args.micro_batch_size > args.global_batch_size:
-        raise FlagsError("these flags are refused: fewer samples a step than data-parallel ranks")
     return args
 
 
@@ -118,6 +123,8 @@ def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     local = argparse.Namespace(**(vars(args) | WITHOUT_TRANSFORMER_ENGINE))
+    lacks_norms = args.qk_layernorm and args.multi_latent_attention and args.q_lora_rank is None
+    local.qk_layernorm = args.qk_layernorm and not lacks_norms
     model_parallel_cuda_manual_seed(1)
     with contextlib.redirect_stdout(io.StringIO()):
         config = gpt_config_from_args(local)
@@ -125,10 +132,30 @@ def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
     config.transformer.perform_initialization = False
     builder = GPTModelBuilder(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return [
+        built = [
             builder.build_model(groups, vp_stage=chunk if chunks else None)
             for chunk in range(chunks or 1)
         ]
+        if lacks_norms:
+            add_fused_norms(built)
+    return built
+
+
+def add_fused_norms(chunks: list[torch.nn.Module]) -> None:
+    """The norms of `--qk-layernorm` with latent attention and without `--q-lora-rank`.
+
+    Transformer Engine fuses one, over the hidden size, into the queries' projection and one into
+    that of the keys' and values' latent. The local implementation has neither, and is built without
+    the flag.
+    """
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    for attention in (m for chunk in chunks for m in chunk.modules()):
+        if isinstance(attention, MLASelfAttention):
+            config = attention.config
+            attention.q_layernorm = WrappedTorchNorm(config, config.hidden_size)
+            attention.kv_layernorm = WrappedTorchNorm(config, config.kv_lora_rank)
 
 
 def whole_sizes(chunks: list[torch.nn.Module]) -> dict[str, int]:
@@ -179,20 +206,22 @@ def bytes_of_streams(
     plan = plan_of(chunks)
     if plan is not None:
         return sum(plan.bytes_a_token.values()), plan.blocks
-    layers = sum(isinstance(module, MHCLayer) for chunk in chunks for module in chunk.modules())
-    virtual = args.virtual_pipeline_model_parallel_size or 1
-    stages = args.pipeline_model_parallel_size
-    group = args.microbatch_group_size_per_vp_stage or stages
-    in_flight = microbatches_in_flight(stage, stages, virtual, group)
-    one = activation_bytes_a_token(
-        mhc,
-        layers,
-        args.hidden_size,
-        args.params_dtype.itemsize,
-        full_recompute=args.recompute_granularity == "full",
-    )
+    in_flight = most_in_flight(chunks[0].config, mhc, stage)
+    sizes = (args.hidden_size, args.params_dtype.itemsize)
+    kept, rebuilt = 0, 0
+    for chunk in chunks:
+        whole = [module for module in chunk.modules() if isinstance(module, MHCLayer)]
+        if args.recompute_granularity == "full":
+            decoder = sum(not layer.is_mtp for layer in whole)
+            inputs, block = full_recompute_bytes_a_token(
+                mhc, decoder, *sizes, args.recompute_method, args.recompute_num_layers
+            )
+            kept, rebuilt = kept + inputs, max(rebuilt, block)
+            # multi-token prediction starts from one stream, and "block" does not recompute it
+            whole = [m for m in whole if m.is_mtp and args.recompute_method == "block"]
+        kept += activation_bytes_a_token(mhc, len(whole), *sizes)
     unit = "microbatch" if in_flight == 1 else "microbatches"
-    return one * in_flight / virtual, f"{in_flight} {unit} in flight"
+    return kept * in_flight / len(chunks) + rebuilt, f"{in_flight} {unit} in flight"
 
 
 def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:

@@ -200,7 +200,6 @@ class MHCLayer(TransformerLayer):
 
     def _join_block(self, before: "MHCLayer | None") -> None:
         """Drop and rebuild the streams together with the layer before, if its block has room."""
-        assert self.mhc.recompute is not None
         slots = (self.input_layernorm, self.pre_mlp_layernorm)
         if before is not None:
             block, self.recompute_plan = before.recompute_block, before.recompute_plan
@@ -208,8 +207,7 @@ class MHCLayer(TransformerLayer):
             block = None
             self.recompute_plan = plan(
                 self.config,
-                self.mhc.recompute,
-                self.mhc.num_streams,
+                self.mhc,
                 norms=sum(not isinstance(norm, IdentityOp) for norm in slots),
                 stage=get_pg_rank(self.pg_collection.pp),
             )

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .config import MHCConfig
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,52 +86,68 @@ class Plan:
         )
 
 
-def microbatches_in_flight(stage: int, stages: int, chunks: int = 1, group: int = 0) -> int:
+def microbatches_in_flight(
+    stage: int, stages: int, chunks: int = 1, group: int = 0, ahead: int = 1
+) -> int:
     """Chunks' microbatches that a stage holds at most between forward and backward.
 
-    1F1B: the stages from this one to the last. Interleaved: Megatron's warm-up
-    (`get_pp_rank_microbatches`) and one more.
+    A schedule's warm-up and one more. 1F1B: `ahead` for each stage behind. Interleaved: Megatron's
+    (`get_pp_rank_microbatches`).
 
     Args:
         stage: this pipeline rank of `stages`.
         chunks: model chunks a stage.
         group: `microbatch_group_size_per_vp_stage`, of interest with several chunks.
+        ahead: `MHCConfig.overlap_in_flight`, of interest with one.
     """
-    if chunks == 1:
-        return stages - stage
-    return 2 * (stages - stage - 1) + (chunks - 1) * group + 1
+    behind = stages - stage - 1
+    return (ahead * behind if chunks == 1 else 2 * behind + (chunks - 1) * group) + 1
 
 
-def plan(config: Any, setting: int | str, num_streams: int, norms: int, stage: int) -> Plan:
-    """The plan of one pipeline stage.
+def most_in_flight(config: Any, mhc: MHCConfig, stage: int) -> int:
+    """`microbatches_in_flight` of a model's pipeline stage, and no more than a step has.
 
     Args:
         config: its TransformerConfig.
-        setting: `MHCConfig.recompute`.
-        num_streams, norms: as in `Plan`.
+        mhc: the settings.
         stage: its pipeline rank.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     chunks = config.virtual_pipeline_model_parallel_size or 1
     stages = config.pipeline_model_parallel_size
-    group = config.microbatch_group_size_per_vp_stage
+    group = config.microbatch_group_size_per_vp_stage or stages
+    in_flight = microbatches_in_flight(stage, stages, chunks, group, mhc.overlap_in_flight)
+    # where Megatron knows how many there are (outside its training loop it does not)
+    with contextlib.suppress(AttributeError):
+        in_flight = min(in_flight, chunks * get_num_microbatches())
+    return in_flight
+
+
+def plan(config: Any, mhc: MHCConfig, norms: int, stage: int) -> Plan:
+    """The plan of one pipeline stage, of a model with recompute of the streams.
+
+    Args:
+        config: its TransformerConfig.
+        mhc: the settings.
+        norms: as in `Plan`.
+        stage: its pipeline rank.
+    """
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    assert mhc.recompute is not None
+    chunks = config.virtual_pipeline_model_parallel_size or 1
     layers = tuple(
         get_num_layers_to_build(config, chunk if chunks > 1 else None, stage)
         for chunk in range(chunks)
     )
-    in_flight = microbatches_in_flight(stage, stages, chunks, group or stages)
-    # where Megatron knows how many there are (outside its training loop it does not)
-    with contextlib.suppress(AttributeError):
-        in_flight = min(in_flight, chunks * get_num_microbatches())
     return Plan(
-        num_streams,
+        mhc.num_streams,
         config.hidden_size,
         layers,
-        in_flight,
+        most_in_flight(config, mhc, stage),
         norms,
-        setting,
+        mhc.recompute,
         config.params_dtype.itemsize,
     )
 

@@ -79,7 +79,7 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig) -> None:
     modules = [(name, m) for chunk in chunks for name, m in chunk.named_modules()]
     layers = [(name, m) for name, m in modules if isinstance(m, BaseTransformerLayer)]
     dense = [name for name, layer in layers if not isinstance(layer, MHCLayer)]
-    # a pipeline stage without layers is `pipeline.check_stages`'s to refuse, on all ranks at once
+    # a pipeline stage without layers is `stages.check_stages`'s to refuse, on all ranks at once
     if dense or (not layers and parallel_state.get_pipeline_model_parallel_world_size() == 1):
         raise DenseModelError(
             "mHC was asked for, but "

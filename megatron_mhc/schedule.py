@@ -40,6 +40,7 @@ from .layer import MHCLayer
 from .links import AsideCommunicator, Links, two_directions
 from .pipeline import overlap_in_flight_of
 from .recompute import rebuild_ahead
+from .stages import check_stages
 
 NCCL = "nccl"
 
@@ -249,30 +250,36 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
     return result
 
 
-def _first_over_nccl(config: Any, arguments: dict[str, Any]) -> bool:
+def _pipeline_group(arguments: dict[str, Any]) -> Any:
+    """The process group of a schedule's pipeline; None for one of several modules, which has none.
+
+    Its stages tell each other their shapes (Megatron wants `variable_seq_lengths` there).
+    """
+    communicator, groups = arguments.get("p2p_communicator"), arguments.get("pg_collection")
+    if communicator is None and groups is None:
+        return parallel_state.get_pipeline_model_parallel_group()
+    return getattr(communicator, "pp_group", None) or getattr(groups, "pp", None)
+
+
+def _first_over_nccl(chunk: Any, group: Any, forward_only: bool) -> bool:
     """Whether this is a model's first training step, or its first evaluation, over NCCL.
 
     It runs in stock order. CUDA loads a kernel at its first launch and may wait for all that runs
     by then: for a receive that was posted early, whose sender waits for us. The bits are the same.
     """
-    group = getattr(arguments.get("pg_collection"), "pp", None)
-    if group is None:
-        group = parallel_state.get_pipeline_model_parallel_group()
-    # a caller's own communicator has its own idea of what stands ready
-    if (
-        arguments.get("p2p_communicator") is not None
-        or torch.distributed.get_backend(group) != NCCL
-    ):
+    if torch.distributed.get_backend(group) != NCCL:
         return False
-    seen = vars(config).setdefault("mhc_steps_seen", set())
-    kind = arguments.get("forward_only", False)
-    first = kind not in seen
-    seen.add(kind)
+    seen = vars(chunk).setdefault("mhc_steps_seen", set())
+    first = forward_only not in seen
+    seen.add(forward_only)
     return first
 
 
 def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Run one of Megatron's schedules, or for a model that overlaps its communication, ours.
+
+    Whichever way a model got its mHC, its pipeline passes here: before its first step, stages are
+    checked (`check_stages`, which says what it raises).
 
     Args:
         name: Megatron's name of the schedule.
@@ -280,10 +287,15 @@ def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str,
         arguments: what it was called with, all by keyword.
     """
     model = arguments["model"]
-    config = get_model_config(model[0] if isinstance(model, list) else model)
+    chunks = model if isinstance(model, list) else [model]
+    config = get_model_config(chunks[0])
+    group = _pipeline_group(arguments)
+    check_stages(chunks, config, group)
     if overlap_in_flight_of(config) == 0:
         return original(**arguments)
-    if _first_over_nccl(config, arguments):
+    # a caller's own communicator has its own idea of what stands ready
+    own = arguments.get("p2p_communicator") is not None
+    if not own and _first_over_nccl(chunks[0], group, arguments.get("forward_only", False)):
         return original(**arguments)
     if name.endswith("_with_interleaving"):
         return interleaved(original, **arguments)

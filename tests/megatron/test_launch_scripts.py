@@ -59,6 +59,8 @@ CLUSTERS = {
         30 * (2560 * 32 * 192 + 2560 * (512 + 64) + 512 * 32 * 256 + 32 * 128 * 2560 + 2 * 2560)
         + 3 * 2560 * 12288
         + 29 * (72 * 2560 + (72 + 2) * 3 * 2560 * 1536)
+        # Transformer Engine's norms in the projections of the queries and of the latent
+        + 30 * (2560 + 512)
         + 2 * 129280 * 2560
         + 2560
         + 60 * (24 * 4 * 2560 + 3 + 24),
@@ -81,6 +83,44 @@ def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> 
     assert [stage for stage, *_ in stages] == ["0", "1", "2", "3"]
     # an H100's 80 GB leave room for activations
     assert all(float(states) + float(ours) < 20 for _, _, states, ours in stages)
+
+
+FULL = ["--mhc-recompute", "off", "--recompute-granularity", "full"]
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--mhc-overlap-in-flight", "2", "--mhc-recompute", "off"], (7, 5, 3, 1)),
+        # a step of two microbatches
+        (["--mhc-recompute", "off", "--global-batch-size", "64"], (2, 2, 2, 1)),
+    ],
+)
+def test_the_dry_run_knows_how_many_microbatches_a_stage_holds(
+    flags: list[str], says: tuple[int, ...]
+) -> None:
+    done = launch("moe/cluster.sh", *flags, CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^stage .* \((\d) microbatch(?:es)? in flight\)", done.stdout, re.M)
+    assert tuple(int(number) for number in found) == says
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("method", "length", "streams", "layers"),
+    # stage 1: 8 layers, 3 microbatches in flight; 3 streams more a block, layers that keep all
+    [("uniform", 8, 3 * 3 * 1, 8), ("block", 6, 3 * 3 * 6, 3 * 2 + 1)],
+)
+def test_the_dry_run_knows_what_full_recompute_keeps(
+    method: str, length: int, streams: int, layers: int
+) -> None:
+    blocks = ["--recompute-method", method, "--recompute-num-layers", str(length)]
+    done = launch("moe/cluster.sh", *FULL, *blocks, CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    layer = 2 * (5 * 2560 * 2 + 4 * (4 + 16 + 24 + 1))
+    wanted = streams * 2560 * 2 + layers * layer
+    assert re.search(rf"^stage 1.*activations {wanted:,} bytes a token", done.stdout, re.M)
 
 
 @NEEDS_0_19

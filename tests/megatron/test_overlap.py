@@ -12,6 +12,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_mhc import links, schedule
+from megatron_mhc.memory import microbatches_in_flight
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
 
@@ -92,6 +93,22 @@ def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
     assert_same_training(result["eager"], result["off"], bound=None)
 
 
+@pytest.mark.parametrize(
+    "case", ["6 microbatches", "four stages", "four stages, 3 microbatches", "interleaved"]
+)
+def test_as_many_microbatches_are_in_flight_as_memory_is_planned_for(case: str) -> None:
+    processes, settings = CASES[case]
+    chunks = settings.get("parallel", {}).get("virtual_pipeline_model_parallel_size", 1)
+    for mode, ahead in (("off", 1), ("on", 1), ("eager", 2)):
+        if trained := results(case)[mode]:
+            planned = [
+                microbatches_in_flight(stage, processes, chunks, group=processes, ahead=ahead)
+                for stage in range(processes)
+            ]
+            most = settings["microbatches"] * chunks
+            assert trained["in_flight"] == [min(number, most) for number in planned]
+
+
 @pytest.mark.parametrize("case", ["6 microbatches", "four stages", "four stages, 3 microbatches"])
 def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
     """The first stage's messages: each schedule has its own."""
@@ -141,11 +158,14 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
     monkeypatch.setattr(schedule, "one_forward_one_backward", lambda **arguments: "ours")
+    monkeypatch.setattr(schedule, "check_stages", lambda *_: None)
     config = SimpleNamespace(mhc_overlap_in_flight=1)
+
+    first = SimpleNamespace(config=config)
 
     def run(forward_only: bool, **more: Any) -> Any:
         arguments = {
-            "model": SimpleNamespace(config=config),
+            "model": first,
             "forward_only": forward_only,
             "pg_collection": SimpleNamespace(pp="a group"),
             **more,
@@ -154,6 +174,8 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
 
     assert run(False, p2p_communicator="a caller's own") == "ours"
     assert [run(False), run(False), run(True), run(True)] == ["stock", "ours", "stock", "ours"]
+    # another model's first step, with the same configuration
+    assert run(False, model=SimpleNamespace(config=config)) == "stock"
 
 
 def test_a_gradient_that_an_interleaved_chunk_sends_keeps_its_memory(

@@ -116,3 +116,14 @@ def test_stages_that_differ_in_width_are_refused() -> None:
     settings = {"mhc_by_rank": [{"num_streams": 4}, {"num_streams": 2}], "parallel": stages(2)}
     with pytest.raises(AssertionError, match="stages differ in streams times hidden size"):
         run_scenarios(2, {"bad": settings})
+
+
+def test_an_ordinary_model_with_the_configuration_of_one_with_mhc_is_refused() -> None:
+    settings = {"mhc": None, "share_config": True, "parallel": stages(2)}
+    with pytest.raises(AssertionError, match="this model has no mHC, but its TransformerConfig"):
+        run_scenarios(2, {"bad": settings})
+
+
+def test_a_second_model_with_the_same_settings_may_share_a_configuration() -> None:
+    settings = {"share_config": True, "parallel": VIRTUAL, "steps": 1, "kind": "block"}
+    assert run_scenarios(2, {"good": settings})["good"]["losses"]

@@ -136,6 +136,41 @@ def test_spec_is_megatrons_own_way(wide: subprocess.CompletedProcess[str], tmp_p
     assert losses(result)[0] == losses(wide)[0]
 
 
+@pytest.mark.parametrize("name", ["megatron-fsdp", "torch-fsdp2"])
+def test_fsdp_refuses_a_model_that_a_library_gave_mhc(name: str) -> None:
+    """No flag of FSDP is on a TransformerConfig: Megatron's own wrappers refuse."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_mhc.activate import model_patches
+    from megatron_mhc.connection import HyperConnection
+    from megatron_mhc.patches.registry import locate
+
+    with_mhc(specs()["local"])
+    (target,) = [patch.target for patch in model_patches() if patch.id == name]
+    wrapper, _ = locate(target)
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), HyperConnection(MHCConfig(), 4, 0))
+    with pytest.raises(ValueError, match="FSDP is not tried yet; use DDP"):
+        wrapper(config=config, ddp_config=DistributedDataParallelConfig(), module=model)
+
+
+def test_fsdp_is_refused_with_megatrons_own_spec_flag(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from megatron_mhc.patches import cpu, registry\ncpu.enter()\n"
+        + (ROOT / SCRIPT).read_text()
+    )
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    spec = ["--spec", "megatron_mhc.spec", "gpt_layer_spec"]
+    fsdp = ["--use-torch-fsdp2", "--untie-embeddings-and-output-weights"]
+    fsdp += ["--ckpt-format", "torch_dist"]
+    result = python(str(script), *TINY, *spec, *fsdp, **rank, MASTER_PORT="0")
+    assert result.returncode != 0 and not losses(result)
+    assert "ValueError: mHC does not work with Megatron's FSDP wrappers" in result.stdout
+
+
 @pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 calls a spec itself")
 def test_megatron_0_18_calls_no_spec_without_our_patch(tmp_path: Path) -> None:
     spec = ["--spec", "megatron_mhc.spec", "gpt_layer_spec"]

@@ -35,7 +35,10 @@ from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E40
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs as specs  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel import (  # noqa: E402
+    get_forward_backward_func,
+    schedules,
+)
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
@@ -46,7 +49,6 @@ from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.aside import Aside  # noqa: E402
 from megatron_mhc.connection import HyperConnection  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
-from megatron_mhc.pipeline import check_stages  # noqa: E402
 from megatron_mhc.recompute import rebuild_ahead  # noqa: E402
 from tests.megatron.rendezvous import hosts_wait  # noqa: E402
 
@@ -61,6 +63,7 @@ class Scenario:
         mhc: settings of MHCConfig, or None for the ordinary model.
         mhc_by_rank: these instead, one for each rank.
         config: settings of TransformerConfig beyond the tiny defaults.
+        share_config: build a model with mHC first, with the same TransformerConfig.
         parallel: keyword arguments of initialize_model_parallel.
         tied: whether the output layer's weight is the embedding's.
         evaluate: after training, run the microbatches of one more step forward only.
@@ -85,6 +88,7 @@ class Scenario:
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     mhc_by_rank: list[dict[str, Any]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    share_config: bool = False
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -419,6 +423,33 @@ def counted(owner: type, *names: str) -> Iterator[dict[str, int]]:
         yield counts
 
 
+@contextlib.contextmanager
+def most_in_flight() -> Iterator[list[int]]:
+    """The most microbatches (of a chunk) between their forward and their backward, by rank."""
+    held, most = 0, 0
+    forward, backward = schedules.forward_step, schedules.backward_step
+
+    def count_forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal held, most
+        held += torch.is_grad_enabled()
+        most = max(most, held)
+        return forward(*args, **kwargs)
+
+    def count_backward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal held
+        held -= 1
+        return backward(*args, **kwargs)
+
+    schedules.forward_step, schedules.backward_step = count_forward, count_backward
+    found: list[int] = []
+    try:
+        yield found
+    finally:
+        schedules.forward_step, schedules.backward_step = forward, backward
+    found += [0] * dist.get_world_size()
+    dist.all_gather_object(found, most)
+
+
 MESSAGES = [
     *("recv_forward", "send_forward", "recv_backward", "send_backward"),
     *("send_forward_recv_backward", "send_backward_recv_forward"),
@@ -435,15 +466,18 @@ def run(s: Scenario) -> dict[str, Any]:
         dtypes and weight_decay (of each parameter, by name), and
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
-        messages (calls of each method of P2PCommunicator) and aside (of each method of Aside).
+        messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
+        in_flight (`most_in_flight`).
     """
     waits = hosts_wait() if s.hosts_wait else contextlib.nullcontext()
     with (
         waits,
         counted(P2PCommunicator, *MESSAGES) as messages,
         counted(Aside, "run", "open") as aside,
+        most_in_flight() as in_flight,
     ):
-        return train(s) | {"messages": messages, "aside": aside}
+        result = train(s)
+    return result | {"messages": messages, "aside": aside, "in_flight": in_flight}
 
 
 def train(s: Scenario) -> dict[str, Any]:
@@ -453,9 +487,9 @@ def train(s: Scenario) -> dict[str, Any]:
         s.mhc = s.mhc_by_rank[dist.get_rank()]
     config = transformer_config(s)
     config.finalize_model_grads_func = finalize_model_grads
+    if s.share_config:
+        build(dataclasses.replace(s, mhc={}), config)
     cores = build(s, config)
-    if s.mhc is not None:
-        check_stages(cores, MHCConfig(**s.mhc))
     model = [
         DistributedDataParallel(
             config,

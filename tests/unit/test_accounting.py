@@ -5,7 +5,11 @@ import math
 import pytest
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.accounting import activation_bytes_a_token, forward_flops_a_token
+from megatron_mhc.accounting import (
+    activation_bytes_a_token,
+    forward_flops_a_token,
+    full_recompute_bytes_a_token,
+)
 
 
 class Counter:
@@ -70,7 +74,7 @@ def test_forward_flops_are_those_of_the_equations(settings: dict, learned: bool,
 
 def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
     """`benchmarks/results/2026-11-24-memory.md`: 12.2 GiB ordinary, 17.2 with mHC, 8 layers."""
-    a_token = activation_bytes_a_token(MHCConfig(), 8, 4096, 2, full_recompute=False)
+    a_token = activation_bytes_a_token(MHCConfig(), 8, 4096, 2)
     gib = a_token * 2 * 4096 / 2**30
     # both figures are rounded to 0.05
     assert gib == pytest.approx(17.2 - 12.2, abs=0.1)
@@ -78,6 +82,24 @@ def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
 
 def test_activation_bytes_by_hand() -> None:
     stream, coefficients = 2 * 64, 4 * (4 + 16 + 24 + 1)
-    a_token = activation_bytes_a_token(MHCConfig(), 3, 64, 2, full_recompute=False)
+    a_token = activation_bytes_a_token(MHCConfig(), 3, 64, 2)
     assert a_token == 6 * (5 * stream + coefficients)
-    assert activation_bytes_a_token(MHCConfig(), 3, 64, 2, full_recompute=True) == 3 * 3 * stream
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "inputs", "whole", "rebuilt"),
+    [
+        ("uniform", 1, 10, 0, 1),
+        ("uniform", 4, 3, 0, 4),  # blocks of 4, 4 and 2 layers
+        ("uniform", 16, 1, 0, 10),
+        ("block", 4, 4, 6, 1),  # four layers by themselves, six as without recompute
+        ("block", 16, 10, 0, 1),
+    ],
+)
+def test_full_recompute_keeps_the_inputs_of_blocks(
+    method: str, length: int, inputs: int, whole: int, rebuilt: int
+) -> None:
+    layer = activation_bytes_a_token(MHCConfig(), 1, 64, 2)
+    kept = inputs * 3 * 2 * 64 + whole * layer
+    found = full_recompute_bytes_a_token(MHCConfig(), 10, 64, 2, method, length)
+    assert found == (kept, rebuilt * layer)

@@ -17,6 +17,7 @@ from megatron_mhc.arguments import (
 )
 from megatron_mhc.compatibility import (
     CONFLICTS,
+    IN_FLIGHT_CONFLICTS,
     OVERLAP_CONFLICTS,
     RECOMPUTE_CONFLICTS,
     check_transformer_config,
@@ -228,15 +229,27 @@ GIVEN_WITH_OVERLAP = {
         "num_microbatches_with_partial_activation_checkpoints": 1
     },
     "with moe_paged_stash": {"moe_paged_stash": True},
+    "--mhc-overlap-in-flight 2 with virtual stages": {
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p_comm": True,
+    },
 }
 
 
-@pytest.mark.parametrize("conflict", OVERLAP_CONFLICTS, ids=lambda conflict: conflict.flag)
-def test_conflicts_of_overlap_are_named(conflict) -> None:
+@pytest.mark.parametrize(
+    ("conflict", "in_flight"),
+    [
+        *((conflict, 1) for conflict in OVERLAP_CONFLICTS),
+        *((conflict, 2) for conflict in IN_FLIGHT_CONFLICTS),
+    ],
+)
+def test_conflicts_of_overlap_are_named(conflict, in_flight: int) -> None:
     given = GIVEN_WITH_OVERLAP[conflict.flag.removeprefix("--mhc-overlap-p2p ")]
     settings = argparse.Namespace(**({"pipeline_model_parallel_size": 4} | given))
     check_transformer_config(settings)
-    overlap = MHCConfig(overlap_p2p=True)
+    if in_flight == 2:
+        check_transformer_config(settings, MHCConfig(overlap_p2p=True))
+    overlap = MHCConfig(overlap_p2p=True, overlap_in_flight=in_flight)
     check_transformer_config(argparse.Namespace(pipeline_model_parallel_size=4), overlap)
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings, overlap)

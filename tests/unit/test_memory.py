@@ -45,6 +45,8 @@ def test_microbatches_in_flight() -> None:
     assert microbatches_in_flight(0, 1) == 1
     # Megatron's warm-up of the interleaved schedule, and the one that then goes forward
     assert [microbatches_in_flight(stage, 2, 2, 2) for stage in range(2)] == [5, 3]
+    # two for each stage behind: `test_overlap.py` counts them
+    assert [microbatches_in_flight(stage, 4, ahead=2) for stage in range(4)] == [7, 5, 3, 1]
 
 
 def test_bytes_a_token_by_hand() -> None:

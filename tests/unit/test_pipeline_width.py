@@ -43,3 +43,12 @@ def test_a_tensor_of_another_shape_is_not_sent(name: str) -> None:
     # as many bytes, another shape: a backend would deliver it without a word
     with pytest.raises(ValueError, match=rf"{name} of shape \(32, 2, 16\).*expects \(16, 2, 32\)"):
         communicate(config, (16, 2, 8), **{name: torch.empty(32, 2, 16)})
+
+
+def test_one_configuration_is_for_one_model() -> None:
+    config = config_with(MHCConfig(num_streams=4))
+    mark_streams(config, MHCConfig(num_streams=4, init="zero"))  # another layer, chunk or depth
+    for other in (MHCConfig(num_streams=2), MHCConfig(overlap_p2p=True)):
+        with pytest.raises(ValueError, match=r"\(4, 0\), this one .* its own TransformerConfig"):
+            mark_streams(config, other)
+    assert streams_of(config) == 4
