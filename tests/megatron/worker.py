@@ -77,6 +77,7 @@ class Scenario:
         hold: count the bytes that a forward keeps for its backward (`held_bytes`).
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
         decode: after training, read some tokens at once and token by token (`decoded`).
+        unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
     steps: int = 3
@@ -102,6 +103,7 @@ class Scenario:
     hold: bool = False
     rebuild_ahead: bool = False
     decode: bool = False
+    unmarked: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -243,6 +245,9 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         mtp_block_spec=mtp,
     )
     seed_weights(model, s.perturb)
+    for parameter in model.parameters():
+        if s.unmarked and is_hyper_connection(parameter):
+            parameter.sequence_parallel = False
     for layer in model.decoder.layers if s.mhc is not None else ():
         if s.fuse != "all":
             layer.mlp_site.following = None
