@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bandwidth import copy_bandwidth
 from kernel_peers import PEERS, Shapes, Site
 
 from megatron_mhc import kernels
@@ -72,13 +73,6 @@ def captured(step: Callable[[], object]) -> Callable[[], object] | None:
     except Exception:
         torch.cuda.synchronize()
         return None
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy, reads and writes counted."""
-    source = torch.empty(2**29, device="cuda", dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_us(lambda _: target.copy_(source), 1) * 1e-6)
 
 
 def memory(site: Site) -> tuple[int, int]:

@@ -9,7 +9,7 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
   order, overlap and overlap with 2 in flight against each other, digit for digit;
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
 * save on several GPUs, resume on one, and back;
-* step time of a larger model: ordinary, mHC, mHC with overlap; with recompute where it is built;
+* step time of a larger model: ordinary, mHC, mHC with overlap, and with recompute too;
   NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler.
 """
 
@@ -262,21 +262,14 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
 
 
 def step_times(bench: Bench, gpus: int, size: str) -> None:
-    """A larger model's steps, in stock order and with overlap."""
-    sys.path.insert(0, str(ROOT))
-    from megatron_mhc import MHCConfig
-
+    """A larger model's steps: in stock order, with overlap, and with recompute too."""
     flags = {
         "time-ordinary": "",
         "time-mhc": "--mhc",
         "time-overlap": OVERLAP,
         "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
+        "time-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
     }
-    try:
-        MHCConfig(recompute="auto")
-        flags["time-overlap-recompute"] = f"{OVERLAP} --mhc-recompute auto"
-    except ValueError as error:
-        print(f"recompute is left out: {error}")
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} --log-memory-interval 5"
     profiler = "" if bench.cpu else (
         "--profile --use-pytorch-profiler --profile-step-start 10 --profile-step-end 11"

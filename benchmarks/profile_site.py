@@ -1,19 +1,38 @@
-"""One site forward and backward, for a profiler: python benchmarks/profile_site.py [kernel tile].
+"""One steady-state site forward and backward, each kernel once, for a profiler to watch.
 
-ncu --clock-control none --set full -k regex:project_kernel python benchmarks/profile_site.py
+    ncu --clock-control none --set full -k regex:project_kernel python benchmarks/profile_site.py
+    python benchmarks/profile_site.py --tiles project=16,64,8,2,1,255 --width 7168
+
+A tile is tokens,channels,splits,warps,stages and, where wanted, the register limit; kernels that
+are not named keep theirs of triton_config.
 """
 
-import sys
+import argparse
 
 import torch
-from tune_kernels import subjects
+from tune_kernels import named_tile, subjects, use_tile
 
-from megatron_mhc.kernels import triton_config as config
 
-for item in sys.argv[1:]:
-    kernel, numbers = item.split("=")
-    tile = config.Tile(*map(int, numbers.split(",")))
-    setattr(config, kernel, lambda *_, tile=tile: tile)
-for call in subjects(8192, 4096).values():
-    call()
-torch.cuda.synchronize()
+def main() -> None:
+    """Launch every kernel of the site once, with the tiles of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
+    parser.add_argument(
+        "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
+        help="tiles to run instead of triton_config's",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "a CUDA device is needed\n")
+    for kernel, numbers in arguments.tiles:
+        use_tile(kernel, numbers)
+    for call in subjects(arguments.tokens, arguments.width).values():
+        call()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from triton.testing import do_bench, do_bench_cudagraph
+from bandwidth import copy_bandwidth
+from triton.testing import do_bench_cudagraph
 
 from megatron_mhc.kernels import triton_config as config
 from megatron_mhc.kernels.triton_aggregate import weighted_sum
@@ -59,11 +60,27 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy, reads and writes counted."""
-    source = torch.empty(2**30, device="cuda", dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
+    """`KERNEL=tokens,channels,...` as a kernel's name and a tile's numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: no such kernel, or no such tile.
+    """
+    kernel, _, listed = text.partition("=")
+    if kernel not in GRIDS:
+        raise argparse.ArgumentTypeError(f"{text!r} names none of the kernels {', '.join(GRIDS)}")
+    numbers = listed.split(",")
+    if not (2 <= len(numbers) <= 6 and all(number.isdecimal() for number in numbers)):
+        raise argparse.ArgumentTypeError(
+            f"{listed!r} is no tile: give tokens,channels[,splits[,warps[,stages[,registers]]]]"
+        )
+    return kernel, tuple(map(int, numbers))
+
+
+def use_tile(kernel: str, numbers: tuple[int, ...]) -> None:
+    """Have every later launch of a kernel in this process run with this tile."""
+    tile = config.Tile(*numbers)
+    setattr(config, kernel, lambda *_: tile)
 
 
 def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], object]]:
@@ -112,8 +129,7 @@ def compile_tiles(width: int, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
     calls = subjects(64, width)
     for kernel, numbers in tiles:
         default = getattr(config, kernel)
-        tile = config.Tile(*numbers)
-        setattr(config, kernel, lambda *_, tile=tile: tile)
+        use_tile(kernel, numbers)
         with contextlib.suppress(Exception):  # main reports it
             calls[kernel]()
         setattr(config, kernel, default)
@@ -126,16 +142,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--kernels", nargs="*", default=list(GRIDS), choices=list(GRIDS))
-    parser.add_argument("--tiles", nargs="*", default=[], help="KERNEL=tokens,channels,...")
+    parser.add_argument(
+        "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
+        help="these tiles alone, instead of a list of this script's",
+    )  # fmt: skip
     parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
     parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
     arguments = parser.parse_args()
     grids = {kernel: GRIDS[kernel] for kernel in arguments.kernels}
     if arguments.tiles:
         grids = {}
-        for item in arguments.tiles:
-            kernel, numbers = item.split("=")
-            grids.setdefault(kernel, []).append(tuple(map(int, numbers.split(","))))
+        for kernel, numbers in arguments.tiles:
+            grids.setdefault(kernel, []).append(numbers)
     start = time.monotonic()
     everything = [(kernel, numbers) for kernel, grid in grids.items() for numbers in grid]
     spawn = multiprocessing.get_context("spawn")
@@ -165,8 +183,7 @@ def main() -> None:
             if time.monotonic() - begun > share:
                 print(f"{kernel}: out of time before {numbers}")
                 break
-            tile = config.Tile(*numbers)
-            setattr(config, kernel, lambda *_, tile=tile: tile)
+            use_tile(kernel, numbers)
             try:
                 calls[kernel]()
                 torch.cuda.synchronize()

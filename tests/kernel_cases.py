@@ -21,12 +21,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {
     torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8,
     torch.float16: 2.0**-11,
-    torch.float32: 2e-6,
 }
 """Results in the dtype of x: half a unit in the last place (Triton's interpreter cuts bf16 off
-instead of rounding it: a whole unit), and for fp32 the sums' own rounding."""
+instead of rounding it: a whole unit)."""
 SMALL = {torch.bfloat16: 2e-5, torch.float16: 1e-5, torch.float32: 1e-5}
-"""fp32 results: fp32 sums, and for bf16 d_z as two bf16 terms (2^-17) in the gradient of phi."""
+"""fp32 results: fp32 sums, and for bf16 d_z and phi as two bf16 terms each (2^-17, 2^-16 where they
+are cut off) in the streams' gradient, which d_h_post, d_h_res and d_f_bias are sums of."""
 
 
 CANCELLING = 2e-4

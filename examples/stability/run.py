@@ -216,14 +216,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("size", choices=SIZES)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "stability")
-    parser.add_argument("--budget", type=float, help="seconds of this piece")
-    parser.add_argument("--jobs", type=int, help="runs at a time")
-    parser.add_argument("--iterations", type=int, help="training steps of each run")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--learning-rates", nargs="+", type=float)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
+    own = "(default: the size's own)"
+    parser.add_argument(
+        "size", choices=SIZES, help="model, batch, device, and what the flags below default to"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "stability", metavar="FOLDER",
+        help="where the data and a folder for each size are kept (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--budget", type=float, help=f"seconds of this piece {own}")
+    parser.add_argument("--jobs", type=int, help=f"runs at a time {own}")
+    parser.add_argument("--iterations", type=int, help=f"training steps of each run {own}")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)"
+    )
+    parser.add_argument(
+        "--learning-rates", nargs="+", type=float, metavar="RATE", help=f"peak rates {own}"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1234], metavar="SEED",
+        help="each trains all models at all rates (default: 1234)",
+    )  # fmt: skip
     args, more = parser.parse_known_args()
     size = SIZES[args.size]
     budget = size.budget if args.budget is None else args.budget

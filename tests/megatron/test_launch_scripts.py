@@ -21,9 +21,10 @@ EXAMPLES = ROOT / "examples"
 
 
 def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a launch script; standard output and error apart."""
+    """Run a launch script, from a folder that is not the repository's; its two outputs apart."""
     return subprocess.run(
         [EXAMPLES / script, *flags],
+        cwd="/",
         env=environment(PYTHON=sys.executable, **settings),
         capture_output=True,
         text=True,
@@ -197,12 +198,23 @@ def test_megatrons_throughput_counts_mhc() -> None:
     assert counted == wanted
 
 
-def test_scripts_know_where_they_are() -> None:
-    """Every launch script can be started from anywhere, and is executable."""
-    scripts = sorted(EXAMPLES.glob("*/*.sh"))
-    assert len(scripts) == 6
-    for script in scripts:
-        assert os.access(script, os.X_OK), script
+SCRIPTS = [
+    f"{kind}/{size}.sh" for kind in ("gpt", "moe") for size in ("cluster", "single_gpu", "tiny")
+]
+
+
+def test_every_script_is_executable() -> None:
+    assert [str(path.relative_to(EXAMPLES)) for path in sorted(EXAMPLES.glob("*/*.sh"))] == SCRIPTS
+    assert all(os.access(EXAMPLES / script, os.X_OK) for script in SCRIPTS)
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize("kind", ["gpt", "moe"])
+def test_the_tiny_scripts_flags_are_accepted(kind: str) -> None:
+    """As those of the others are above: all six know where they are (`launch`)."""
+    done = launch(f"{kind}/tiny.sh", CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^stage 0, a GPU: [\d,]+ parameters", done.stdout, re.M)
 
 
 @pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 has what doctor --args builds")

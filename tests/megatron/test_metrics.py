@@ -167,7 +167,8 @@ def test_metrics_equal_float64(processes: str, name: str, request: pytest.Fixtur
     head = [g for name, g in result["gradients"][-1].items() if ".head." in name]
     squares = sum(g**2 for g in sites["gradient_norm"])
     squares += sum(g.double().square().sum().item() for g in head)
-    assert metrics["gradient_norm"] == pytest.approx(math.sqrt(squares), rel=1e-6)
+    # the squares of the same fp32 gradients, added in float64 (1e-16) both times
+    assert metrics["gradient_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
     # what the comparison would miss if the model stood at its start: maps that do nothing
     assert min(sites["to_identity"]) > 0.01 and min(sites["gradient_norm"]) > 1e-6
 
@@ -191,7 +192,8 @@ def test_metrics_are_those_of_one_process(
 ) -> None:
     for got, want in zip(two[name]["metrics"], alone["mhc"]["metrics"], strict=True):
         assert_close(got["site"], want["site"])
-        assert got["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-5)
+        # fp32 gradients of tokens that are added in another order: 1.3e-7 is seen
+        assert got["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-6)
 
 
 def test_recording_changes_no_bit_of_training(alone: dict[str, Any]) -> None:

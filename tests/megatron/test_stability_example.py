@@ -45,20 +45,23 @@ def gains(run: Run) -> list[float]:
 
 def test_the_composite_gain_of_mhc_stays_below_two(runs: dict[str, Run]) -> None:
     assert [line["step"] for line in runs["mhc"].logged] == list(range(1, 21))
-    assert gains(runs["mhc"])[0] == pytest.approx(1, abs=1e-4)
+    # 24 sites, whose rows' sums fp32 misses by 2e-7 each
+    assert gains(runs["mhc"])[0] == pytest.approx(1, abs=5e-6)
     assert max(gains(runs["mhc"])) < 2
 
 
 def test_the_composite_gain_of_hc_grows_past_it(runs: dict[str, Run]) -> None:
-    assert gains(runs["hc"])[0] == pytest.approx(1, abs=1e-4)
-    assert gains(runs["hc"])[-1] > 5 * gains(runs["mhc"])[-1]
+    assert gains(runs["hc"])[0] == 1, "HC starts at identities, which nothing rounds"
+    # 8e5 is seen; a rounding that grows with it may take a power of ten or two, not all six
+    assert gains(runs["hc"])[-1] > 1000 * gains(runs["mhc"])[-1]
 
 
 def test_both_learn_and_h_res_leaves_its_start(runs: dict[str, Run]) -> None:
     for run in runs.values():
         assert run.loss.values[-1] < run.loss.values[0] - 1
         first, last = (line["site"]["to_identity"] for line in (run.logged[0], run.logged[-1]))
-        assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 0.005
+        # mHC's moves by 6e-3 in 20 steps, HC's by more; fp32 rounds such a distance by 1e-7
+        assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 1e-3
 
 
 def test_a_second_call_trains_nothing_again(study: Path) -> None:

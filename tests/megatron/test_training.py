@@ -41,28 +41,33 @@ def start_scenarios() -> dict[str, dict[str, Any]]:
     return scenarios
 
 
+# Weights that sum to one in fp32 over 8 sites, averaged over all tokens: none or a few units in the
+# last place of a loss of 5, which are 9e-8 each
+SAME_START = 3e-7
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_mhc_starts_as_the_ordinary_model(kind: str) -> None:
     results = run_scenarios(1, start_scenarios())
     ordinary, wide = results[kind]["losses"][0], results[f"{kind} mhc"]["losses"][0]
-    # weights that sum to one in fp32, over 8 sites: a few roundings of 6e-8
-    assert wide == pytest.approx(ordinary, rel=1e-6)
+    assert wide == pytest.approx(ordinary, rel=SAME_START)
     losses = results[f"{kind} mhc"]["losses"]
-    assert losses[-1] < losses[0] - 0.05, "it does not train"
+    # two batches in turn are on the way to being learnt by heart: 2.4 nats are seen, or more
+    assert losses[-1] < losses[0] - 1, "it does not train"
 
 
 @pytest.mark.parametrize("variant", ["one stream", "three streams", "hc"])
 def test_other_settings_start_as_the_ordinary_model(variant: str) -> None:
     results = run_scenarios(1, start_scenarios())
     want = results["dense"]["losses"][0]
-    assert results[f"dense {variant}"]["losses"][0] == pytest.approx(want, rel=1e-6)
+    assert results[f"dense {variant}"]["losses"][0] == pytest.approx(want, rel=SAME_START)
 
 
 def test_deepseek_v4_starts_within_its_eps() -> None:
     results = run_scenarios(1, start_scenarios())
     want = results["dense"]["losses"][0]
-    # 1e-6 on each H_pre and on Sinkhorn's sums, at 8 sites
-    assert results["dense deepseek_v4"]["losses"][0] == pytest.approx(want, rel=1e-5)
+    # 1e-6 on each H_pre and on Sinkhorn's sums: norms take most of it back, 2e-7 is seen
+    assert results["dense deepseek_v4"]["losses"][0] == pytest.approx(want, rel=1e-6)
 
 
 def test_the_start_of_zeros_is_another_function() -> None:
@@ -71,13 +76,16 @@ def test_the_start_of_zeros_is_another_function() -> None:
     Not much: H_pre is then 2 in sum, which a norm takes back but for its eps, and H_post is 1.
     """
     results = run_scenarios(1, start_scenarios())
-    assert results["dense zero"]["losses"][0] != pytest.approx(results["dense"]["losses"][0], 3e-6)
+    zero, ordinary = results["dense zero"]["losses"][0], results["dense"]["losses"][0]
+    # 1e-5 is seen, ten times the widest bound above
+    assert abs(zero - ordinary) > 5e-6 * ordinary
 
 
 def test_mhc_moves_away_from_the_ordinary_model() -> None:
     results = run_scenarios(1, start_scenarios())
     ordinary, wide = results["dense twenty"]["losses"], results["dense mhc"]["losses"]
-    assert abs(wide[-1] - ordinary[-1]) > 1e-5 * ordinary[-1]
+    # 20 steps take them 3e-3 apart, where the first losses' rounding is 9e-8
+    assert abs(wide[-1] - ordinary[-1]) > 1e-3 * ordinary[-1]
     moved = results["dense mhc"]["parameters"]
     start = results["dense one stream"]["parameters"]
     same = [k for k, v in start.items() if k in moved and torch.equal(v, moved[k])]
@@ -175,6 +183,12 @@ def pair_scenarios(folder: str) -> dict[str, dict[str, Any]]:
             "config": sequence_parallel,
             "mhc": HEAD,
         },
+        "sp unmarked": {
+            "optimizer": SGD,
+            "parallel": TENSOR_PARALLEL,
+            "config": sequence_parallel,
+            "unmarked": True,
+        },
         "dp": {**one, "ddp": OVERLAP, "optimizer": UNCLIPPED},
         "dp bf16": {**one, "ddp": OVERLAP, "bf16": True},
         "ep": {**one, "optimizer": SGD, "kind": "moe", "parallel": EXPERT_PARALLEL},
@@ -239,15 +253,17 @@ def test_tensor_sequence_and_expert_parallel(
     assert_same_training(pair[distributed], single[alone], bound=SUMMATION_ORDER)
 
 
-def test_tensor_parallel_would_be_told_from_another_model(
+def test_a_gradient_that_misses_the_other_ranks_tokens_would_be_told(
     pair: dict[str, Any], single: dict[str, Any]
 ) -> None:
+    """By the losses and, were they right, by the parameters."""
+    wrong, right = pair["sp unmarked"], single["sgd"]
+    # until the first update nothing is wrong
+    assert wrong["losses"][0] == pytest.approx(right["losses"][0], rel=SUMMATION_ORDER)
+    with pytest.raises(AssertionError, match="losses differs"):
+        assert_same_training(wrong, right, bound=SUMMATION_ORDER)
     with pytest.raises(AssertionError, match="differs"):
-        assert_same_training(
-            {**pair["tp"], "parameters": single["sgd"]["parameters"]},
-            {**single["sgd"], "losses": [loss + 1e-3 for loss in single["sgd"]["losses"]]},
-            bound=SUMMATION_ORDER,
-        )
+        assert_same_training({**wrong, "losses": right["losses"]}, right, bound=SUMMATION_ORDER)
 
 
 def test_distributed_optimizer_with_both_overlaps(
@@ -263,11 +279,13 @@ def test_bf16_keeps_mhc_in_fp32(pair: dict[str, Any], single: dict[str, Any]) ->
         ours = {dtypes[name] for name in dtypes if "connection" in name}
         assert ours == {"torch.float32"}
         assert dtypes["decoder.layers.0.mlp.linear_fc1.weight"] == "torch.bfloat16"
-    # the first loss is before any update: only the batch is split differently
-    assert pair["dp bf16"]["losses"][0] == pytest.approx(single["bf16"]["losses"][0], rel=1e-3)
+    # the first loss is before any update, and a rank's batch is one of the microbatches
+    assert pair["dp bf16"]["losses"][0] == single["bf16"]["losses"][0]
     phi = "decoder.layers.1.mlp_connection.phi"
     got, want = (r["parameters"][phi] for r in (pair["dp bf16"], single["bf16"]))
-    assert relative_error(got, want) < 1e-2
+    # two ranks' bf16 gradients add up otherwise, and Adam makes a whole step of a tiny one's sign:
+    # 1.5e-4 is seen; phi rounded to bf16 would be off by 2^-9 / sqrt(3) = 1.1e-3
+    assert relative_error(got, want) < 5e-4
     # an update of 1e-3 to a value of 0.05 is below bf16's step there in most places: fp32 kept it
     assert (got.to(torch.bfloat16).float() != got).float().mean() > 0.9
 
@@ -311,8 +329,8 @@ def test_decoding_with_a_cache_gives_the_logits_of_a_whole_forward(
     single: dict[str, Any], kind: str
 ) -> None:
     logits = single[kind]["decoded"]
-    # fp32's 6e-8, attention of one row instead of many, through 4 layers
-    assert relative_error(logits["cached"], logits["whole"]) < 1e-5
+    # fp32's 6e-8, attention of one row instead of many, through 4 layers: 5e-7 is seen
+    assert relative_error(logits["cached"], logits["whole"]) < 3e-6
     assert logits["whole"].std() > 0.1
 
 
@@ -323,7 +341,8 @@ def test_inference_over_pipeline_stages_is_refused() -> None:
 
 
 def test_dropout_is_on(single: dict[str, Any]) -> None:
-    assert abs(single["dropout"]["losses"][0] - single["adam"]["losses"][0]) > 1e-4
+    # a tenth of all activations: 2e-2 is seen, of a loss whose rounding is 5e-7
+    assert abs(single["dropout"]["losses"][0] - single["adam"]["losses"][0]) > 5e-3
 
 
 def test_a_checkpoint_continues(single: dict[str, Any]) -> None:

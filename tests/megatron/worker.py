@@ -82,6 +82,7 @@ class Scenario:
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
         decode: after training, read some tokens at once and token by token (`decoded`).
         hosts_wait: every message between stages ends before its post returns (`rendezvous`).
+        unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
     steps: int = 3
@@ -109,6 +110,7 @@ class Scenario:
     rebuild_ahead: bool = False
     decode: bool = False
     hosts_wait: bool = False
+    unmarked: bool = False
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
@@ -250,6 +252,9 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         mtp_block_spec=mtp,
     )
     seed_weights(model, s.perturb)
+    for parameter in model.parameters():
+        if s.unmarked and is_hyper_connection(parameter):
+            parameter.sequence_parallel = False
     for layer in model.decoder.layers if s.mhc is not None else ():
         if s.fuse != "all":
             layer.mlp_site.following = None

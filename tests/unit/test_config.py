@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +256,43 @@ def test_conflicts_of_overlap_are_named(conflict, in_flight: int) -> None:
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings, overlap)
     assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+class Asked:
+    """Settings that remember which names were asked for."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given, self.names = given, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return self.given.get(name)
+
+
+@functools.cache
+def megatrons_settings() -> set[str]:
+    """What this release's TransformerConfig and its parser call their settings."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return fields | {action.dest for action in parser._actions}
+
+
+ALL_CONFLICTS = (*CONFLICTS, *RECOMPUTE_CONFLICTS, *OVERLAP_CONFLICTS)
+
+
+@pytest.mark.parametrize("conflict", ALL_CONFLICTS, ids=lambda conflict: conflict.flag)
+def test_conflicts_look_at_settings_that_megatron_has(conflict) -> None:
+    """A setting that Megatron renames is never found in conflict again, and nothing else says so.
+
+    All of a conflict's conditions hold, so it asks for every name that it knows.
+    """
+    given = {**GIVEN, **GIVEN_WITH_OVERLAP}[conflict.flag.removeprefix("--mhc-overlap-p2p ")]
+    settings = Asked(given)
+    assert conflict.given(settings)
+    assert not settings.names - megatrons_settings()
 
 
 @pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])

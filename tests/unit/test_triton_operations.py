@@ -114,7 +114,9 @@ else:
             # four fp32 roundings of a row that adds up to one; eps itself in the other convention
             assert (matrix.sum(-1) - 1).abs().max() < 1e-6 + 5 * eps
             wanted = kernels.reference.sinkhorn(logits.double(), eps=eps)
-            assert (matrix - wanted).abs().max() < 1e-5
+            # a difference of up to 160 rounds by 2^-17; exp makes that relative to an entry m, and
+            # m (1 - m) <= 1/4 of it is left in the matrix
+            assert (matrix - wanted).abs().max() < 2e-6
             matrix.square().sum().backward()
             assert bool(torch.isfinite(logits.grad).all())
 
