@@ -6,7 +6,8 @@ Each run is a launch of its own with a time limit: one that fails is a line in t
 not stop the others. What is timed runs last and alone, the rest `--jobs` launches at a time:
 
 * pipeline: losses of all GPUs as stages (at most 4, data parallel beyond) against one GPU; stock
-  order, overlap and overlap with 2 in flight against each other, digit for digit;
+  order, overlap and overlap with 2 in flight against each other, digit for digit (losses and
+  gradient norms), also with timers on, and with the ends of a stage late (`late_ends.py`);
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
 * save on several GPUs, resume on one, and back;
 * step time of a larger model: ordinary, mHC, mHC with overlap, and with recompute too;
@@ -35,7 +36,8 @@ COMMON = """
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
     --mock-data --tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --eval-interval 1000
-    --log-interval 1 --lr 1e-4 --clip-grad 0 --no-gradient-accumulation-fusion --seed 7
+    --log-interval 1 --lr 1e-4 --lr-decay-style constant --clip-grad 0 --seed 7
+    --no-gradient-accumulation-fusion
     --ckpt-format torch_dist
 """
 GPU = "--bf16 --transformer-impl transformer_engine"
@@ -75,6 +77,7 @@ class Run:
     seconds: float = 0.0
     failure: str = ""
     losses: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
     step_ms: float = 0.0
     peak_gib: float = 0.0
     trace: Path | None = None
@@ -105,7 +108,14 @@ class Bench:
                     self.runs[f"launch {index}"] = Run(f"launch {index}", 0, failure=repr(error))
 
     def start(
-        self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **environment: str
+        self,
+        name: str,
+        gpus: int,
+        flags: str,
+        iterations: int,
+        first: int = 0,
+        script: str = "examples/pretrain_gpt.py",
+        **environment: str,
     ) -> tuple[Run, Any]:
         """Start a launch on GPUs first, first + 1, ..."""
         folder = self.out / name
@@ -115,7 +125,7 @@ class Bench:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(gpus), "-m", "megatron_mhc.run"),
             *(["--cpu"] if self.cpu else []),
-            "examples/pretrain_gpt.py",
+            script,
             *COMMON.split(),
             *(CPU if self.cpu else GPU).split(),
             *flags.split(),
@@ -153,6 +163,7 @@ class Bench:
         run.seconds = time.time() - begin
         text = (self.out / run.name / "log").read_text(errors="replace")
         run.losses = re.findall(r"iteration +\d+/.*?lm loss: (\S+)", text)
+        run.norms = re.findall(r"grad norm: (\S+)", text)
         times = [float(t) for t in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
         run.step_ms = statistics.median(times[3:]) if len(times) > 3 else 0.0
         peaks = re.findall(r"mem-max-allocated-gigabytes: ([\d.]+)|max allocated: ([\d.]+)", text)
@@ -166,26 +177,32 @@ class Bench:
         return run
 
     def train(
-        self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **environment: str
+        self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **more: str
     ) -> Run | None:
         """Start and finish, unless the call's time is up."""
         if self.left() < 15:
             self.runs[name] = Run(name, gpus, failure="not run: no time left")
             return None
-        return self.finish(*self.start(name, gpus, flags, iterations, first, **environment))
+        return self.finish(*self.start(name, gpus, flags, iterations, first, **more))
 
     def alike(self, one: str, other: str, bound: float | None) -> None:
-        """Compare losses: digit for digit where bound is None, else relatively."""
+        """Compare losses: with gradient norms digit for digit where bound is None, else relatively.
+
+        The other may have gone on for longer.
+        """
         if one not in self.runs or other not in self.runs:
             return  # its launch raised, which is a line of its own
         a, b = self.runs[one], self.runs[other]
-        if a.failure or b.failure or not a.losses or len(a.losses) != len(b.losses):
+        steps = len(a.losses)
+        if a.failure or b.failure or not steps or steps > len(b.losses):
             a.remark = a.remark or f"not comparable with {other}"
             return
-        if a.losses == b.losses:
-            a.remark = f"{len(a.losses)} losses as {other}'s, digit for digit"
+        losses = b.losses[:steps]
+        if a.losses == losses and (a.norms == b.norms[:steps] or bound is not None):
+            what = "losses and gradient norms" if bound is None else "losses"
+            a.remark = f"{steps} {what} as {other}'s, digit for digit"
             return
-        worst = max(abs(float(x) / float(y) - 1) for x, y in zip(a.losses, b.losses, strict=True))
+        worst = max(abs(float(x) / float(y) - 1) for x, y in zip(a.losses, losses, strict=True))
         a.remark = f"losses within {worst:.1e} of {other}'s"
         if bound is None or worst > bound:
             a.failure = "differs"
@@ -238,25 +255,37 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)}"
     steps = 5 if bench.cpu else 100
     virtual = f"{stages} --num-layers-per-virtual-pipeline-stage 1"
+    few = min(steps, 20)
+    timers = "--timing-log-level 2"  # the host waits for the device at every message
     runs = {
-        "pp": f"{stages} --mhc",
-        "pp-overlap": f"{stages} {OVERLAP}",
-        "pp-overlap-2": f"{stages} {OVERLAP} --mhc-overlap-in-flight 2",
-        "vpp": f"{virtual} --mhc",
-        "vpp-overlap": f"{virtual} {OVERLAP}",
+        "pp": (f"{stages} --mhc", steps),
+        "pp-overlap": (f"{stages} {OVERLAP}", steps),
+        "pp-overlap-2": (f"{stages} {OVERLAP} --mhc-overlap-in-flight 2", steps),
+        "vpp": (f"{virtual} --mhc", steps),
+        "vpp-overlap": (f"{virtual} {OVERLAP}", steps),
+        "pp-timers": (f"{stages} {OVERLAP} {timers}", few),
+        "vpp-timers": (f"{virtual} {OVERLAP} {timers}", few),
+        "pp-late": (f"{stages} {OVERLAP}", few),
+        "vpp-late": (f"{virtual} {OVERLAP}", few),
     }
+    if bench.cpu:  # nothing sleeps there
+        del runs["pp-late"], runs["vpp-late"]
     launches = [
         partial(bench.train, "one", 1, size, steps),
-        partial(bench.train, "one-again", 1, size, steps, first=1),
-        *(partial(bench.train, name, gpus, f"{size} {f}", steps) for name, f in runs.items()),
+        partial(bench.train, "one-again", 1, size, few, first=1),
     ]
+    for name, (flags, count) in runs.items():
+        late = {"script": "benchmarks/late_ends.py"} if name.endswith("late") else {}
+        launches.append(partial(bench.train, name, gpus, f"{size} {flags}", count, **late))
     checks = [
         partial(bench.alike, "one-again", "one", None),
         partial(bench.alike, "pp", "one", 1e-2),
-        partial(bench.alike, "pp-overlap", "pp", None),
-        partial(bench.alike, "pp-overlap-2", "pp", None),
         partial(bench.alike, "vpp", "one", 1e-2),
-        partial(bench.alike, "vpp-overlap", "vpp", None),
+        *(
+            partial(bench.alike, name, name.split("-")[0], None)
+            for name in runs
+            if name not in ("pp", "vpp")
+        ),
     ]
     return launches, checks
 
@@ -310,9 +339,7 @@ def resume(bench: Bench, gpus: int, size: str) -> Part:
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
     folder, steps = bench.out / "checkpoints", 3 if bench.cpu else 10
     shutil.rmtree(folder, ignore_errors=True)
-    both = f"{size} --save {folder} --save-interval {steps}"
-    # one learning rate, whatever the run's length
-    both += " --lr-decay-style constant --override-opt-param-scheduler"
+    both = f"{size} --save {folder} --save-interval {steps} --override-opt-param-scheduler"
     whole = f"{both} {stages}".replace(str(folder), f"{folder}-0")
 
     def one_after_the_other() -> None:
@@ -361,7 +388,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
-    parser.add_argument("--each", type=float, default=120, help="seconds a run may take")
+    parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
     parser.add_argument("--limit", type=float, default=560, help="seconds the call may take")
     parser.add_argument("--timing", type=float, default=230, help="of them kept for step times")
     options = parser.parse_args()
@@ -375,6 +402,8 @@ def main() -> int:
     if gpus < 2:
         sys.exit(f"multi_gpu.py: there is {gpus} GPU here and this needs 2; --cpu rehearses")
     small, large = (TINY, TINY) if options.cpu else (SMALL, LARGE)
+    if gpus >= 4:  # two virtual stages each
+        small = small.replace("--num-layers 4", "--num-layers 8")
     correct = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
     if correct:
         bench.reserved = options.timing if "step_times" in options.parts else 0.0
