@@ -93,7 +93,10 @@ FULL = ["--mhc-recompute", "off", "--recompute-granularity", "full"]
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--mhc-overlap-in-flight", "2", "--mhc-recompute", "off"], (7, 5, 3, 1)),
+        (
+            ["--mhc-overlap-p2p", "--mhc-overlap-in-flight", "2", "--mhc-recompute", "off"],
+            (7, 5, 3, 1),
+        ),
         # a step of two microbatches
         (["--mhc-recompute", "off", "--global-batch-size", "64"], (2, 2, 2, 1)),
     ],
