@@ -52,7 +52,7 @@ def _run(processes: int, scenarios: str) -> dict[str, Any] | str:
 
 
 def run_scenarios(processes: int, scenarios: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Train each scenario in one torchrun; see `worker.Scenario` for what a scenario may set.
+    """Train each scenario in one torchrun; see `models.Scenario` for what a scenario may set.
 
     Returns:
         For each name what `worker.run` returned on rank 0. Equal calls are run once.

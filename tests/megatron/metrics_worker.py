@@ -17,6 +17,7 @@ from tests.megatron import worker  # isort: skip  (first: it readies Megatron fo
 
 from megatron_mhc.layer import MHCLayer
 from megatron_mhc.recorder import Recorder
+from tests.megatron.models import Scenario
 
 
 class Observer:
@@ -85,7 +86,7 @@ def run(log: bool = True, **settings: Any) -> dict[str, Any]:
     truth: for every site of the model the last step's float64 values, a list over the ranks that
     hold the site.
     """
-    scenario = worker.Scenario(**settings)
+    scenario = Scenario(**settings)
     if not log:
         return worker.run(scenario)
     observer = Observer()
