@@ -1,8 +1,8 @@
-"""`examples/pretrain_gpt.py` with the ends of a stage late: what does not wait for them, shows.
+"""`examples/pretrain_gpt.py` with late outputs of a stage: what does not wait for them, shows.
 
     torchrun ... -m megatron_mhc.run benchmarks/late_ends.py <flags> --mhc-overlap-p2p
 
-Each operation on a high-priority stream starts by some milliseconds of sleep there.
+A stage's last operation (`Aside.run`) starts by some milliseconds of sleep on its stream.
 """
 
 import runpy

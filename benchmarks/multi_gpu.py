@@ -7,7 +7,7 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
 
 * pipeline: losses of all GPUs as stages (at most 4, data parallel beyond) against one GPU; stock
   order, overlap and overlap with 2 in flight against each other, digit for digit (losses and
-  gradient norms), also with timers on, and with the ends of a stage late (`late_ends.py`);
+  gradient norms), also with timers on, and with late outputs (`late_ends.py`);
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
 * save on several GPUs, resume on one, and back;
 * step time of a larger model: ordinary, mHC, mHC with overlap, and with recompute too;

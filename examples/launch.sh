@@ -61,7 +61,7 @@ on_gpus() {
     fi
     RUNNER+=(-m megatron_mhc.run)
     [ "${CHECK:-0}" = 1 ] || "$PYTHON" -c 'import transformer_engine' 2>/dev/null ||
-        fail "no Transformer Engine, which these flags want: pip install '.[te]'"
+        fail "no Transformer Engine, which these flags want: $PYTHON -m pip install '.[te]'"
     DEVICE_ARGS=(
         --transformer-impl transformer_engine
         --bf16

@@ -135,7 +135,7 @@ class Outbox:
         # another tensor of the same memory: Megatron empties the one that it sent
         wire = tensor.detach()
         stream = self._aside.of(microbatch)
-        lend(wire, stream)
+        lend(wire, stream)  # full recompute makes a gradient in another one's memory
         with torch.cuda.stream(stream):
             self._sent = wire, self._send(wire), microbatch
 

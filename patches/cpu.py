@@ -12,6 +12,8 @@ import torch
 from megatron_mhc.patches.registry import Patch, locate, registry
 from megatron_mhc.patches.torch_cuda import cuda_is_cpu
 
+NO_GRAPHS = "a CUDA graph replays what a GPU recorded: leave CUDA graphs off with --cpu"
+
 
 def _skip_if_shipped(original: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(original)
@@ -28,7 +30,7 @@ def _cpu_rng_state(original: Callable[..., torch.Tensor]) -> Callable[..., torch
     @functools.wraps(original)
     def get(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         if graph_safe:
-            raise NotImplementedError("CUDA graphs have no CPU stand-in")
+            raise NotImplementedError(NO_GRAPHS)
         return torch.get_rng_state()
 
     return get
@@ -38,7 +40,7 @@ def _set_cpu_rng_state(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def set_(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         if graph_safe:
-            raise NotImplementedError("CUDA graphs have no CPU stand-in")
+            raise NotImplementedError(NO_GRAPHS)
         torch.set_rng_state(new_state)
 
     return set_

@@ -1,20 +1,17 @@
 """A CPU in the place of torch's CUDA device: inside the scope, who asks for CUDA gets the CPU."""
 
-import collections
 import contextlib
 import functools
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed
 import torch.utils._device
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from . import cuda_names
 
 FACTORIES = (
     "arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted"
@@ -42,208 +39,6 @@ def on_cpu(device: Any) -> Any:
 def over_gloo(backend: Any) -> Any:
     """Gloo where the backend is NCCL, or is left to torch to choose; any other as it is."""
     return "gloo" if backend is None or "nccl" in str(backend).lower() else backend
-
-
-class Stream:
-    """A CPU works in order: every stream is the one there is, and waiting for it takes no time."""
-
-    cuda_stream = 0
-    device = torch.device("cpu")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._outer: list[Any] = []
-
-    def __enter__(self) -> Self:
-        self._outer.append(_machine.stream)
-        _machine.stream = self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _machine.stream = self._outer.pop()
-
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return 0, 0
-
-    def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event()
-        event.record(self)
-        return event
-
-
-class Event:
-    """Remembers when it was recorded; whatever came before it is done by then."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._seconds: float | None = None
-
-    def record(self, stream: Any = None) -> None:
-        self._seconds = time.perf_counter()
-
-    def elapsed_time(self, end_event: "Event") -> float:
-        """Milliseconds from this event to the other."""
-        if self._seconds is None or end_event._seconds is None:
-            raise RuntimeError("both events must be recorded before their time is taken")
-        return (end_event._seconds - self._seconds) * 1e3
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        return True
-
-
-@dataclass
-class _Machine:
-    """What the program last chose."""
-
-    device: int = 0
-    stream: Any = None
-    default_stream: Stream = field(default_factory=Stream)
-
-
-_machine = _Machine()
-
-
-@dataclass(frozen=True)
-class DeviceProperties:
-    """What Megatron asks of a device.
-
-    The capability is one that needs no CUDA_DEVICE_MAX_CONNECTIONS, which orders CUDA's kernels.
-    """
-
-    name: str = "cpu"
-    major: int = 10
-    minor: int = 0
-    total_memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    multi_processor_count: int = os.cpu_count() or 1
-
-
-class _Device(contextlib.nullcontext[None]):
-    """`with torch.cuda.device(...)`: there is one device."""
-
-    def __init__(self, device: Any) -> None:
-        super().__init__()
-
-
-def _answer(name: str, make: Callable[[], Any]) -> Callable[..., Any]:
-    # a new function for each name: leaving must tell them apart
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return make()
-
-    stand_in.__name__ = name
-    return stand_in
-
-
-def _impossible(name: str) -> Callable[..., Any]:
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"torch.cuda.{name} has no CPU stand-in")
-
-    stand_in.__name__ = name
-    return stand_in
-
-
-def _set_device(device: Any) -> None:
-    index = device if isinstance(device, int) else torch.device(device).index
-    _machine.device = index or 0
-
-
-def _device_count() -> int:
-    # a device for each process that the launcher started here
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _set_stream(stream: Any) -> None:
-    _machine.stream = stream
-
-
-@contextlib.contextmanager
-def _stream(stream: Any) -> Iterator[None]:
-    with stream if stream is not None else contextlib.nullcontext():
-        yield
-
-
-def _get_rng_state(device: Any = "cuda") -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
-    torch.set_rng_state(new_state)
-
-
-def _seed(seed: int) -> None:
-    # not torch.manual_seed: that one calls torch.cuda.manual_seed_all, which is this
-    torch.default_generator.manual_seed(seed)
-
-
-def _torch_cuda() -> dict[str, Any]:
-    """What stands in for the names of torch.cuda."""
-    properties = DeviceProperties()
-    none = (
-        "empty_cache init ipc_collect reset_accumulated_memory_stats reset_max_memory_allocated"
-        " reset_peak_memory_stats synchronize"
-    )
-    zero = (
-        "device_memory_used max_memory_allocated max_memory_reserved memory_allocated"
-        " memory_reserved"
-    )
-    impossible = "CUDAGraph MemPool cudart graph graph_pool_handle make_graphed_callables"
-    names: dict[str, Any] = {name: _answer(name, lambda: None) for name in none.split()}
-    names |= {name: _answer(name, lambda: 0) for name in zero.split()}
-    names |= {name: _impossible(name) for name in impossible.split()}
-    answers: dict[str, Callable[[], Any]] = {
-        "current_device": lambda: _machine.device,
-        "current_stream": lambda: _machine.stream or _machine.default_stream,
-        "default_stream": lambda: _machine.default_stream,
-        "device_count": _device_count,
-        "get_device_capability": lambda: (properties.major, properties.minor),
-        "get_device_name": lambda: properties.name,
-        "get_device_properties": lambda: properties,
-        "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "initial_seed": torch.initial_seed,
-        "is_available": lambda: True,
-        "is_bf16_supported": lambda: True,
-        "is_current_stream_capturing": lambda: False,
-        "is_initialized": lambda: True,
-        "mem_get_info": lambda: (properties.total_memory, properties.total_memory),
-        "memory_snapshot": list,
-        "memory_stats": lambda: collections.defaultdict(int),
-        "memory_summary": str,
-    }
-    names |= {name: _answer(name, make) for name, make in answers.items()}
-    return names | {
-        "Event": Event,
-        "Stream": Stream,
-        "default_generators": (torch.default_generator,) * _device_count(),
-        "device": _Device,
-        "get_rng_state": _get_rng_state,
-        "manual_seed": _seed,
-        "manual_seed_all": _seed,
-        "set_device": _set_device,
-        "set_rng_state": _set_rng_state,
-        "set_stream": _set_stream,
-        "stream": _stream,
-    }
 
 
 def _making(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -368,18 +163,28 @@ def replacements() -> list[tuple[Any, str, Any]]:
     cuda, tensor, distributed = torch.cuda, torch.Tensor, torch.distributed
     nvtx = "mark range_end range_pop range_push range_start"
     changes: list[tuple[Any, str, Any]] = [
-        (cuda, name, value) for name, value in _torch_cuda().items() if hasattr(cuda, name)
+        (cuda, name, value)
+        for name, value in cuda_names.cuda_names().items()
+        if hasattr(cuda, name)
     ]
-    changes += [(cuda.nvtx, name, _answer(name, lambda: 0)) for name in nvtx.split()]
+    changes += [(cuda.nvtx, name, cuda_names.answer(name, lambda: 0)) for name in nvtx.split()]
     changes += [
-        (cuda.nvtx, "range", _answer("range", contextlib.nullcontext)),
-        (cuda.nccl, "version", _answer("version", lambda: (0, 0, 0))),
-        (cuda.random, "get_rng_state", _get_rng_state),
-        (cuda.random, "set_rng_state", _set_rng_state),
-        (torch.accelerator, "is_available", _answer("is_available", lambda: False)),
-        (torch.accelerator, "current_accelerator", _answer("current_accelerator", lambda: None)),
-        (torch.accelerator, "device_count", _answer("device_count", lambda: 0)),
-        (torch.accelerator, "current_device_index", _answer("current_device_index", lambda: 0)),
+        (cuda.nvtx, "range", cuda_names.answer("range", contextlib.nullcontext)),
+        (cuda.nccl, "version", cuda_names.answer("version", lambda: (0, 0, 0))),
+        (cuda.random, "get_rng_state", cuda_names.get_rng_state),
+        (cuda.random, "set_rng_state", cuda_names.set_rng_state),
+        (torch.accelerator, "is_available", cuda_names.answer("is_available", lambda: False)),
+        (
+            torch.accelerator,
+            "current_accelerator",
+            cuda_names.answer("current_accelerator", lambda: None),
+        ),
+        (torch.accelerator, "device_count", cuda_names.answer("device_count", lambda: 0)),
+        (
+            torch.accelerator,
+            "current_device_index",
+            cuda_names.answer("current_device_index", lambda: 0),
+        ),
     ]
     changes += [
         (torch, name, _making(getattr(torch, name)))
@@ -433,8 +238,8 @@ def _put_back(owner: Any, name: str, held: Any) -> None:
 
 def _forget(stand_ins: dict[int, Any]) -> None:
     """Put originals where a module, imported inside, took a stand-in by name."""
-    mine = sys.modules[__name__]
-    for module in [module for module in sys.modules.values() if module is not mine]:
+    ours = (sys.modules[__name__], cuda_names)
+    for module in [module for module in sys.modules.values() if module not in ours]:
         for name, value in tuple(getattr(module, "__dict__", {}).items()):
             if id(value) in stand_ins:
                 setattr(module, name, stand_ins[id(value)])
@@ -461,4 +266,4 @@ def cuda_is_cpu() -> Iterator[None]:
             for owner, name, original in reversed(held):
                 _put_back(owner, name, original)
             _forget(stand_ins)
-            _machine.device, _machine.stream = 0, None
+            cuda_names.machine.device, cuda_names.machine.stream = 0, None

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> 
     assert [stage for stage, *_ in stages] == ["0", "1", "2", "3"]
     # an H100's 80 GB leave room for activations
     assert all(float(states) + float(ours) < 20 for _, _, states, ours in stages)
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is there")
+@pytest.mark.parametrize("script", ["gpt/single_gpu.sh", "moe/single_gpu.sh", "moe/cluster.sh"])
+def test_without_transformer_engine_a_gpu_script_says_what_to_install(script: str) -> None:
+    done = launch(script)
+    assert done.returncode == 2 and "-m pip install '.[te]'" in done.stderr
 
 
 FULL = ["--mhc-recompute", "off", "--recompute-granularity", "full"]

@@ -192,6 +192,31 @@ def test_a_gradient_that_an_interleaved_chunk_sends_keeps_its_memory(
     assert lent == [("gradient", "compute")]
 
 
+def test_an_interleaved_output_that_megatron_sends_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In warm-up and evaluation it leaves from the compute stream, which has to wait for it."""
+    done: list[Any] = []
+    compute = SimpleNamespace(wait_stream=lambda stream: done.append(("waits", stream)))
+    monkeypatch.setattr(links, "lend", lambda values, stream: done.append(("lent", values)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    monkeypatch.setattr(
+        P2PCommunicator, "send_forward_recv_forward", lambda *sent: done.append(("sent", sent[1]))
+    )
+    communicator = object.__new__(links.AsideCommunicator)
+    communicator.aside = SimpleNamespace(turn=0, of=lambda turn: f"stream {turn}")  # type: ignore[assignment]
+    for output in ("y0", "y1"):
+        communicator.send_forward_recv_forward(output, False, None)
+    expected = [("waits", "stream 0"), ("lent", "y0"), ("sent", "y0")]
+    assert done == [*expected, ("waits", "stream 1"), ("lent", "y1"), ("sent", "y1")]
+
+
+def test_no_timer_of_megatrons_waits_for_a_message() -> None:
+    config = SimpleNamespace(timers="Megatron's", batch_p2p_comm=True)
+    assert links._without_timers(config).timers is None
+    assert config.timers == "Megatron's"
+
+
 def test_stages_that_differ_in_overlap_are_refused() -> None:
     settings = {"mhc_by_rank": [OVERLAP, {}], "parallel": stages(2)}
     with pytest.raises(AssertionError, match="in dtype or in overlap"):
