@@ -87,7 +87,7 @@ class Stage:
         if self.sizes.spec == "te":
             return None
         size = self.sizes.sequence
-        return torch.ones(1, 1, size, size, dtype=torch.bool).triu(1)
+        return torch.ones(1, 1, size, size, dtype=torch.bool, device="cuda").triu(1)
 
     def time(self, mode: str, pace: Pace, steps: int, forward_only: bool = False) -> Any:
         """Milliseconds of a step: median and spread; and peak memory in GiB."""

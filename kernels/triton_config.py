@@ -35,13 +35,30 @@ def padded(count: int) -> int:
     return size
 
 
+RESIDENT = 4 * 132
+"""Programs of two warps with 255 registers that an H100 holds: four a multiprocessor."""
+
+
+def shares(blocks: int) -> int:
+    """Shares of the tokens, 4 to 26, with which `blocks` of channels fill whole waves best.
+
+    A wave is what runs at once, RESIDENT programs; the last one costs as much when half empty.
+    """
+
+    def filled(count: int) -> float:
+        waves = -(-blocks * count // RESIDENT)
+        return blocks * count / (waves * RESIDENT)
+
+    return max(range(4, 27), key=filled)
+
+
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.project_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=16, warps=4, stages=1)
-    return Tile(tokens=16, channels=64, splits=8, warps=2, stages=1)
+    return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=1)
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
@@ -60,14 +77,15 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
-    return Tile(tokens=8, channels=64, splits=8, warps=2, stages=1)
+    return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=1)
 
 
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, a share of tokens."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
-    return Tile(tokens=32, channels=128, splits=8, warps=4, stages=2)
+    blocks = -(-n * width // 128)
+    return Tile(32, 128, splits=min(max(640 // blocks, 4), 16), warps=4, stages=2)
 
 
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:
