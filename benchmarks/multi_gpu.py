@@ -293,9 +293,9 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
 def step_times(bench: Bench, gpus: int, size: str) -> None:
     """A larger model's steps: in stock order, with overlap, and with recompute too."""
     flags = {
-        "time-ordinary": "",
         "time-mhc": "--mhc",
         "time-overlap": OVERLAP,
+        "time-ordinary": "",
         "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
         "time-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
     }
