@@ -3,7 +3,8 @@
     python examples/stability/report.py runs/stability/tiny
 
 Losses are means over 10 steps, since one batch says little. A run broke if a loss or gradient was
-no number, or if that mean rose by more than half a nat above the lowest it had been. Gains and
+no number, if that mean rose by more than half a nat above the lowest it had been, or if from some
+step to the end all gradients were exactly 0, so that nothing learns any more. Gains and
 distances are means over the tokens of a logged step; gains are of the composite H_res of all sites.
 """
 
@@ -46,8 +47,19 @@ class Row(NamedTuple):
         return largest
 
     @property
+    def dead(self) -> int | None:
+        """The step from which to the end all gradients are exactly 0, if there is one."""
+        norms = self.run.gradient_norm
+        dead = None
+        for step, norm in zip(norms.steps, norms.values, strict=True):
+            dead = (dead or step) if norm == 0 else None
+        return dead
+
+    @property
     def outcome(self) -> str:
         """finished, broke, stopped or failed."""
+        if self.dead is not None:
+            return f"broke: gradients 0 from step {self.dead}"
         return "broke" if self.surge > SURGE else self.state
 
 

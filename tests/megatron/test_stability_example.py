@@ -83,6 +83,24 @@ def test_the_report_has_a_line_for_each_run(study: Path, runs: dict[str, Run]) -
     assert set(rows) == {"hc", "mhc"}
 
 
+def test_a_model_without_gradients_counts_as_broken(tmp_path: Path) -> None:
+    """The loss of one whose outputs are 0 is a constant: it neither rises nor is it no number."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    last_gradients = {"dead": [3.0, 0.0, 2.0, 0.0, 0.0], "alive": [3.0, 0.0, 0.0, 0.0, 1e-9]}
+    for rate, (name, norms) in enumerate(last_gradients.items()):
+        made = {"model": "ordinary", "learning_rate": rate, "seed": 1, "state": "finished"}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(made))
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for step, norm in enumerate(norms, 1):
+                writer.add_scalar("lm loss", 5.6, step)
+                writer.add_scalar("grad-norm", norm, step)
+    printed = script("report.py", str(tmp_path)).stdout
+    assert "| 0 | 1 | 5 | broke: gradients 0 from step 4 |" in printed
+    assert "| 1 | 1 | 5 | finished |" in printed
+
+
 def test_what_is_no_number_counts_as_broken_and_an_error_does_not(tmp_path: Path) -> None:
     arguments = ["tiny", "--runs", str(tmp_path), "--models", "ordinary", "--iterations", "20"]
     broke = script("run.py", *arguments, "--learning-rates", "1e30", "--clip-grad", "0")
