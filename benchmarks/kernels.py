@@ -13,7 +13,8 @@ Columns: microseconds (medians over CUDA events; of a CUDA graph's replays where
 captured, else of plain launches, marked *); passes, that is T*C bf16 elements at the bandwidth of a
 device-to-device copy measured in the same run; the share of that bandwidth that the site would need
 for the fewest bytes of any known algorithm (14 passes forward, 38 in all); saved, the memory that
-the forward leaves for the backward beside its inputs and results; peak, beside the inputs.
+the forward leaves for the backward beside its inputs and results; peak, beside the inputs; took,
+seconds with what the implementation compiles and tunes for this size.
 Buffers rotate so that no run finds its inputs in the L2 cache.
 """
 
@@ -123,14 +124,15 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
     begun = time.monotonic()
     print(
         f"{'T':>6} {'C':>5}  {'implementation':30} {'fwd us':>9} {'passes':>7} {'share':>6}"
-        f" {'both us':>9} {'passes':>7} {'share':>6} {'saved MB':>9} {'peak MB':>8}"
+        f" {'both us':>9} {'passes':>7} {'share':>6} {'saved MB':>9} {'peak MB':>8} {'took':>5}"
     )
     for tokens, width in ((t, c) for c in arguments.widths for t in arguments.tokens):
         one_pass = tokens * width * 2 / bandwidth * 1e6
         for name in arguments.peers:
             row: dict[str, Any] = {"tokens": tokens, "width": width, "name": name}
             rows.append(row)
-            if time.monotonic() - begun > arguments.seconds:
+            row_begun = time.monotonic()
+            if row_begun - begun > arguments.seconds:
                 row["error"] = "not run: out of time"
             else:
                 try:
@@ -150,7 +152,9 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
                 mark = " " if row[f"{part}_graph"] else "*"
                 share = floor / row[f"{part}_passes"]
                 line += f" {row[f'{part}_us']:8.0f}{mark} {row[f'{part}_passes']:7.1f} {share:6.0%}"
-            print(line + f" {row['saved_bytes'] / 1e6:9.1f} {row['peak_bytes'] / 1e6:8.0f}")
+            row["seconds"] = time.monotonic() - row_begun
+            line += f" {row['saved_bytes'] / 1e6:9.1f} {row['peak_bytes'] / 1e6:8.0f}"
+            print(f"{line} {row['seconds']:5.0f}", flush=True)
     return rows
 
 
