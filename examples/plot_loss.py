@@ -10,43 +10,20 @@ those of several processes that resumed one another.
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from megatron_mhc.runs import LOSS_TAG, curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TRAIN_TAG = "lm loss"
-VALIDATION_TAG = "lm loss validation"
+VALIDATION_TAG = f"{LOSS_TAG} validation"
 # From wide to narrow, so that curves which coincide all stay visible.
 VALIDATION_STYLES: list[dict[str, Any]] = [
     {"linewidth": 4, "marker": "o", "markersize": 9},
     {"linewidth": 2, "marker": "s", "markersize": 5, "linestyle": "--"},
     {"linewidth": 1, "marker": "^", "markersize": 3, "linestyle": ":"},
 ]
-
-
-class Curve(NamedTuple):
-    """A loss in nats a token by iteration."""
-
-    iterations: list[int]
-    losses: list[float]
-
-
-def read_curve(folder: Path, tag: str) -> Curve:
-    """Reads what `tag` was logged as below `folder`; where runs overlap the later one counts."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    files = sorted(folder.rglob("events.out.tfevents.*"))
-    if not files:
-        raise SystemExit(f"plot_loss: no TensorBoard event files below {folder}")
-    events = []
-    for file in files:
-        log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        if tag in log.Tags()["scalars"]:
-            events += log.Scalars(tag)
-    latest = {event.step: event.value for event in sorted(events, key=lambda e: e.wall_time)}
-    steps = sorted(latest)
-    return Curve(steps, [latest[step] for step in steps])
 
 
 def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
@@ -56,13 +33,15 @@ def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, (label, folder) in enumerate(runs.items()):
-        train, validation = read_curve(folder, TRAIN_TAG), read_curve(folder, VALIDATION_TAG)
-        if not train.losses:
-            raise SystemExit(f"plot_loss: no '{TRAIN_TAG}' in the event files below {folder}")
+        train, validation = curves(folder, LOSS_TAG, VALIDATION_TAG).values()
+        if not train.steps:
+            raise SystemExit(
+                f"plot_loss: no {LOSS_TAG!r} in TensorBoard event files below {folder}"
+            )
         colour = f"C{number}"
         axes.plot(*train, color=colour, alpha=0.4, linewidth=0.8, label=f"{label}, training")
-        if validation.losses:
-            name = f"{label}, validation (last {validation.losses[-1]:.3f})"
+        if validation.steps:
+            name = f"{label}, validation (last {validation.values[-1]:.3f})"
             axes.plot(*validation, color=colour, label=name, **VALIDATION_STYLES[number % 3])
     if entropy is not None:
         name = f"unigram entropy of the data ({entropy:.3f})"

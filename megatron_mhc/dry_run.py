@@ -8,6 +8,7 @@ implementation, which have the same shapes (what they lack, `add_fused_norms` ad
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import sys
@@ -205,6 +206,11 @@ def bytes_of_streams(
 
     plan = plan_of(chunks)
     if plan is not None:
+        if args.transformer_impl == "transformer_engine":
+            # its norms are parts of the projections behind them, but for these two
+            first = next(m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer))
+            norms = int(args.multi_latent_attention) + int(first.is_moe_layer)
+            plan = dataclasses.replace(plan, norms=norms)
         return sum(plan.bytes_a_token.values()), plan.blocks
     in_flight = most_in_flight(chunks[0].config, mhc, stage)
     sizes = (args.hidden_size, args.params_dtype.itemsize)

@@ -43,11 +43,14 @@ class Run:
         return Curve(steps, [line["site"][f"depth_{name}"][end] for line in self.logged])
 
 
-def _curves(folder: Path) -> dict[str, Curve]:
-    """The scalars of all event files below a folder; where runs overlap the later event counts."""
+def curves(folder: Path, *tags: str) -> dict[str, Curve]:
+    """What was logged under these TensorBoard tags in all event files below a folder.
+
+    Where runs overlap the later event counts; the curve of a tag that nobody logged is empty.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, dict[int, tuple[float, float]]] = {LOSS_TAG: {}, GRADIENT_TAG: {}}
+    found: dict[str, dict[int, tuple[float, float]]] = {tag: {} for tag in tags}
     for file in sorted(folder.rglob("events.out.tfevents.*")):
         log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
         for tag in set(found) & set(log.Tags()["scalars"]):
@@ -70,8 +73,8 @@ def read_run(text: str, color: str = "C0") -> Run:
     folder = Path(path if separator else text)
     if not folder.is_dir():
         raise SystemExit(f"plot: {folder} is not a folder")
-    curves = _curves(folder)
-    if not curves[LOSS_TAG].steps:
+    read = curves(folder, LOSS_TAG, GRADIENT_TAG)
+    if not read[LOSS_TAG].steps:
         raise SystemExit(
             f"plot: no {LOSS_TAG!r} in TensorBoard event files below {folder}; train with"
             " --tensorboard-dir"
@@ -87,7 +90,7 @@ def read_run(text: str, color: str = "C0") -> Run:
     return Run(
         label if separator else folder.resolve().name,
         color,
-        curves[LOSS_TAG],
-        curves[GRADIENT_TAG],
+        read[LOSS_TAG],
+        read[GRADIENT_TAG],
         [by_step[step] for step in sorted(by_step)],
     )

@@ -15,6 +15,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megatron_mhc.runs import curves
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples"
 TINY = [
@@ -86,11 +88,11 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     # The event files hold each step's own loss; the printed one may be a mean over a few steps.
-    read_curve = load("plot_loss").read_curve
-    for tag in ("lm loss", "lm loss validation", "grad-norm", "learning-rate"):
-        whole, resumed = read_curve(tmp_path, tag), read_curve(runs / "gpt-mhc", tag)
-        assert whole == resumed, tag
-        assert whole.iterations == list(range(1, STEPS + 1))
+    tags = ("lm loss", "lm loss validation", "grad-norm", "learning-rate")
+    whole, resumed = curves(tmp_path, *tags), curves(runs / "gpt-mhc", *tags)
+    for tag in tags:
+        assert whole[tag] == resumed[tag], tag
+        assert whole[tag].steps == list(range(1, STEPS + 1))
     # After a start Megatron prints step 1 alone, then the mean of steps 1 and 2.
     alone = [0, 2, 3, 5]
     here, there = losses(done.stdout), losses(printed)
@@ -131,11 +133,11 @@ def test_the_plot_of_the_run_is_a_picture(run: tuple[Path, str]) -> None:
     assert picture.shape[0] > 500 and picture.shape[1] > 800
     assert picture[..., :3].std() > 0.05
     # what the log says is what was drawn
-    curve = load("plot_loss").read_curve(runs / "gpt-mhc", "lm loss")
-    assert curve.iterations == list(range(1, STEPS + 1))
+    curve = curves(runs / "gpt-mhc", "lm loss")["lm loss"]
+    assert curve.steps == list(range(1, STEPS + 1))
     printed = dict(losses(printed_log))
     assert [printed[step] for step in (1, 3, 4, 6)] == [
-        f"{curve.losses[step - 1]:.6E}" for step in (1, 3, 4, 6)
+        f"{curve.values[step - 1]:.6E}" for step in (1, 3, 4, 6)
     ]
 
 
@@ -220,5 +222,5 @@ def test_bad_input_is_named(script: str, arguments: list[str], says: str) -> Non
 
 
 def test_a_folder_without_event_files_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no TensorBoard event files below"):
-        load("plot_loss").read_curve(tmp_path, "lm loss")
+    with pytest.raises(SystemExit, match="no 'lm loss' in TensorBoard event files below"):
+        load("plot_loss").draw({"A": tmp_path})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mhc.memory import Plan
 from megatron_mhc.patches.releases import is_installed
 from tests.megatron.launch import ROOT
 from tests.megatron.test_gpt_example import environment, losses
@@ -133,6 +134,21 @@ def test_the_dry_run_knows_what_full_recompute_keeps(
     layer = 2 * (5 * 2560 * 2 + 4 * (4 + 16 + 24 + 1))
     wanted = streams * 2560 * 2 + layers * layer
     assert re.search(rf"^stage 1.*activations {wanted:,} bytes a token", done.stdout, re.M)
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("kind", "width", "layers", "norms"), [("gpt", 4096, 8, 0), ("moe", 2560, 8, 2)]
+)
+def test_the_dry_run_drops_the_norms_that_transformer_engine_keeps_apart(
+    kind: str, width: int, layers: int, norms: int
+) -> None:
+    """A dense layer's are parts of its projections; those before MLA and MoE are not."""
+    done = launch(f"{kind}/cluster.sh", CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    bytes_a_token = Plan(4, width, (layers,), 3, norms, "auto").bytes_a_token
+    wanted = f"{sum(bytes_a_token.values()):,.0f}"
+    assert re.search(rf"^stage 1.*activations {wanted} bytes a token", done.stdout, re.M)
 
 
 @NEEDS_0_19
