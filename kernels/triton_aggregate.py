@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import load_columns, load_streams
-from .triton_launch import check_dtype, dense, on_device
+from .triton_launch import dense, on_device
 
 
 @triton.jit(do_not_specialize=["T", "share"])
@@ -162,7 +162,6 @@ _aggregate.register_autograd(_backward, setup_context=_setup)
 
 def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
     """See `reference.aggregate`."""
-    check_dtype("x", x)
     n, width = x.shape[-2:]
     u = _aggregate(x.reshape(-1, n, width).contiguous(), h_pre.reshape(-1, n).contiguous())
     return u.view(*x.shape[:-2], width)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .triton_launch import check_dtype
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
@@ -109,7 +108,6 @@ def coefficients(
     sinkhorn_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.coefficients`."""
-    check_dtype("x", x)
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
     h_pre, h_post, h_res, _, _ = _coefficients(
         x.reshape(-1, n, width).contiguous(),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .triton_launch import check_dtype, dense
+from .triton_launch import dense
 from .triton_projection import project
 from .triton_stream_gradients import streams_gradients
 
@@ -53,7 +53,6 @@ def combine(
     x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None = None
 ) -> Tensor:
     """See `reference.combine`."""
-    check_dtype("x", x)
     n, width = x.shape[-2:]
     y = _combine(
         x.reshape(-1, n, width).contiguous(),

@@ -7,7 +7,7 @@ so autograd has nothing to add.
 import torch
 from torch import Tensor
 
-from .triton_launch import check_dtype, dense
+from .triton_launch import dense
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
@@ -148,7 +148,6 @@ def combine_pre_with_h_pre(
     sinkhorn_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.combine_pre_with_h_pre`."""
-    check_dtype("x", x)
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
     y, u, h_post, h_res, h_pre, _, _ = _combine_pre(
         x.reshape(-1, n, width).contiguous(),

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .triton_launch import check_dtype
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
@@ -69,7 +68,6 @@ def head(
     pre_eps: float = 1e-6,
 ) -> Tensor:
     """See `reference.head`."""
-    check_dtype("x", x)
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
     dense = (tensor.contiguous() for tensor in (fn, scale, base))
     out, _, _ = _head(x.reshape(-1, n, width).contiguous(), *dense, norm_eps, pre_eps)

@@ -21,15 +21,6 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for float64, which only the reference computes."""
-    if tensor.dtype == torch.float64:
-        raise ValueError(
-            f"{name} is torch.float64; the Triton kernels take bfloat16, float16 or float32: use"
-            " backend='torch'"
-        )
-
-
 def dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where it is contiguous, else a copy that is; None stays None."""
     return None if tensor is None else tensor.contiguous()

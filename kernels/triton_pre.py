@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .triton_launch import check_dtype
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
@@ -115,7 +114,6 @@ def pre_with_h_pre(
     sinkhorn_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_with_h_pre`."""
-    check_dtype("x", x)
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
     u, h_post, h_res, h_pre, _, _ = _pre(
         x.reshape(-1, n, width).contiguous(),

@@ -17,7 +17,7 @@ from torch import Tensor
 from .reference import Mixing
 from .triton_config import Tile
 from .triton_device import load_columns, load_streams, mixed_stream
-from .triton_launch import check_dtype, dense, on_device
+from .triton_launch import dense, on_device
 
 SITES = 4
 """Sites that one launch goes through at most: each is compiled out in full."""
@@ -100,7 +100,6 @@ def rebuild(
     us: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See `reference.rebuild`; ys and us are contiguous."""
-    check_dtype("x", x)
     n, width = x.shape[-2:]
     ys = [torch.empty_like(x) for _ in ended] if ys is None else list(ys)
     us = [x.new_empty(*x.shape[:-2], width) for _ in h_pre] if us is None else list(us)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .triton_config import SINKHORN_TOKENS
 from .triton_device import sinkhorn_backward, sinkhorn_forward
-from .triton_launch import check_dtype, dense, on_device
+from .triton_launch import dense, on_device
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -93,7 +93,6 @@ _sinkhorn.register_autograd(_backward, setup_context=_setup)
 
 def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
     """See `reference.sinkhorn`."""
-    check_dtype("logits", logits)
     n = logits.shape[-1]
     dense_logits = logits.to(torch.float32).reshape(-1, n, n).contiguous()
     return _sinkhorn(dense_logits, iterations, eps).view(logits.shape)
