@@ -39,8 +39,9 @@ FLOORS = {
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
         *itertools.product((16,), (64,), (4, 8, 16), (2,), (1,), (255,)),
-        *itertools.product((16,), (128,), (8, 16), (4,), (1,), (255,)),
-        *itertools.product((32,), (64,), (8,), (4,), (1,), (255,)),
+        *itertools.product((16,), (32,), (4, 8), (2,), (1,), (128,)),
+        *itertools.product((16,), (32,), (4, 8), (1,), (1,), (255,)),
+        *itertools.product((32,), (32,), (4, 8), (2,), (1,), (255,)),
     ],
     "finish": [(tokens, 1, 1, warps, 1) for tokens in (8, 16, 32) for warps in (2, 4)],
     "aggregate": [
@@ -53,7 +54,7 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     ],
     "streams_backward": [
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1,), (255,)),
-        *itertools.product((16,), (64,), (8,), (4,), (1,), (255,)),
+        *itertools.product((16,), (32,), (4, 8), (2,), (1,), (255,)),
         *itertools.product((8,), (128,), (8,), (4,), (1,), (255,)),
     ],
     "phi_gradient": list(itertools.product((32, 64, 128), (64, 128), (8,), (4,), (2, 3, 4))),
