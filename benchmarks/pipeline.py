@@ -5,16 +5,19 @@
 
 The stage is real, its neighbours are not (`stage.py`). Stock order is Megatron's own 1F1B function
 without its host synchronisations; exposed is what a step takes longer than over links that take no
-time. "ready" neighbours have every message waiting: what is exposed is this stage's doing.
-"computing" neighbours are as fast as this one, in the same schedule: a gradient's way back is in.
+time, a median over rounds. "ready" neighbours have every message waiting: what is exposed is this
+stage's doing. "computing" neighbours are as fast as this one, in the same schedule: a gradient's
+way back is in.
 """
 
 import argparse
+import gc
 import gzip
 import json
 import os
 import statistics
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +92,14 @@ class Stage:
         size = self.sizes.sequence
         return torch.ones(1, 1, size, size, dtype=torch.bool, device="cuda").triu(1)
 
-    def time(self, mode: str, pace: Pace, steps: int, forward_only: bool = False) -> Any:
-        """Milliseconds of a step: median and spread; and peak memory in GiB."""
+    def time(
+        self, mode: str, pace: Pace, steps: int, forward_only: bool = False
+    ) -> tuple[float, float]:
+        """The median of some steps in milliseconds, after two that warm up; peak memory in GiB."""
         self.choose(mode, pace)
         times = []
+        gc.collect()
+        gc.disable()  # a collection in mid-step takes as long as what is looked for
         for index in range(steps + 2):
             if index == 2:
                 torch.cuda.reset_peak_memory_stats()
@@ -103,13 +110,63 @@ class Stage:
             torch.cuda.synchronize()
             if index >= 2:
                 times.append(begin.elapsed_time(end))
+        gc.enable()
         peak = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.empty_cache()
-        return statistics.median(times), max(times) - min(times), peak
+        return statistics.median(times), peak
+
+
+@dataclass
+class Case:
+    """An order of the steps among one kind of neighbours: what each round measured.
+
+    Attributes:
+        steps, free: medians of a round's steps, ms; over links that take no time.
+        peak: GiB.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    free: list[float] = field(default_factory=list)
+    peak: float = 0.0
+
+    def exposed(self, beside: "Case") -> list[float]:
+        """ms of each round beyond a step of `beside` over links that take no time."""
+        return [step - free for step, free in zip(self.steps, beside.free, strict=True)]
+
+
+def report(kind: str, cases: dict[str, Case]) -> dict[str, Any]:
+    """Print and return the rows of one kind of neighbours; the first case is stock order."""
+    stock = next(iter(cases.values()))
+    of_stock = statistics.median(stock.exposed(stock))
+    rows = {}
+    for mode, case in cases.items():
+        own, stocks = case.exposed(case), case.exposed(stock)
+        step = statistics.median(case.steps)
+        row = {
+            "step_ms": step,
+            "step_ms_by_round": case.steps,
+            "free_ms": statistics.median(case.free),
+            "free_ms_by_round": case.free,
+            "exposed_ms": statistics.median(own),
+            "beyond_stock_free_ms": statistics.median(stocks),
+            "peak_gib": case.peak,
+        }
+        rows[f"{kind}, {mode}"] = row
+        print(
+            f"{kind:11}{mode:22}{step:9.1f}{max(case.steps) - min(case.steps):8.1f}"
+            f"{row['free_ms']:11.1f}{row['exposed_ms']:11.2f}{min(own):8.1f}{max(own):8.1f}"
+            f"{row['exposed_ms'] / step:9.1%}{row['exposed_ms'] / of_stock:9.1%}"
+            f"{row['beyond_stock_free_ms'] / of_stock:10.1%}{case.peak:9.1f}",
+            flush=True,
+        )
+    return rows
 
 
 def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
-    """The table: each mode and kind of neighbour, over links that take time and that do not."""
+    """The table: each mode and kind of neighbour, over links that take time and that do not.
+
+    In rounds, so that a machine that drifts does so under all cases alike.
+    """
     forward = stage.time("stock order", Pace(), options.steps, forward_only=True)[0]
     whole = stage.time("stock order", Pace(), options.steps)[0]
     forward, whole = forward / stage.microbatches, whole / stage.microbatches
@@ -122,28 +179,25 @@ def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     link = {"gigabytes": options.gigabytes, "latency_us": options.latency_us}
     # a little faster, so that what is measured is this stage
     busy = {"forward_ms": 0.98 * forward, "backward_ms": 0.98 * (whole - forward)}
+    neighbours: dict[str, dict[str, float]] = {"ready": {}, "computing": busy}
+    cases = {kind: {mode: Case() for mode in MODES} for kind in neighbours}
     rows: dict[str, Any] = {}
-    print(
-        f"{'neighbours':11}{'order':22}{'step ms':>9}{'spread':>8}{'free links':>11}"
-        f"{'exposed ms':>11}{'of step':>9}{'of stock':>9}{'peak GiB':>9}"
-    )
-    for kind, compute in (("ready", {}), ("computing", busy)):
-        for mode in MODES:
-            free, _, _ = stage.time(mode, Pace(**compute), options.steps)
-            step, spread, peak = stage.time(mode, Pace(**link, **compute), options.steps)
-            exposed = step - free
-            rows[f"{kind}, {mode}"] = {
-                "step_ms": step,
-                "free_ms": free,
-                "exposed_ms": exposed,
-                "peak_gib": peak,
-            }
-            stock = rows[f"{kind}, stock order"]["exposed_ms"]
-            print(
-                f"{kind:11}{mode:22}{step:9.1f}{spread:8.1f}{free:11.1f}{exposed:11.2f}"
-                f"{exposed / step:9.1%}{exposed / stock if stock else 0:9.1%}{peak:9.1f}",
-                flush=True,
-            )
+    for number in range(options.rounds):
+        for kind, compute in neighbours.items():
+            for mode, case in cases[kind].items():
+                case.free.append(stage.time(mode, Pace(**compute), options.steps)[0])
+                step, peak = stage.time(mode, Pace(**link, **compute), options.steps)
+                case.steps.append(step)
+                case.peak = max(case.peak, peak)
+        print(
+            f"after round {number + 1} of {options.rounds}; of stock: of what stock order exposes,"
+            " by the order's own step over free links and by stock order's\n"
+            f"{'neighbours':11}{'order':22}{'step ms':>9}{'spread':>8}{'free links':>11}"
+            f"{'exposed ms':>11}{'least':>8}{'most':>8}{'of step':>9}{'of stock':>9}"
+            f"{'by stock':>10}{'peak GiB':>9}"
+        )
+        for kind, found in cases.items():
+            rows |= report(kind, found)
     rows["microbatch"] = {"forward_ms": forward, "backward_ms": whole - forward, "message": message}
     rows["busy"] = busy
     return rows
@@ -333,7 +387,7 @@ def parse() -> argparse.Namespace:
     )
     sizes = {"layers": 4, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8}
     pipeline = {"sequence": 4096, "batch": 1, "stages": 4, "stage": 1, "microbatches": 12}
-    for name, default in {**sizes, **pipeline, "steps": 5}.items():
+    for name, default in {**sizes, **pipeline, "steps": 4, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--gigabytes", type=float, default=25, help="10^9 bytes/s of a link")
     parser.add_argument("--latency-us", type=float, default=20, help="of a message")

@@ -43,7 +43,8 @@ def test_overlap_has_the_bits_of_stock_order_over_jittering_links() -> None:
 
 def test_the_last_combine_runs_on_a_priority_stream_beside_compute(tmp_path: Path) -> None:
     """From the profiler's records; see `profile` there."""
-    sizes = ["--hidden", "2048", "--ffn", "5632", "--heads", "16", "--groups", "4", "--steps", "2"]
+    sizes = ["--hidden", "2048", "--ffn", "5632", "--heads", "16", "--groups", "4"]
+    sizes += ["--steps", "2", "--rounds", "1"]
     printed = pipeline(*sizes, "--out", str(tmp_path))
     assert "profiled, overlap:" in printed
     assert (tmp_path / "timeline.png").stat().st_size > 0
