@@ -81,7 +81,12 @@ def main() -> int:
         plain: list[str] = []
         for implementation in IMPLEMENTATIONS:
             losses, step, outcome = train(options.out, model, implementation, options.each)
-            plain = plain or losses
+            if not outcome and not losses:
+                outcome = "no losses in its log"
+            if implementation == IMPLEMENTATIONS[0] and not outcome:
+                plain = losses
+            if not outcome and not plain:
+                outcome = "nothing to compare with: the run without graphs failed"
             if not outcome:
                 pairs = list(zip(losses, plain, strict=True)) if len(losses) == len(plain) else []
                 worst = max((abs(float(a) / float(b) - 1) for a, b in pairs), default=float("inf"))

@@ -17,6 +17,7 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
 import argparse
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -66,6 +67,12 @@ MOE = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = "--mhc --mhc-overlap-p2p"
 Part = tuple[list[Callable[[], Any]], list[Callable[[], Any]]]
 """Launches, which may run side by side, and checks of what came of them."""
+
+
+def apart(loss: str, other: str) -> float:
+    """How far a printed loss is from another, relatively; infinitely, if one is no number."""
+    distance = abs(float(loss) / float(other) - 1)
+    return distance if math.isfinite(distance) else math.inf
 
 
 @dataclass
@@ -202,7 +209,7 @@ class Bench:
             what = "losses and gradient norms" if bound is None else "losses"
             a.remark = f"{steps} {what} as {other}'s, digit for digit"
             return
-        worst = max(abs(float(x) / float(y) - 1) for x, y in zip(a.losses, losses, strict=True))
+        worst = max(map(apart, a.losses, losses))
         a.remark = f"losses within {worst:.1e} of {other}'s"
         if bound is None or worst > bound:
             a.failure = "differs"
@@ -362,7 +369,7 @@ def resume(bench: Bench, gpus: int, size: str) -> Part:
             if index > 0:
                 # Megatron's second line after a resume is the mean of the first two losses
                 del pairs[1]
-            worst = max(abs(float(a) / float(b) - 1) for a, b in pairs)
+            worst = max(apart(a, b) for a, b in pairs)
             run.remark = f"losses within {worst:.1e} of an uninterrupted run's"
             run.failure = "differs" if worst > 1e-2 else ""
 

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,12 +44,22 @@ WITHOUT_TRANSFORMER_ENGINE = {
     "moe_router_padding_for_quantization": False,
     "fp8": None,
     "context_parallel_size": 1,
+    "gradient_accumulation_fusion": False,
+    "layernorm_zero_centered_gamma": False,
 }
 """What is built instead of what was asked for: nothing here changes the shape of a parameter."""
 
 
 class FlagsError(ValueError):
     """Megatron or mHC refuses the flags."""
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; where Megatron asserts without a word, the line that does."""
+    if str(error):
+        return str(error)
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at `{line.line}` ({line.filename}:{line.lineno})"
 
 
 def parse(flags: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +85,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
             decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
         )
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise FlagsError(f"these flags are refused: {error or type(error).__name__}") from error
+        raise FlagsError(f"these flags are refused: {_reason(error)}") from error
     finally:
         sys.argv = before
     if args.padded_vocab_size is None:  # in a training run the tokenizer sets it
@@ -279,7 +290,10 @@ def report(flags: Sequence[str]) -> str:
     whole: dict[str, int] = {}
     for stage in range(args.pipeline_model_parallel_size):
         with pretended(args, stage) as groups:
-            chunks = build(args, groups)
+            try:
+                chunks = build(args, groups)
+            except (ValueError, AssertionError, RuntimeError) as error:
+                raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
             parameters = [p for chunk in chunks for p in chunk.parameters()]
             whole |= whole_sizes(chunks)
             ours = sum(p.numel() for p in parameters if is_hyper_connection(p))

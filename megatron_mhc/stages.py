@@ -24,8 +24,8 @@ def check_stages(chunks: Sequence[Any], config: Any, group: Any) -> None:
 
     Raises:
         ValueError: on every rank: a chunk without sites beside others that have them; stages that
-            differ in width, dtype or overlap; a model without sites whose TransformerConfig a
-            model with sites was built with.
+            differ in streams, hidden size, dtype or overlap; a model without sites whose
+            TransformerConfig a model with sites was built with.
     """
     kept = vars(chunks[0])
     if _HAS_SITES not in kept:
@@ -40,16 +40,17 @@ def check_stages(chunks: Sequence[Any], config: Any, group: Any) -> None:
 
 def _have_sites(chunks: Sequence[Any], group: Any) -> bool:
     """Whether this model has mHC, after it is clear that every stage thinks the same."""
-    mine: list[tuple[int | None, str | None, int | None]] = []
+    mine: list[tuple[int | None, int | None, str | None, int | None]] = []
     for chunk in chunks:
         layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
         if layers:
             config, mhc = layers[0].config, layers[0].mhc
             ahead = mhc.overlap_in_flight if mhc.overlap_p2p else 0
-            width = config.hidden_size * mhc.num_streams
-            mine.append((width, str(config.pipeline_dtype), ahead))
+            # not their product: streams of another width that fill as many bytes would pass
+            sizes = (mhc.num_streams, config.hidden_size)
+            mine.append((*sizes, str(config.pipeline_dtype), ahead))
         else:
-            mine.append((None, None, None))
+            mine.append((None, None, None, None))
     stages: list[Any] = [mine]
     if isinstance(group, torch.distributed.ProcessGroup):
         stages = [None] * group.size()
@@ -62,11 +63,13 @@ def _have_sites(chunks: Sequence[Any], group: Any) -> bool:
             "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
             " one on each (one of multi-token prediction does not count: it reads one stream). Give"
             " every stage a layer (fewer stages, another split)."
-            f" (width, dtype, overlap) of each chunk: {described}"
+            f" (streams, hidden size, dtype, overlap) of each chunk:"
+            f" {described}"
         )
     if len(flat) > 1:
         raise ValueError(
-            "pipeline stages differ in streams times hidden size, in dtype or in overlap; start all"
-            f" of them with the same flags. (width, dtype, overlap) of each chunk: {described}"
+            "pipeline stages differ in streams, hidden size, dtype or overlap; start all of them"
+            " with the same flags. (streams, hidden size, dtype, overlap) of each chunk:"
+            f" {described}"
         )
     return not without

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _CoalescingManager, _world
 
 from megatron_mhc.patches.registry import Patch, locate, registry
 from megatron_mhc.patches.torch_cuda import cuda_is_cpu
@@ -162,6 +163,27 @@ def _copied_first(original: Any) -> Any:
         return preload(copies, *args, **kwargs)
 
     return staticmethod(preload_tensors)
+
+
+def _one_dtype_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    @contextlib.contextmanager
+    def coalesced(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        group = group or torch.distributed.group.WORLD
+        works = _CoalescingManager()
+        # between these, torch notes collectives down instead of starting them
+        noted = _world.pg_coalesce_state.setdefault(group, [])
+        try:
+            yield works
+        finally:
+            del _world.pg_coalesce_state[group]
+        for dtype in dict.fromkeys(op.tensor.dtype for op in noted):
+            with original(group, device, async_ops) as part:
+                alike = [op for op in noted if op.tensor.dtype == dtype]
+                _world.pg_coalesce_state[group] = alike
+            works.works += part.works
+
+    return coalesced
 
 
 def _instead(value: Any) -> Callable[[Any], Any]:
@@ -328,6 +350,12 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "FileSystemWriterAsync.preload_tensors",
         _copied_first,
         "taking a tensor off the device is a copy: else training goes on in what is being written",
+    ),
+    Patch(
+        "cpu-mixed-gathers",
+        "megatron.core.distributed.param_and_grad_buffer:_coalescing_manager",
+        _one_dtype_at_a_time,
+        "gloo mixes up parameters of two dtypes that are gathered in one go",
     ),
     *_WITHOUT_KERNELS,
 )

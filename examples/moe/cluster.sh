@@ -80,6 +80,8 @@ TRAIN_ARGS=(
     --eval-iters 16
     --save-interval 1000
     --async-save
+    # the other strategy, the default, wants nvidia-resiliency-ext
+    --async-strategy mcore
     --use-persistent-ckpt-worker
 )
 

@@ -36,7 +36,7 @@ class Scenario:
 
     Attributes:
         mhc: settings of MHCConfig, or None for the ordinary model.
-        mhc_by_rank: these instead, one for each rank.
+        mhc_by_rank, hidden_by_rank: these instead, one for each rank; hidden sizes too.
         config: settings of TransformerConfig beyond the tiny defaults.
         share_config: build a model with mHC first, with the same TransformerConfig.
         parallel: keyword arguments of initialize_model_parallel.
@@ -63,6 +63,7 @@ class Scenario:
     steps: int = 3
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     mhc_by_rank: list[dict[str, Any]] | None = None
+    hidden_by_rank: list[int] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     share_config: bool = False
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -22,6 +22,14 @@ NEEDS_0_19 = pytest.mark.skipif(
 EXAMPLES = ROOT / "examples"
 
 
+PLAIN = [
+    *("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"),
+    *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "1"),
+    *("--global-batch-size", "2", "--train-iters", "2", "--lr", "1e-3", "--bf16"),
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
+]
+
+
 def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a launch script, from a folder that is not the repository's; its two outputs apart."""
     return subprocess.run(
@@ -163,6 +171,26 @@ def test_the_single_gpu_scripts_flags_are_accepted(script: str, flags: list[str]
     done = launch(script, *flags, CHECK="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^stage 0, a GPU: [\d,]+ parameters \(1,", done.stdout, re.M)
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        # Megatron's defaults that want CUDA kernels, and a norm that Transformer Engine alone has
+        ([*PLAIN, "--transformer-impl", "transformer_engine", "--apply-layernorm-1p"], ""),
+        (["--num-layers", "2"], "refused: AssertionError at `assert args.micro_batch_size"),
+        (
+            [*PLAIN, "--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"],
+            "stage 0 cannot be built: bias is not supported in the shared experts",
+        ),
+    ],
+)
+def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -> None:
+    done = python("-m", "megatron_mhc", "doctor", "--args", *flags, "--mhc")
+    assert done.returncode == (2 if says else 0), done.stdout
+    assert "Traceback" not in done.stdout
+    assert (says or "the whole model: 259,672 parameters") in done.stdout
 
 
 @NEEDS_0_19

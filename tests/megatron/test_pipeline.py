@@ -38,6 +38,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "1F1B, 2 microbatches": (2, {"microbatches": 2}, {"parallel": stages(2)}),
     "1F1B, 4 microbatches": (2, {"microbatches": 4}, {"parallel": stages(2)}),
     "interleaved": (2, {"microbatches": 4}, {"parallel": VIRTUAL}),
+    # a chunk after the first gathers its bf16 and fp32 parameters in one go
+    "interleaved, bf16, distributed optimizer": (
+        2,
+        {"microbatches": 4, "bf16": True},
+        {"parallel": VIRTUAL, "ddp": {"use_distributed_optimizer": True}},
+    ),
     "uneven stages": (2, {"microbatches": 4}, {"parallel": stages(2), "config": UNEVEN}),
     "embedding counted": (
         2,
@@ -112,9 +118,12 @@ def test_a_stage_without_sites_is_refused() -> None:
         run_scenarios(2, {"bad": settings})
 
 
-def test_stages_that_differ_in_width_are_refused() -> None:
-    settings = {"mhc_by_rank": [{"num_streams": 4}, {"num_streams": 2}], "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="stages differ in streams times hidden size"):
+@pytest.mark.parametrize("hidden", [[64, 64], [64, 128]], ids=["other bytes", "the same bytes"])
+def test_stages_that_differ_in_width_are_refused(hidden: list[int]) -> None:
+    streams = [{"num_streams": 4}, {"num_streams": 2}]
+    settings = {"mhc_by_rank": streams, "hidden_by_rank": hidden, "tied": False}
+    settings["parallel"] = stages(2)
+    with pytest.raises(AssertionError, match="pipeline stages differ in streams, hidden size"):
         run_scenarios(2, {"bad": settings})
 
 

@@ -239,6 +239,8 @@ def train(s: Scenario) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(**s.parallel)
     if s.mhc_by_rank is not None:
         s.mhc = s.mhc_by_rank[dist.get_rank()]
+    if s.hidden_by_rank is not None:
+        s.config = s.config | {"hidden_size": s.hidden_by_rank[dist.get_rank()]}
     config = models.transformer_config(s)
     config.finalize_model_grads_func = finalize_model_grads
     if s.share_config:
