@@ -270,6 +270,7 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         "pp-overlap-2": (f"{stages} {OVERLAP} --mhc-overlap-in-flight 2", steps),
         "vpp": (f"{virtual} --mhc", steps),
         "vpp-overlap": (f"{virtual} {OVERLAP}", steps),
+        "vpp-sharded": (f"{virtual} --mhc --use-distributed-optimizer", few),
         "pp-timers": (f"{stages} {OVERLAP} {timers}", few),
         "vpp-timers": (f"{virtual} {OVERLAP} {timers}", few),
         "pp-late": (f"{stages} {OVERLAP}", few),
@@ -289,7 +290,7 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         partial(bench.alike, "pp", "one", 1e-2),
         partial(bench.alike, "vpp", "one", 1e-2),
         *(
-            partial(bench.alike, name, name.split("-")[0], None)
+            partial(bench.alike, name, name.split("-")[0], 1e-2 if "sharded" in name else None)
             for name in runs
             if name not in ("pp", "vpp")
         ),

@@ -55,10 +55,10 @@ def shares(blocks: int) -> int:
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.project_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
-        return Tile(tokens=16, channels=16, splits=16, warps=4, stages=1)
+        return Tile(tokens=16, channels=16, splits=16, warps=4, stages=3)
     if dtype != torch.bfloat16:
-        return Tile(tokens=16, channels=32, splits=16, warps=4, stages=1)
-    return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=1)
+        return Tile(tokens=16, channels=32, splits=16, warps=4, stages=3)
+    return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=3)
 
 
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
@@ -74,10 +74,10 @@ def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_stream_gradients.streams_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
-        return Tile(tokens=16, channels=16, splits=8, warps=8, stages=1)
+        return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
-        return Tile(tokens=16, channels=32, splits=8, warps=4, stages=1)
-    return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=1)
+        return Tile(tokens=16, channels=32, splits=8, warps=4, stages=3)
+    return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=3)
 
 
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:

@@ -258,6 +258,7 @@ def project(
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
+            num_stages=tile.stages,
             maxnreg=tile.registers,
         )
     return y, partial

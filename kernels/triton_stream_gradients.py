@@ -327,6 +327,7 @@ def streams_gradients(
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,
+            num_stages=tile.stages,
             maxnreg=tile.registers,
         )
         if d_mixing is not None:
