@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mhc.runs import LOSS_TAG, curves
+from megatron_mhc.runs import LOSS_TAG, curves, labelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,11 +56,10 @@ def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
 
 def named_run(text: str) -> tuple[str, Path]:
     """`LABEL=FOLDER` or `FOLDER` as a label and a folder."""
-    label, separator, folder = text.partition("=")
-    path = Path(folder if separator else text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is not a folder")
-    return (label if separator else path.name), path
+    try:
+        return labelled(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:

@@ -63,16 +63,32 @@ def curves(folder: Path, *tags: str) -> dict[str, Curve]:
     }
 
 
+def labelled(text: str) -> tuple[str, Path]:
+    """`LABEL=FOLDER` or `FOLDER` as a label and a folder; the folder's own name may have a `=`.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    whole = Path(text)
+    if whole.is_dir():
+        return whole.resolve().name, whole
+    label, separator, path = text.partition("=")
+    folder = Path(path if separator else text)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return label, folder
+
+
 def read_run(text: str, color: str = "C0") -> Run:
     """Read `FOLDER` or `LABEL=FOLDER`; the files may lie anywhere below the folder.
 
     Raises:
         SystemExit: the folder is not there, holds no training loss, or a metrics file is broken.
     """
-    label, separator, path = text.partition("=")
-    folder = Path(path if separator else text)
-    if not folder.is_dir():
-        raise SystemExit(f"plot: {folder} is not a folder")
+    try:
+        label, folder = labelled(text)
+    except ValueError as error:
+        raise SystemExit(f"plot: {error}") from error
     read = curves(folder, LOSS_TAG, GRADIENT_TAG)
     if not read[LOSS_TAG].steps:
         raise SystemExit(
@@ -88,7 +104,7 @@ def read_run(text: str, color: str = "C0") -> Run:
             except (json.JSONDecodeError, TypeError, KeyError) as error:
                 raise SystemExit(f"plot: {file}, line {number}: {error!r}") from error
     return Run(
-        label if separator else folder.resolve().name,
+        label,
         color,
         read[LOSS_TAG],
         read[GRADIENT_TAG],

@@ -63,8 +63,7 @@ def _have_sites(chunks: Sequence[Any], group: Any) -> bool:
             "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
             " one on each (one of multi-token prediction does not count: it reads one stream). Give"
             " every stage a layer (fewer stages, another split)."
-            f" (streams, hidden size, dtype, overlap) of each chunk:"
-            f" {described}"
+            f" (streams, hidden size, dtype, overlap) of each chunk: {described}"
         )
     if len(flat) > 1:
         raise ValueError(

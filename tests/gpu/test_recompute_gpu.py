@@ -52,7 +52,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
-    """Losses and gradients of two accumulated microbatches, both in flight; the bytes they hold."""
+    """A step of two accumulated microbatches, both in flight, an evaluation and half a step more.
+
+    Losses, gradients, updated parameters, and the bytes that the two microbatches hold.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
@@ -116,8 +119,19 @@ def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
     held = requested_bytes() - before
     for loss in losses:
         loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"losses": [loss.item() for loss in losses], "gradients": gradients, "held": held}
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval()
+    with torch.no_grad():
+        losses.append(forward())
+    model.train()
+    losses.append(forward())
+    losses[-1].backward()
+    return {
+        "losses": [loss.item() for loss in losses],
+        "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        "parameters": {name: p.detach() for name, p in model.named_parameters()},
+        "held": held,
+    }
 
 
 @pytest.mark.usefixtures("megatron")
@@ -134,6 +148,8 @@ def test_a_model_trains_bit_for_bit_in_less_memory(kind: str) -> None:
                 f"{name} is not deterministic here"
             )
             assert torch.equal(gradient, whole["gradients"][name]), f"{name}, {recompute}"
+        for name, parameter in got["parameters"].items():
+            assert torch.equal(parameter, whole["parameters"][name]), f"{name}, {recompute}"
         if recompute == 2:  # blocks of 2, 2 and 1 layers, two microbatches
             stream = 2 * HIDDEN * SEQUENCE * BATCH
             norms = LAYERS if kind == "moe" else 0  # its norm is a module of its own

@@ -88,6 +88,8 @@ def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> 
     assert f"{gpus} GPUs: " in done.stdout
     said = done.stdout + done.stderr
     assert "UserWarning" not in said, "Megatron changes one of these flags"
+    # the parser takes the default too, which stops at the first save for want of a package
+    assert "--async-strategy mcore" in (EXAMPLES / kind / "cluster.sh").read_text()
     assert f"the whole model: {parameters:,} parameters" in done.stdout
     stages = re.findall(r"^stage (\d), a GPU: ([\d,]+) parameters .* ([\d.]+) GiB of weights, "
                         r"gradients.* ([\d.]+) GiB \(recompute", done.stdout, re.M)  # fmt: skip

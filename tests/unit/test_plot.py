@@ -125,6 +125,12 @@ def test_a_resumed_run_overwrites_the_steps_that_it_repeats(tmp_path: Path) -> N
     assert run.over_steps("gain_forward_mean") == ([1, 5], [1.0, 2.0**40])
 
 
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "lr=0.1", [])
+    assert read_run(str(folder)).label == "lr=0.1"
+    assert read_run(f"mHC={folder}").label == "mHC"
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

@@ -18,10 +18,3 @@ def test_real_widths_fill_the_waves_of_an_h100(
     programs = -(-width // tile.channels) * tile.splits
     waves = -(-programs // config.RESIDENT)
     assert programs / (waves * config.RESIDENT) > 0.95
-
-
-def test_any_width_gets_few_shares() -> None:
-    """Each share is a partial sum of d_phi, or reads phi once more."""
-    for width in (1, 64, 1111, 16384, 131072):
-        for kernel in (config.project, config.streams_backward, config.phi_gradient):
-            assert 1 <= kernel(4, width, torch.bfloat16).splits <= 26
