@@ -219,7 +219,7 @@ def test_no_timer_of_megatrons_waits_for_a_message() -> None:
 
 def test_stages_that_differ_in_overlap_are_refused() -> None:
     settings = {"mhc_by_rank": [OVERLAP, {}], "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="in dtype or in overlap"):
+    with pytest.raises(AssertionError, match="size, dtype or overlap; start all"):
         run_scenarios(2, {"bad": settings})
 
 
