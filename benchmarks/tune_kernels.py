@@ -1,21 +1,25 @@
-"""Time each kernel of a steady-state site over a list of tiles; the fastest go to triton_config.
+"""Time each kernel of a steady-state site over a list of tiles, beside the one that runs.
 
     python benchmarks/tune_kernels.py                       # all kernels, T 8192, C 4096, n 4
+    python benchmarks/tune_kernels.py --width 3072 --save tiles.json
+    MEGATRON_MHC_TILES=tiles.json torchrun ...              # trains with the fastest of them
     python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
     python benchmarks/tune_kernels.py --tiles streams_backward=8,64,13,2,3,255 finish=8,1,1,4
 
 Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. Inputs
 are larger than the L2 cache, times are the medians of CUDA-graph replays, passes are T*C
-bf16 elements at the measured copy bandwidth.
+bf16 elements at the measured copy bandwidth. What is saved serves this GPU, n, C and dtype alone.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from bandwidth import copy_bandwidth
@@ -91,6 +95,15 @@ def use_tile(kernel: str, numbers: tuple[int, ...]) -> None:
     setattr(config, kernel, lambda *_: tile)
 
 
+def save(file: Path, fastest: dict[str, tuple[int, ...]], width: int) -> None:
+    """Add the fastest tiles to a file that MEGATRON_MHC_TILES may name; others in it stay."""
+    tiles = json.loads(file.read_text()) if file.exists() else {}
+    for kernel, numbers in fastest.items():
+        tiles[config.key(kernel, 4, width, torch.bfloat16)] = numbers
+    lines = (f"  {json.dumps(name)}: {json.dumps(tiles[name])}" for name in sorted(tiles))
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], object]]:
     """The kernels with their small companions, as closures over one site's tensors."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -154,6 +167,7 @@ def main() -> None:
         "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
         help="these tiles alone, instead of a list of this script's",
     )  # fmt: skip
+    parser.add_argument("--save", type=Path, metavar="FILE", help="add the fastest to this file")
     parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
     parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
     arguments = parser.parse_args()
@@ -186,6 +200,7 @@ def main() -> None:
     one_pass = arguments.tokens * arguments.width * 2 / copy_bandwidth() * 1e6
     print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")
     calls = subjects(arguments.tokens, arguments.width)
+    fastest: dict[str, tuple[int, ...]] = {}
     for kernel, grid in grids.items():
         results, default = [], getattr(config, kernel)
         share = arguments.seconds / len(grids)
@@ -204,10 +219,15 @@ def main() -> None:
                 print(f"{kernel} {numbers}: {type(error).__name__} {str(error)[:80]}")
         setattr(config, kernel, default)
         results.sort()
+        if results:
+            fastest[kernel] = results[0][1]
         print(f"{kernel}: floor {FLOORS[kernel]} passes")
         for time_us, numbers in results[:12]:
             mark = "  (what runs)" if numbers == running(kernel, arguments.width) else ""
             print(f"  {time_us:8.1f} us {time_us / one_pass:6.2f} passes  {numbers}{mark}")
+    if arguments.save:
+        save(arguments.save, fastest, arguments.width)
+        print(f"saved to {arguments.save}: {', '.join(fastest)}")
     print(f"{time.monotonic() - start:.0f} s")
 
 

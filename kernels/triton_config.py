@@ -1,12 +1,23 @@
-"""Tile sizes of the Triton kernels: fixed for (n, C, dtype), so a new token count changes nothing.
+"""Tile sizes of the Triton kernels: fixed for (n, C, dtype) and a GPU, whatever the token count.
 
 A kernel's configuration never depends on the token count: the same inputs give the same bits
-whatever batch they are part of, and nothing is compiled or tuned again.
+whatever batch they are part of, and nothing is compiled or tuned again. The numbers below are an
+H100's. Others, found by `benchmarks/tune_kernels.py --save FILE`, take their place where
+MEGATRON_MHC_TILES=FILE asks for it; a key names one tile: `project sm_90 n4 C4096 bfloat16`.
 """
 
+import functools
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+ENVIRONMENT_VARIABLE = "MEGATRON_MHC_TILES"
+TUNABLE: dict[str, Callable[[int, int, torch.dtype], "Tile"]] = {}
+"""The kernels whose tiles a file may name."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,73 @@ class Tile:
     registers: int | None = None
 
 
+def key(kernel: str, n: int, width: int, dtype: torch.dtype) -> str:
+    """What a file calls the tile of this kernel on the current GPU."""
+    return f"{kernel} {architecture()} n{n} C{width} {str(dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def architecture() -> str:
+    """Of the current CUDA device: `sm_90`; `cpu` where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Of the current CUDA device; an H100's where there is none."""
+    if not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+@functools.cache
+def tuned() -> dict[str, Tile]:
+    """The tiles of the file that MEGATRON_MHC_TILES names; none where it names none.
+
+    Raises:
+        ValueError: the file cannot be read, names no such kernel, or has something else than a
+            tile: tokens, channels[, splits[, warps[, stages[, registers]]]].
+    """
+    file = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not file:
+        return {}
+    try:
+        listed = json.loads(Path(file).read_text())
+        return {name: _tile(name, numbers) for name, numbers in listed.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}={file} is not what tune_kernels.py --save writes: {error}"
+        ) from error
+
+
+def _tile(name: str, numbers: list[int]) -> Tile:
+    kernel = name.partition(" ")[0]
+    if kernel not in TUNABLE:
+        raise ValueError(f"{name!r} names none of the kernels {', '.join(TUNABLE)}")
+    counts = isinstance(numbers, list) and all(type(x) is int and x > 0 for x in numbers)
+    if not counts or not 2 <= len(numbers) <= 6 or any(x & (x - 1) for x in numbers[:2]):
+        raise ValueError(
+            f"{name!r} has {numbers}, which is no tile: tokens and channels, powers of two, then"
+            " splits, warps, stages and registers"
+        )
+    return Tile(*numbers)
+
+
+def tunable(
+    default: Callable[[int, int, torch.dtype], Tile],
+) -> Callable[[int, int, torch.dtype], Tile]:
+    """The tile of a kernel: the file's where it has this case, else the one below."""
+
+    @functools.wraps(default)
+    def tile(n: int, width: int, dtype: torch.dtype) -> Tile:
+        return tuned().get(key(default.__name__, n, width, dtype)) or default(n, width, dtype)
+
+    TUNABLE[default.__name__] = tile
+    return tile
+
+
 def padded(count: int) -> int:
     """The smallest power of two that holds `count` rows and that the matrix units accept."""
     size = 16
@@ -35,23 +113,25 @@ def padded(count: int) -> int:
     return size
 
 
-RESIDENT = 4 * 132
-"""Programs of two warps with 255 registers that an H100 holds: four a multiprocessor."""
+def resident() -> int:
+    """Programs of two warps with 255 registers that the GPU holds: four a multiprocessor."""
+    return 4 * multiprocessors()
 
 
 def shares(blocks: int) -> int:
     """Shares of the tokens, 4 to 26, with which `blocks` of channels fill whole waves best.
 
-    A wave is what runs at once, RESIDENT programs; the last one costs as much when half empty.
+    A wave is what runs at once, `resident` programs; the last one costs as much when half empty.
     """
 
     def filled(count: int) -> float:
-        waves = -(-blocks * count // RESIDENT)
-        return blocks * count / (waves * RESIDENT)
+        waves = -(-blocks * count // resident())
+        return blocks * count / (waves * resident())
 
     return max(range(4, 27), key=filled)
 
 
+@tunable
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.project_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
@@ -61,16 +141,19 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=3)
 
 
+@tunable
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.finish_kernel`: a few tokens a program; it reads no channels."""
     return Tile(tokens=16, channels=1, warps=2)
 
 
+@tunable
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_token_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
     return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 
+@tunable
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_stream_gradients.streams_kernel`: a block of channels, a share of tokens in turn."""
     if n == 8:
@@ -80,6 +163,7 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=3)
 
 
+@tunable
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, a share of tokens."""
     if dtype == torch.float32 or n == 8:
@@ -88,6 +172,7 @@ def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(32, 128, splits=min(max(640 // blocks, 4), 16), warps=4, stages=2)
 
 
+@tunable
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:
     """The two kernels of `aggregate` alone."""
     return Tile(tokens=4, channels=512 if n <= 4 else 256, warps=8, stages=2)

@@ -1,11 +1,13 @@
 """What the plugin says at start: one banner line, or why the model is not what was asked for."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from megatron_mhc import kernels
+from megatron_mhc.kernels import triton_config
 
 from .accounting import sites_and_parameters
 from .config import MHCConfig
@@ -42,6 +44,9 @@ def banner(
         sites, parameters: how many mHC has in the whole model.
         device, dtype: of the streams.
         plan: what the first stage's layers follow under recompute, where it is known already.
+
+    Raises:
+        ValueError: a file of tuned tiles that is none.
     """
     backend: str = mhc.backend
     if backend == "auto":
@@ -49,6 +54,8 @@ def banner(
         if mhc.variant == "hc":
             reason = "variant hc has the reference only"
         backend = "triton" if reason is None else f"torch, because {reason}"
+    if backend == "triton" and triton_config.tuned():
+        backend += f" with tiles of {os.environ[triton_config.ENVIRONMENT_VARIABLE]}"
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
     dropped = ""
     if mhc.recompute is not None:

@@ -1,11 +1,35 @@
 """The tiles of the Triton kernels, as numbers: nothing is compiled here."""
 
-from collections.abc import Callable
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mhc.kernels import triton_config as config
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is read once a process is read for each test, as on an H100."""
+    monkeypatch.setattr(config, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(config, "multiprocessors", lambda: 132)
+    monkeypatch.delenv(config.ENVIRONMENT_VARIABLE, raising=False)
+    config.tuned.cache_clear()
+    yield
+    config.tuned.cache_clear()
+
+
+def filled(tile: config.Tile, width: int) -> float:
+    """The part of its waves that a kernel with this tile fills."""
+    programs = -(-width // tile.channels) * tile.splits
+    waves = -(-programs // config.resident())
+    return programs / (waves * config.resident())
 
 
 @pytest.mark.parametrize("width", [1280, 2560, 4096, 5120, 7168, 8192])
@@ -14,7 +38,77 @@ def test_real_widths_fill_the_waves_of_an_h100(
     kernel: Callable[[int, int, torch.dtype], config.Tile], width: int
 ) -> None:
     """At C 2560 waves filled to 61 % cost a fifth of the kernel's time."""
-    tile = kernel(4, width, torch.bfloat16)
-    programs = -(-width // tile.channels) * tile.splits
-    waves = -(-programs // config.RESIDENT)
-    assert programs / (waves * config.RESIDENT) > 0.95
+    assert filled(kernel(4, width, BF16), width) > 0.95
+
+
+def test_a_card_with_fewer_multiprocessors_has_its_own_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_an_h100 = config.project(4, 4096, BF16)
+    monkeypatch.setattr(config, "multiprocessors", lambda: 108)  # an A100
+    assert filled(config.project(4, 4096, BF16), 4096) > 0.95 > filled(of_an_h100, 4096)
+
+
+def use(file: Path, tiles: object) -> None:
+    file.write_text(json.dumps(tiles))
+    config.tuned.cache_clear()
+
+
+def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    others = [(2, 4096, BF16), (4, 2560, BF16), (4, 4096, torch.float32)]
+    before = [config.project(*case) for case in others]
+    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
+    use(tmp_path / "tiles.json", {"project sm_90 n4 C4096 bfloat16": [32, 32, 8, 4, 2, 128]})
+    assert config.project(4, 4096, BF16) == config.Tile(32, 32, 8, 4, 2, 128)
+    assert [config.project(*case) for case in others] == before
+    assert config.streams_backward(4, 4096, BF16).tokens == 8
+    monkeypatch.setattr(config, "architecture", lambda: "sm_80")
+    assert config.project(4, 4096, BF16).tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("tiles", "says"),
+    [
+        ({"projct sm_90 n4 C64 bfloat16": [16, 64]}, "names none of the kernels project, finish"),
+        ({"project sm_90 n4 C64 bfloat16": [16]}, "is no tile"),
+        ({"project sm_90 n4 C64 bfloat16": [16, 48]}, "powers of two"),
+        ({"project sm_90 n4 C64 bfloat16": [16, 64, 0]}, "is no tile"),
+        ([], "is not what tune_kernels.py --save writes"),
+    ],
+)
+def test_a_file_that_has_something_else_is_refused(
+    tiles: object, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
+    use(tmp_path / "tiles.json", tiles)
+    with pytest.raises(ValueError, match=says):
+        config.project(4, 4096, BF16)
+
+
+def test_a_file_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"none\.json is not what"):
+        config.project(4, 4096, BF16)
+
+
+def test_what_tune_kernels_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    specification = importlib.util.spec_from_file_location("tuning", folder / "tune_kernels.py")
+    assert specification is not None and specification.loader is not None
+    tuning = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "tuning", tuning)
+    specification.loader.exec_module(tuning)
+    file = tmp_path / "tiles.json"
+    for width, tokens in ((4096, 8), (2560, 32), (4096, 32)):
+        tuning.save(file, {"project": (tokens, 64, 8, 2, 3, 255), "finish": (8, 1, 1, 4, 1)}, width)
+    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(file))
+    config.tuned.cache_clear()
+    assert config.project(4, 4096, BF16) == config.Tile(32, 64, 8, 2, 3, 255)
+    assert config.project(4, 2560, BF16).tokens == 32
+    assert config.finish(4, 2560, BF16) == config.Tile(8, 1, 1, 4, 1)

@@ -7,6 +7,7 @@ with TRITON_INTERPRET=1; in any other process this file has the one test that st
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,8 +30,14 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 else:
+    from typing import Any
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
     from tests.kernel_cases import (
         DEEPSEEK,
+        LARGE_EPS,
         OPERATIONS,
         PAPER,
         check,
@@ -46,7 +53,16 @@ else:
         (1, 1, 33, DEEPSEEK, 2),
         (9, 2, 40, DEEPSEEK, 3),
         (3, 8, 40, PAPER, 1),
+        (4, 4, 48, LARGE_EPS, 4),
     )
+
+    @pytest.fixture(autouse=True)
+    def poisoned_memory() -> Iterator[None]:
+        """New tensors are full of NaN, so that a value nobody wrote shows."""
+        torch.use_deterministic_algorithms(True)
+        assert bool(torch.empty(1).isnan())
+        yield
+        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-n{case[1]}-C{case[2]}")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -120,22 +136,101 @@ else:
             matrix.square().sum().backward()
             assert bool(torch.isfinite(logits.grad).all())
 
-    def test_not_finite_streams_reach_the_result() -> None:
-        for bad in (float("inf"), float("nan")):
-            arguments = inputs("pre", 2, 4, 40, torch.bfloat16, "cpu")
-            x = arguments["x"].detach().clone()
-            x[0, 1, 3] = bad
-            u, h_post, h_res = kernels.pre(**{**arguments, "x": x}, backend="triton")
-            assert not bool(torch.isfinite(u[0]).all())
-            assert bool(h_post[0].isnan().any()) and bool(h_res[0].isnan().any())
-            assert all(bool(torch.isfinite(r[1]).all()) for r in (u, h_post, h_res))
+    def results_and_gradients(
+        operation: str, arguments: dict[str, torch.Tensor], backend: str
+    ) -> dict[str, torch.Tensor]:
+        """What an operation returns for these values, and all gradients for a gradient of ones."""
+        leaves = {k: v.detach().clone().requires_grad_() for k, v in arguments.items()}
+        out = run(getattr(kernels, operation), leaves, backend=backend)
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        results = {f"result {index}": result.detach() for index, result in enumerate(out)}
+        return results | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
-    def test_zero_streams() -> None:
-        arguments = inputs("pre", 3, 4, 40, torch.float32, "cpu")
-        x = torch.zeros_like(arguments["x"], requires_grad=True)
-        u, h_post, h_res = kernels.pre(**{**arguments, "x": x}, backend="triton")
-        (u.sum() + h_post.sum() + h_res.sum()).backward()
-        assert bool((u == 0).all()) and bool(torch.isfinite(x.grad).all())
+    @pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=["inf", "nan"])
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_what_is_not_finite_shows_and_stays_in_its_token(operation: str, bad: float) -> None:
+        """A token's results and gradients are finite where the reference's are, and nowhere else.
+
+        The reference runs in float64, where nothing overflows in between.
+        """
+        arguments = inputs(operation, 5, 4, 40, torch.float32, "cpu")
+        a_token = [name for name, tensor in arguments.items() if tensor.shape[0] == 5]
+        for name in {"x", "f", "h_post", "logits"} & set(a_token):
+            spoilt = {k: v.detach().clone() for k, v in arguments.items()}
+            spoilt[name][1].view(-1)[2] = bad
+            got = results_and_gradients(operation, spoilt, "triton")
+            exact = {k: v.double() for k, v in spoilt.items()}
+            want = results_and_gradients(operation, exact, "torch")
+            assert not all(bool(want[key].isfinite().all()) for key in want), name
+            for key, tensor in got.items():
+                if key.startswith("result") or key.removeprefix("d_") in a_token:
+                    assert bool(tensor[[0, 2, 3, 4]].isfinite().all()), (name, key)
+                finite = bool(want[key].isfinite().all())
+                assert bool(tensor.isfinite().all()) == finite, (name, key)
+
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_zero_streams(operation: str) -> None:
+        """The norm of nothing: everything is finite, and the reference's in float64."""
+        arguments = inputs(operation, 3, 4, 40, torch.float32, "cpu")
+        zero = {
+            name: torch.zeros_like(t) if name in ("x", "f", "logits") else t.detach()
+            for name, t in arguments.items()
+        }
+        got = results_and_gradients(operation, zero, "triton")
+        exact = {k: v.double() for k, v in zero.items()}
+        for key, want in results_and_gradients(operation, exact, "torch").items():
+            # the same sums in fp32; gradients of x are a thousand times those of ordinary streams
+            torch.testing.assert_close(got[key].double(), want, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("operation", ["coefficients", "pre", "combine_pre", "head"])
+    def test_large_logits_saturate(operation: str) -> None:
+        """Sigmoids of +-80 and a Sinkhorn of +-80: finite, and the reference's in float64."""
+        arguments = {
+            k: v.detach().clone()
+            for k, v in inputs(operation, 3, 4, 40, torch.float32, "cpu").items()
+        }
+        bias = arguments["base" if operation == "head" else "bias"]
+        signs = torch.randn(bias.shape, generator=torch.Generator().manual_seed(5)).sign()
+        bias.add_(80 * signs)
+        got = results_and_gradients(operation, arguments, "triton")
+        exact = {k: v.double() for k, v in arguments.items()}
+        for key, want in results_and_gradients(operation, exact, "torch").items():
+            # a logit of 80 rounds by 2^-18, which a sigmoid or a matrix entry scales by <= 1/4;
+            # sums of some hundred such terms
+            torch.testing.assert_close(got[key].double(), want, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("f_bias", [True, False], ids=["f_bias", "no f_bias"])
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_operators_are_what_they_say(operation: str, f_bias: bool) -> None:
+        """Schemas, fake tensors and autograd of every registered operator, as PyTorch checks them.
+
+        Each is caught in a call of the operation that it serves, forward and backward.
+        """
+        arguments = inputs(operation, 3, 4, 24, torch.bfloat16, "cpu")
+        if not f_bias and arguments.pop("f_bias", None) is None:
+            return  # the operation has none: the other case is all of it
+        calls: dict[str, tuple[Any, tuple]] = {}
+
+        class Catch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                if function.namespace == "megatron_mhc":
+                    copies = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
+                    calls[function.name()] = (function, copies)
+                return function(*args, **(kwargs or {}))
+
+        with Catch():
+            out = run(getattr(kernels, operation), arguments, backend="triton")
+            torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        assert {name.endswith("_backward") for name in calls} == {True, False}, list(calls)
+        torch.use_deterministic_algorithms(False)  # the checks compare two calls' empty results
+        for function, args in calls.values():
+            backward = function.name().endswith("_backward")
+            args = tree_map_only(torch.Tensor, lambda t: t.requires_grad_(not backward), args)  # noqa: B023
+            torch.library.opcheck(
+                function,
+                args,
+                test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+            )
 
     def test_float64_is_refused_and_left_to_the_reference() -> None:
         x, h_pre = torch.randn(2, 4, 8).double(), torch.rand(2, 4).double()
