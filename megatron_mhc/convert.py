@@ -5,6 +5,7 @@ optimizer's state is left out: it has no place for the new parameters (in the di
 optimizer's buckets every parameter would move), and Megatron starts a release without it.
 """
 
+import contextlib
 import pickle
 import re
 import shutil
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from .arguments import SPEC
 from .checkpoint import SETTINGS_KEY, function_settings
@@ -36,29 +38,83 @@ _LEGACY_COMMON = "common.pt"
 """Where Megatron-Core 0.18 keeps what 0.19 keeps in `_COMMON`."""
 _PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
 """How the keys of what is left out begin."""
+_ANOTHER = "copy it again from where it was saved, or give the folder of an earlier iteration"
+"""What to do about a checkpoint that is not whole."""
 
 
 class ConvertError(ValueError):
     """The source is no checkpoint that can be converted, or the target is there already."""
 
 
+def _tracked(source: Path) -> Path:
+    """The iteration's folder that the tracker of a `--save` folder names."""
+    tracker = source / TRACKER
+    last = tracker.read_text(errors="replace").strip()
+    if last != RELEASE and not last.isdecimal():
+        says = f"says {last[:40]!r}" if last else "is empty"
+        raise ConvertError(
+            f"{tracker} {says}, not the number of an iteration (or {RELEASE!r}): write the last"
+            " saved iteration's number into it, or give that iteration's folder"
+        )
+    folder = source / (last if last == RELEASE else f"iter_{int(last):07d}")
+    if not folder.is_dir():
+        raise ConvertError(
+            f"{tracker} says {last}, and there is no folder {folder}: bring it back, or give the"
+            " folder of an iteration that is there"
+        )
+    return folder
+
+
 def find_checkpoint(source: Path) -> Path:
     """The folder of one iteration: `source` itself, or the last one of a `--save` folder.
 
     Raises:
-        ConvertError: there is none, or not in `torch_dist` format.
+        ConvertError: there is none, or not in `torch_dist` format, or a file in it is missing.
     """
-    folder = source
-    if (source / TRACKER).is_file():
-        last = (source / TRACKER).read_text().strip()
-        folder = source / (last if last == RELEASE else f"iter_{int(last):07d}")
-    if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
+    folder = _tracked(source) if (source / TRACKER).is_file() else source
+    if not folder.is_dir():
+        raise ConvertError(f"there is no folder {folder}: give one that --save wrote to")
+    metadata, format_ = (folder / name for name in (".metadata", "metadata.json"))
+    if format_.is_file() and not metadata.is_file():
+        # Megatron wrote it before the other; `cp FOLDER/*` passes over a name with a dot
+        raise ConvertError(f"{metadata} is missing, so the folder is not whole: {_ANOTHER}")
+    if not metadata.is_file() or not format_.is_file():
         raise ConvertError(
             f"{folder} is no torch_dist checkpoint: give a folder that --save wrote to, which has"
             f" {TRACKER} in it, or one iteration's folder (another --ckpt-format must be saved anew"
             " in torch_dist first)"
         )
     return folder
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    try:
+        metadata = FileSystemReader(str(folder)).read_metadata()
+    except OSError:
+        raise  # names the file and says why
+    except Exception as error:  # a pickle that is cut or damaged raises what it likes
+        raise ConvertError(
+            f"{folder / '.metadata'} cannot be read ({error or type(error).__name__}), so it is cut"
+            f" off or damaged: {_ANOTHER}"
+        ) from error
+    return metadata
+
+
+def _read_common(folder: Path) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            # torch: that it is not distributed
+            warnings.simplefilter("ignore", UserWarning)
+            common: dict[str, Any] = load_common_state_dict(str(folder))
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConvertError(
+            f"{folder} cannot be read ({why[-1].strip()}), so a file in it is missing or damaged:"
+            f" {_ANOTHER}"
+        ) from error
+    return common
 
 
 def _check_source(folder: Path, keys: Mapping[str, Any]) -> None:
@@ -169,24 +225,23 @@ def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
     if target.exists():
         raise ConvertError(f"{target} is there already: name a new folder, or remove it")
     folder = find_checkpoint(source)
-    old = FileSystemReader(str(folder)).read_metadata()
+    old = _read_metadata(folder)
     keys = old.state_dict_metadata
     _check_source(folder, keys)
     hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    with warnings.catch_warnings():
-        # torch: that it is not distributed
-        warnings.simplefilter("ignore", UserWarning)
-        common = _start_of(load_common_state_dict(str(folder)), mhc)
+    common = _start_of(_read_common(folder), mhc)
     new = replace(old, state_dict_metadata={}, storage_data={})
+    made_for_it = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     made = unfinished / RELEASE
     try:
         made.mkdir()
         is_model = lambda key: not key.startswith(_PAST)  # noqa: E731
-        copy_items(folder, made, old, new, is_model, _print_progress())
+        try:
+            copy_items(folder, made, old, new, is_model, _print_progress())
+        except (FileNotFoundError, ValueError) as error:  # they name the file
+            raise ConvertError(f"{error}: {_ANOTHER}") from error
         with Writer(made, new) as writer:
             _write_mhc(writer, mhc, _Layout(keys), hidden_size)
             if (folder / _LEGACY_COMMON).is_file():
@@ -200,5 +255,8 @@ def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
         unfinished.rename(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in made_for_it:
+            with contextlib.suppress(OSError):  # somebody else put something there
+                parent.rmdir()
         raise
     return target / RELEASE
