@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_mhc import MHCConfig, with_mhc
 from megatron_mhc.patches.releases import is_installed
-from tests.megatron.launch import ROOT
+from tests.megatron.launch import ROOT, forked_run
 
 TINY = [
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
@@ -113,6 +114,81 @@ def test_auto_is_one_line_in_ones_own_script(
     result = python(str(script), *TINY, "--mhc", **rank, MASTER_PORT="0")
     assert result.returncode == 0, result.stdout[-3000:]
     assert BANNER in result.stdout and losses(result) == losses(wide)
+
+
+SAYS_ITS_PATCHES = f"""{(ROOT / SCRIPT).read_text()}
+from megatron_mhc.activate import plugin_patches
+from megatron_mhc.patches import registry
+applied = [s.patch.id for s in registry.status(*plugin_patches()) if s.state == "applied"]
+print("applied:", *applied, flush=True)
+"""
+ALONE = f"""from megatron_mhc.patches import cpu
+cpu.enter()
+{(ROOT / SCRIPT).read_text()}
+import sys
+print("plugin", "megatron_mhc.activate" in sys.modules)
+"""
+ORDINARY: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, ["--bf16"]),
+    "virtual stages": (
+        2,
+        [
+            *("--bf16", "--use-distributed-optimizer", "--num-layers", "4"),
+            *("--pipeline-model-parallel-size", "2"),
+            *("--num-layers-per-virtual-pipeline-stage", "1", "--global-batch-size", "4"),
+        ],
+    ),
+    "multi-token prediction": (
+        1,
+        ["--mtp-num-layers", "1", "--position-embedding-type", "rope"],
+    ),
+}
+
+
+def training_log(printed: str) -> list[str]:
+    """Megatron's lines of every iteration (losses, norms, rates), without what a clock says."""
+    # another rank may go on in the line
+    lines = re.findall(r"iteration +\d+/.*?nan iterations: +\d+", printed)
+    return [re.sub(r"elapsed time[^|]*\|", "", line) for line in lines]
+
+
+def test_the_runner_without_the_flag_trains_as_megatron_alone(
+    ordinary: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    """Beside a process that has never imported the plugin, on the CPU as the runner's is."""
+    script = tmp_path / "train.py"
+    script.write_text(ALONE)
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    alone = python(str(script), *TINY, **rank, MASTER_PORT="0")
+    assert alone.returncode == 0 and "plugin False" in alone.stdout, alone.stdout[-3000:]
+    assert len(training_log(alone.stdout)) == 3
+    assert training_log(ordinary.stdout) == training_log(alone.stdout)
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_our_patches_change_no_digit_of_an_ordinary_model(case: str, tmp_path: Path) -> None:
+    """Those of the optimizer, the schedule and the building of a model are on its way too."""
+    from megatron_mhc.activate import plugin_patches
+    from megatron_mhc.patches.cpu import SHIPPED_HELPERS
+    from megatron_mhc.patches.spec_function import spec_function_patches
+
+    if case == "multi-token prediction" and is_installed("<0.19"):
+        pytest.skip("the script builds none of these layers with Megatron 0.18")
+    script = tmp_path / "train.py"
+    script.write_text(SAYS_ITS_PATCHES)
+    processes, flags = ORDINARY[case]
+    command = [str(script), *TINY, *flags, "--weight-decay", "0.1", "--log-params-norm"]
+    (status, alone), (status_too, patched) = (
+        forked_run(processes, *command, runner=runner) for runner in (False, True)
+    )
+    assert status == status_too == 0, alone[-3000:] + patched[-3000:]
+    # the stand-in's, and what importing our spec applies with Megatron 0.18
+    few = [patch.id for patch in (*spec_function_patches(), SHIPPED_HELPERS)]
+    assert f"applied: {' '.join(few)}\n" in alone, alone[-3000:]
+    assert f"applied: {' '.join(patch.id for patch in plugin_patches())}\n" in patched
+    log = training_log(alone)
+    assert len(log) == 3 and all("grad norm: " in line for line in log)
+    assert training_log(patched) == log
 
 
 def run_with_spec(
