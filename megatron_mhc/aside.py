@@ -82,7 +82,7 @@ class Aside:
     def run[T](self, work: Callable[..., T], *inputs: Any) -> T:
         """`work(*inputs)` on this turn's stream, behind what the compute stream has to do so far.
 
-        The compute stream does not wait for the result: whoever reads it there must `join`.
+        The compute stream does not wait for the result: whoever reads it there waits for `of`.
         """
         stream = self.of(self.turn)
         stream.wait_stream(torch.cuda.current_stream())

@@ -290,7 +290,7 @@ def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str,
     chunks = model if isinstance(model, list) else [model]
     config = get_model_config(chunks[0])
     group = _pipeline_group(arguments)
-    check_stages(chunks, config, group)
+    check_stages(chunks, config, group, arguments)
     if overlap_in_flight_of(config) == 0:
         return original(**arguments)
     # a caller's own communicator has its own idea of what stands ready

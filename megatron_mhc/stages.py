@@ -1,6 +1,6 @@
 """What is checked of a pipeline's stages before a step: that they exchange what they mean to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,13 @@ from .pipeline import is_marked
 _HAS_SITES = "mhc_has_sites"
 
 
-def check_stages(chunks: Sequence[Any], config: Any, group: Any) -> None:
+EXCHANGED = "streams, hidden size, dtype, overlap, sequence length, micro-batch size"
+"""What stages have to agree on, in the order of `_of_chunk`."""
+
+
+def check_stages(
+    chunks: Sequence[Any], config: Any, group: Any, arguments: Mapping[str, Any]
+) -> None:
     """Check that all stages have sites and agree, or none has and no streams are exchanged.
 
     A model's first call is a collective over the pipeline's ranks; the later ones look at what it
@@ -21,15 +27,16 @@ def check_stages(chunks: Sequence[Any], config: Any, group: Any) -> None:
         chunks: the model chunks of this rank, wrapped or not.
         config: the model's TransformerConfig.
         group: the pipeline's process group; anything else (None) asks no other rank.
+        arguments: what the schedule was called with, by keyword.
 
     Raises:
         ValueError: on every rank: a chunk without sites beside others that have them; stages that
-            differ in streams, hidden size, dtype or overlap; a model without sites whose
-            TransformerConfig a model with sites was built with.
+            differ in what is EXCHANGED; a model without sites whose TransformerConfig a model with
+            sites was built with.
     """
     kept = vars(chunks[0])
     if _HAS_SITES not in kept:
-        kept[_HAS_SITES] = _have_sites(chunks, group)
+        kept[_HAS_SITES] = _have_sites([_of_chunk(chunk, arguments) for chunk in chunks], group)
     if is_marked(config) and not kept[_HAS_SITES]:
         raise ValueError(
             "this model has no mHC, but its TransformerConfig has served to build one that does,"
@@ -38,37 +45,39 @@ def check_stages(chunks: Sequence[Any], config: Any, group: Any) -> None:
         )
 
 
-def _have_sites(chunks: Sequence[Any], group: Any) -> bool:
+def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> tuple[int | str, ...] | None:
+    """What this model chunk exchanges; None where it has no site."""
+    layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
+    if not layers:
+        return None
+    config, mhc = layers[0].config, layers[0].mhc
+    ahead = mhc.overlap_in_flight if mhc.overlap_p2p else 0
+    # no product of them: messages of another shape that fill as many bytes would pass
+    model = (mhc.num_streams, config.hidden_size, str(config.pipeline_dtype), ahead)
+    if config.variable_seq_lengths:  # Megatron's stages tell each other
+        return model
+    length = arguments.get("decoder_seq_length") or arguments["seq_length"]
+    return (*model, length, arguments["micro_batch_size"])
+
+
+def _have_sites(mine: list[tuple[int | str, ...] | None], group: Any) -> bool:
     """Whether this model has mHC, after it is clear that every stage thinks the same."""
-    mine: list[tuple[int | None, int | None, str | None, int | None]] = []
-    for chunk in chunks:
-        layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
-        if layers:
-            config, mhc = layers[0].config, layers[0].mhc
-            ahead = mhc.overlap_in_flight if mhc.overlap_p2p else 0
-            # not their product: streams of another width that fill as many bytes would pass
-            sizes = (mhc.num_streams, config.hidden_size)
-            mine.append((*sizes, str(config.pipeline_dtype), ahead))
-        else:
-            mine.append((None, None, None, None))
     stages: list[Any] = [mine]
     if isinstance(group, torch.distributed.ProcessGroup):
         stages = [None] * group.size()
         torch.distributed.all_gather_object(stages, mine, group=group)
     described = "; ".join(f"stage {i}: {stage}" for i, stage in enumerate(stages))
     flat = {chunk for stage in stages for chunk in stage}
-    without = {chunk for chunk in flat if chunk[0] is None}
-    if without and flat > without:
+    if None in flat and len(flat) > 1:
         raise ValueError(
             "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
             " one on each (one of multi-token prediction does not count: it reads one stream). Give"
             " every stage a layer (fewer stages, another split)."
-            f" (streams, hidden size, dtype, overlap) of each chunk: {described}"
+            f" ({EXCHANGED}) of each chunk: {described}"
         )
     if len(flat) > 1:
         raise ValueError(
-            "pipeline stages differ in streams, hidden size, dtype or overlap; start all of them"
-            " with the same flags. (streams, hidden size, dtype, overlap) of each chunk:"
-            f" {described}"
+            "pipeline stages differ in what they exchange; start all of them with the same flags."
+            f" ({EXCHANGED}) of each chunk: {described}"
         )
-    return not without
+    return None not in flat

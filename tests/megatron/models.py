@@ -37,12 +37,14 @@ class Scenario:
     Attributes:
         mhc: settings of MHCConfig, or None for the ordinary model.
         mhc_by_rank, hidden_by_rank: these instead, one for each rank; hidden sizes too.
+        message_by_rank: arguments that each rank calls its schedule with, beside its own.
         config: settings of TransformerConfig beyond the tiny defaults.
         share_config: build a model with mHC first, with the same TransformerConfig.
         parallel: keyword arguments of initialize_model_parallel.
         tied: whether the output layer's weight is the embedding's.
         evaluate: after training, run the microbatches of one more step forward only.
         ddp, optimizer: settings of the distributed wrapper and the optimizer.
+        align_grad_reduce: gradients of each stage are reduced when the schedule says so.
         kind: the spec: "dense", "moe", "mla", "mla moe", "block" (a dense
             TransformerBlockSubmodules) or "own norm" (`OwnNorm` in both norm slots).
         perturb: give mHC's parameters values of a trained model's size instead of their start.
@@ -64,10 +66,12 @@ class Scenario:
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     mhc_by_rank: list[dict[str, Any]] | None = None
     hidden_by_rank: list[int] | None = None
+    message_by_rank: list[dict[str, int]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     share_config: bool = False
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    align_grad_reduce: bool = False
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: str = "dense"
     perturb: bool = True

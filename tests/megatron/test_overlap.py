@@ -48,6 +48,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "DP=2, overlapped": (4, {"microbatches": 6, "ddp": SHARDED}),
+    "DP=2, gradients reduced together": (
+        4,
+        {"microbatches": 6, "ddp": SHARDED, "align_grad_reduce": True},
+    ),
+    "interleaved, as many microbatches as stages": (2, {"microbatches": 2, "parallel": VIRTUAL}),
+    "interleaved, DP=2, gradients reduced together": (
+        4,
+        {"microbatches": 6, "parallel": VIRTUAL, "ddp": SHARDED, "align_grad_reduce": True},
+    ),
     "DP=2, parameters gathered late": (
         4,
         {"microbatches": 6, "ddp": SHARDED | {"overlap_param_gather": True}},
@@ -140,6 +149,16 @@ def test_hosts_that_wait_for_every_message_do_not_lock(case: str) -> None:
         assert_same_training(result, results(case)["off"], bound=None)
 
 
+def test_gradients_are_reduced_when_the_schedule_says_so() -> None:
+    """Of two stages the last: the first one's are reduced as they come, in its last backward."""
+    steps = 3
+    one = results("DP=2, gradients reduced together")
+    assert one["on"]["reduced"] == one["off"]["reduced"] == [0, 0, steps, steps]
+    two = results("interleaved, DP=2, gradients reduced together")
+    assert two["on"]["reduced"] == two["off"]["reduced"] == [2 * steps] * 4
+    assert results("DP=2, overlapped")["on"]["reduced"] == [0] * 4
+
+
 def test_the_ends_of_interleaved_chunks_run_aside() -> None:
     result = results("interleaved")
     # of the first stage's two chunks, both send and one receives
@@ -219,10 +238,30 @@ def test_no_timer_of_megatrons_waits_for_a_message() -> None:
 
 def test_stages_that_differ_in_overlap_are_refused() -> None:
     settings = {"mhc_by_rank": [OVERLAP, {}], "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="size, dtype or overlap; start all"):
+    with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange"):
         run_scenarios(2, {"bad": settings})
 
 
 def test_one_stage_has_nothing_to_overlap() -> None:
     with pytest.raises(AssertionError, match="one stage has nobody to exchange anything with"):
         run_scenarios(1, {"bad": {"mhc": OVERLAP}})
+
+
+def test_distillations_shapes_have_no_place_in_our_schedule() -> None:
+    with pytest.raises(ValueError, match="does not work with adjust_tensor_shapes_fn"):
+        schedule.one_forward_one_backward(
+            forward_step_func=None,  # type: ignore[arg-type]
+            data_iterator=None,
+            model=None,
+            num_microbatches=1,
+            seq_length=1,
+            micro_batch_size=1,
+            adjust_tensor_shapes_fn=lambda *shapes: shapes,
+        )
+
+
+def test_interleaved_chunks_take_no_communicator_of_a_callers_own() -> None:
+    with pytest.raises(ValueError, match="makes the interleaved schedule's communicator itself"):
+        schedule.interleaved(
+            lambda **_: "stock", model=[SimpleNamespace(config="its")], p2p_communicator="one's own"
+        )

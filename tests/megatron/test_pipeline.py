@@ -123,8 +123,24 @@ def test_stages_that_differ_in_width_are_refused(hidden: list[int]) -> None:
     streams = [{"num_streams": 4}, {"num_streams": 2}]
     settings = {"mhc_by_rank": streams, "hidden_by_rank": hidden, "tied": False}
     settings["parallel"] = stages(2)
-    with pytest.raises(AssertionError, match="pipeline stages differ in streams, hidden size"):
+    with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange"):
         run_scenarios(2, {"bad": settings})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"seq_length": 64}, {"seq_length": 64, "micro_batch_size": 1}],
+    ids=["other bytes", "the same bytes"],
+)
+def test_stages_that_differ_in_their_messages_are_refused(message: dict[str, int]) -> None:
+    settings = {"message_by_rank": [{}, message], "parallel": stages(2)}
+    with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange") as bad:
+        run_scenarios(2, {"bad": settings})
+    micro = message.get("micro_batch_size", 2)
+    assert "stage 0: [(4, 64, 'torch.float32', 0, 32, 2)]" in str(bad.value).replace("\\", "")
+    assert f"stage 1: [(4, 64, 'torch.float32', 0, 64, {micro})]" in str(bad.value).replace(
+        "\\", ""
+    )
 
 
 def test_an_ordinary_model_with_the_configuration_of_one_with_mhc_is_refused() -> None:

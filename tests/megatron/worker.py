@@ -221,17 +221,21 @@ def run(s: Scenario) -> dict[str, Any]:
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
-        in_flight (`most_in_flight`).
+        in_flight (`most_in_flight`), reduced (calls of its chunks' `start_grad_sync`, by rank).
     """
     waits = hosts_wait() if s.hosts_wait else contextlib.nullcontext()
     with (
         waits,
         counted(P2PCommunicator, *MESSAGES) as messages,
         counted(Aside, "run", "open") as aside,
+        counted(DistributedDataParallel, "start_grad_sync") as reduced,
         most_in_flight() as in_flight,
     ):
         result = train(s)
-    return result | {"messages": messages, "aside": aside, "in_flight": in_flight}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, reduced["start_grad_sync"])
+    counts = {"messages": messages, "aside": aside, "in_flight": in_flight, "reduced": everywhere}
+    return result | counts
 
 
 def train(s: Scenario) -> dict[str, Any]:
@@ -257,6 +261,9 @@ def train(s: Scenario) -> dict[str, Any]:
     ]
     no_sync = [chunk.no_sync for chunk in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    if s.align_grad_reduce:
+        reduce = [chunk.start_grad_sync for chunk in model]
+        config.grad_sync_func = reduce if len(model) > 1 else reduce[0]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             **{
@@ -300,12 +307,14 @@ def train(s: Scenario) -> dict[str, Any]:
             data_iterator=iterators if len(model) > 1 else iterators[0],
             model=model,
             num_microbatches=s.microbatches,
-            seq_length=SEQUENCE,
-            micro_batch_size=s.batch // s.microbatches // ranks,
             forward_only=forward_only,
+            **message,
         )
         return mean_loss(reduced)
 
+    message = {"seq_length": SEQUENCE, "micro_batch_size": s.batch // s.microbatches // ranks}
+    if s.message_by_rank is not None:
+        message |= s.message_by_rank[dist.get_rank()]
     calls: dict[str, int] = {}
 
     def count(name: str) -> Any:
