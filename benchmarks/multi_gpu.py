@@ -10,13 +10,11 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
   gradient norms), also with timers on, and with late outputs (`late_ends.py`);
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
 * save on several GPUs, resume on one, and back;
-* step time of a larger model: ordinary, mHC, mHC with overlap, and with recompute too;
+* step time of a larger model: ordinary, mHC, with overlap, with recompute, and with both;
   NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler.
 """
 
 import argparse
-import gzip
-import json
 import math
 import os
 import re
@@ -31,6 +29,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from spans import exposed
 
 ROOT = Path(__file__).parents[1]
 COMMON = """
@@ -215,29 +215,6 @@ class Bench:
             a.failure = "differs"
 
 
-def exposed(trace: Path) -> dict[str, float]:
-    """Of NCCL's send and receive kernels in a chrome trace: milliseconds, and those alone.
-
-    A receive's kernel also waits for its neighbour: bubbles are in both figures.
-    """
-    from pipeline import together, union  # type: ignore[import-not-found]
-
-    with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
-        events = json.load(file)["traceEvents"]
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in events:
-        if event.get("cat") == "kernel":
-            begin = float(event["ts"])
-            nccl = "nccl" in event["name"].lower()
-            if not nccl or "SendRecv" in event["name"]:
-                spans[nccl].append((begin, begin + float(event["dur"])))
-    message = sum(end - begin for begin, end in union(spans[True]))
-    return {
-        "p2p_ms": message / 1e3,
-        "p2p_alone_ms": (message - together(spans[True], spans[False])) / 1e3,
-    }
-
-
 def save_start(bench: Bench, name: str, flags: str) -> None:
     """Save the weights that `starting` gives to runs of these flags."""
     folder = bench.out / f"weights-{name}"
@@ -299,13 +276,14 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
 
 
 def step_times(bench: Bench, gpus: int, size: str) -> None:
-    """A larger model's steps: in stock order, with overlap, and with recompute too."""
+    """A larger model's steps: in stock order, with overlap, with recompute, and with both."""
     flags = {
         "time-mhc": "--mhc",
         "time-overlap": OVERLAP,
         "time-ordinary": "",
         "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
         "time-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
+        "time-recompute": "--mhc --mhc-recompute auto",
     }
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} --log-memory-interval 5"
     profiler = "" if bench.cpu else (

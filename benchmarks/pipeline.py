@@ -2,8 +2,10 @@
 
     python benchmarks/pipeline.py --out runs/pipeline           # times, traces, a timeline
     python benchmarks/pipeline.py --equal 200                   # stock order and ours, bit by bit
+    torchrun --nproc-per-node 2 benchmarks/pipeline.py          # real neighbours, over NCCL
 
-The stage is real, its neighbours are not (`stage.py`). Stock order is Megatron's own 1F1B function
+Under torchrun every process is a stage (`real_links.py`), `--layers` on each. In one process the
+stage is real and its neighbours are not (`stage.py`). Stock order is Megatron's own 1F1B function
 without its host synchronisations; exposed is what a step takes longer than over links that take no
 time, a median over rounds. "ready" neighbours have every message waiting: what is exposed is this
 stage's doing. "computing" neighbours are as fast as this one, in the same schedule: a gradient's
@@ -30,11 +32,13 @@ if "--equal" in sys.argv:
     # Transformer Engine's attention has a faster backward that adds in any order
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
+import real_links  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
+from spans import together, union  # noqa: E402
 from stage import Neighbours, Pace, Sizes, build_stage, cycles_per_ms  # noqa: E402
 
 from megatron_mhc import MHCConfig  # noqa: E402
@@ -46,13 +50,9 @@ MODES = {"stock order": 0, "overlap": 1, "overlap, 2 in flight": 2}
 class Stage:
     """The model chunk, and steps of it in either order."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        names = ("layers", "hidden", "ffn", "heads", "groups", "sequence", "batch")
-        self.sizes = Sizes(**{name: getattr(options, name) for name in names}, spec=options.spec)
-        self.sizes.stages, self.sizes.stage = options.stages, options.stage
-        self.microbatches = options.microbatches
-        mhc = MHCConfig(overlap_p2p=True, backend="torch" if CPU else "triton")
-        self.model, self.groups = build_stage(self.sizes, mhc)
+    def __init__(self, sizes: Sizes, mhc: MHCConfig, microbatches: int) -> None:
+        self.sizes, self.microbatches = sizes, microbatches
+        self.model, self.groups = build_stage(sizes, mhc)
         self.config = get_model_config(self.model)
         shape = (self.sizes.sequence, self.sizes.batch, self.sizes.hidden * mhc.num_streams)
         self.wire_bytes = 2 * torch.Size(shape).numel()
@@ -72,7 +72,7 @@ class Stage:
         positions = torch.arange(self.sizes.sequence, device="cuda")[None]
 
         def forward_step(_: Any, model: torch.nn.Module) -> tuple[Any, Any]:
-            return model(None, positions, self._mask()), None
+            return model(None, positions, self.sizes.mask()), None
 
         schedules.forward_backward_pipelining_without_interleaving(
             forward_step_func=forward_step,
@@ -85,12 +85,6 @@ class Stage:
             p2p_communicator=self.neighbours,
             pg_collection=self.groups,
         )
-
-    def _mask(self) -> Any:
-        if self.sizes.spec == "te":
-            return None
-        size = self.sizes.sequence
-        return torch.ones(1, 1, size, size, dtype=torch.bool, device="cuda").triu(1)
 
     def time(
         self, mode: str, pace: Pace, steps: int, forward_only: bool = False
@@ -201,26 +195,6 @@ def measure(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     rows["microbatch"] = {"forward_ms": forward, "backward_ms": whole - forward, "message": message}
     rows["busy"] = busy
     return rows
-
-
-def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans of time, joined where they touch."""
-    joined: list[tuple[float, float]] = []
-    for begin, end in sorted(spans):
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((begin, end))
-    return joined
-
-
-def together(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
-    """How long spans of both run at once."""
-    return sum(
-        max(0.0, min(end, other_end) - max(begin, other_begin))
-        for begin, end in union(a)
-        for other_begin, other_end in union(b)
-    )
 
 
 def operations(events: list[dict[str, Any]]) -> dict[int, str]:
@@ -392,6 +366,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=25, help="10^9 bytes/s of a link")
     parser.add_argument("--latency-us", type=float, default=20, help="of a message")
     parser.add_argument("--equal", type=int, default=0, metavar="N", help="compare N steps instead")
+    parser.add_argument("--recompute", help="layers a block, or auto: rebuild streams (off)")
     parser.add_argument("--spec", choices=("te", "local"), default="te", help="Megatron's layers")
     parser.add_argument("--out", type=Path, help="a folder for JSON, traces and the timeline")
     parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU")
@@ -411,10 +386,25 @@ def main() -> None:
     options = parse()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29534")
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    stage = Stage(options)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    dist.init_process_group("gloo" if CPU and world > 1 else "nccl", rank=rank, world_size=world)
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=world)
+    names = ("layers", "hidden", "ffn", "heads", "groups", "sequence", "batch", "spec")
+    sizes = Sizes(**{name: getattr(options, name) for name in names})
+    sizes.stages, sizes.stage = (world, rank) if world > 1 else (options.stages, options.stage)
+    recompute = options.recompute
+    mhc = MHCConfig(
+        overlap_p2p=True,
+        backend="torch" if CPU else "triton",
+        recompute=int(recompute) if recompute and recompute.isdecimal() else recompute,
+    )
+    if world > 1:
+        real_links.measure(sizes, mhc, MODES, options)
+        dist.destroy_process_group()
+        return
+    stage = Stage(sizes, mhc, options.microbatches)
     if options.equal:
         train_equal(stage, options)
     else:

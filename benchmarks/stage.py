@@ -54,9 +54,20 @@ class Sizes:
     stage: int = 2
     spec: str = "te"
 
+    def mask(self) -> Tensor | None:
+        """What attention must not see; Transformer Engine knows."""
+        if self.spec == "te":
+            return None
+        shape = (1, 1, self.sequence, self.sequence)
+        return torch.ones(shape, dtype=torch.bool, device="cuda").triu(1)
+
 
 def build_stage(sizes: Sizes, mhc: MHCConfig) -> tuple[torch.nn.Module, ProcessGroupCollection]:
-    """A stage in bf16, the same weights every time, and the process groups it was built for."""
+    """A stage in bf16, the same weights every time, and the process groups it was built for.
+
+    Alone in its pipeline it is one of `sizes.stages`, and neither the first nor the last of them.
+    """
+    alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
     config = TransformerConfig(
         num_layers=sizes.layers * sizes.stages,
         hidden_size=sizes.hidden,
@@ -79,11 +90,12 @@ def build_stage(sizes: Sizes, mhc: MHCConfig) -> tuple[torch.nn.Module, ProcessG
         batch_p2p_comm=False,
         use_cpu_initialization=sizes.spec == "local",
     )
-    # what looks for its place in the pipeline without a group finds it here
-    parallel_state.set_pipeline_model_parallel_world_size(sizes.stages)
-    parallel_state.set_pipeline_model_parallel_rank(sizes.stage)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.pp = StageGroup(sizes.stage, sizes.stages)
+    if alone:
+        # what looks for its place in the pipeline without a group finds it here
+        parallel_state.set_pipeline_model_parallel_world_size(sizes.stages)
+        parallel_state.set_pipeline_model_parallel_rank(sizes.stage)
+        groups.pp = StageGroup(sizes.stage, sizes.stages)
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
     spec = (
@@ -98,8 +110,8 @@ def build_stage(sizes: Sizes, mhc: MHCConfig) -> tuple[torch.nn.Module, ProcessG
         max_sequence_length=sizes.sequence,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
-        pre_process=False,
-        post_process=False,
+        pre_process=not alone and sizes.stage == 0,
+        post_process=not alone and sizes.stage == sizes.stages - 1,
         pg_collection=groups,
     )
     return Float16Module(config, model.cuda()), groups

@@ -1,0 +1,48 @@
+"""Spans of time on a GPU, from a profiler's chrome trace: (begin, end) in microseconds."""
+
+import gzip
+import json
+from pathlib import Path
+
+Span = tuple[float, float]
+
+
+def union(spans: list[Span]) -> list[Span]:
+    """The spans, joined where they touch."""
+    joined: list[Span] = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def together(a: list[Span], b: list[Span]) -> float:
+    """How long spans of both run at once."""
+    return sum(
+        max(0.0, min(end, other_end) - max(begin, other_begin))
+        for begin, end in union(a)
+        for other_begin, other_end in union(b)
+    )
+
+
+def exposed(trace: Path) -> dict[str, float]:
+    """Of NCCL's send and receive kernels in a chrome trace: milliseconds, and those alone.
+
+    A receive's kernel also waits for its neighbour: bubbles are in both figures.
+    """
+    with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
+        events = json.load(file)["traceEvents"]
+    spans: dict[bool, list[Span]] = {True: [], False: []}
+    for event in events:
+        if event.get("cat") == "kernel":
+            begin = float(event["ts"])
+            nccl = "nccl" in event["name"].lower()
+            if not nccl or "SendRecv" in event["name"]:
+                spans[nccl].append((begin, begin + float(event["dur"])))
+    message = sum(end - begin for begin, end in union(spans[True]))
+    return {
+        "p2p_ms": message / 1e3,
+        "p2p_alone_ms": (message - together(spans[True], spans[False])) / 1e3,
+    }
