@@ -12,9 +12,14 @@ def check_streams(name: str, x: Tensor) -> None:
     """x is [..., n, C] with n and C at least 1, in a floating dtype that the kernels know."""
     if x.dim() < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [..., n, C], n and C >= 1")
-    if x.dtype not in STREAM_DTYPES:
+    check_dtype(name, x)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """A floating dtype that the kernels know."""
+    if tensor.dtype not in STREAM_DTYPES:
         wanted = ", ".join(str(dtype) for dtype in STREAM_DTYPES)
-        raise ValueError(f"{name} has dtype {x.dtype}; expected one of {wanted}")
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected one of {wanted}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
@@ -43,9 +48,9 @@ def check_tokens(
 
 
 def check_iterations(iterations: int) -> None:
-    """At least one Sinkhorn iteration."""
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; expected at least 1")
+    """At least one Sinkhorn iteration, and a whole number of them."""
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations is {iterations}; expected a whole number, at least 1")
 
 
 def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from . import reference
 from .backend import resolve
-from .checks import check_iterations, check_parameter, check_shape, check_streams, check_tokens
+from .checks import (
+    check_dtype,
+    check_iterations,
+    check_parameter,
+    check_shape,
+    check_streams,
+    check_tokens,
+)
 
 
 def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
@@ -51,6 +58,7 @@ def sinkhorn(
     """See `reference.sinkhorn`."""
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., n, n]")
+    check_dtype("logits", logits)
     check_iterations(iterations)
     return _run("sinkhorn", backend, logits.shape[-1], logits, iterations, eps)
 

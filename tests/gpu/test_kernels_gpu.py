@@ -6,7 +6,17 @@ import torch
 pytest.importorskip("triton")
 
 from megatron_mhc import kernels
-from tests.kernel_cases import DEEPSEEK, OPERATIONS, PAPER, check, inputs, relative, run
+from tests.kernel_cases import (
+    CANCELLING,
+    DEEPSEEK,
+    LARGE_EPS,
+    OPERATIONS,
+    PAPER,
+    check,
+    inputs,
+    relative,
+    run,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +48,11 @@ def test_ragged_token_counts(operation: str, tokens: int) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_other_dtypes(operation: str, dtype: torch.dtype) -> None:
     check(operation, 130, 4, 1280, dtype, "cuda", DEEPSEEK)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_large_eps(operation: str) -> None:
+    check(operation, 66, 4, 520, BF16, "cuda", LARGE_EPS, iterations=4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -151,6 +166,35 @@ def test_compiles_as_one_graph() -> None:
         # the same kernels on gradients that no rounding reaches (2, 1, 1 and 2 h_res): equal, but
         # for what a compiler may do to fp32 sums of some hundred terms
         assert torch.allclose(argument.grad, wanted[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(2**17, 4096), (2**20, 520)])
+def test_more_elements_than_32_bits_address(tokens: int, width: int) -> None:
+    """Streams of 2^31 elements and more: their last tokens are what those tokens alone give."""
+    few = 512
+    gradients = ("x", "f", "h_post", "h_res")
+    arguments = inputs("combine_pre", few, 4, width, BF16, "cuda")
+    out = run(kernels.combine_pre, arguments, backend="triton")
+    torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+    wanted = [*(result.detach() for result in out), *(arguments[name].grad for name in gradients)]
+    with torch.no_grad():
+        many = {
+            name: t.repeat(tokens // few, *(1,) * (t.dim() - 1)) if name in gradients else t.clone()
+            for name, t in arguments.items()
+        }
+    for tensor in many.values():
+        tensor.requires_grad_()
+    assert many["x"].numel() >= 2**31
+    out = run(kernels.combine_pre, many, backend="triton")
+    torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+    got = [*(result.detach() for result in out), *(many[name].grad for name in gradients)]
+    for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        for part in (a[:few], a[tokens // 2 : tokens // 2 + few], a[-few:]):
+            assert torch.equal(part, b), index
+    for name in ("phi", "alpha", "bias", "f_bias"):
+        times = tokens // few
+        # one sum of equal parts: fp32 over more terms, which largely cancel
+        assert relative(many[name].grad, times * arguments[name].grad.double()) < CANCELLING, name
 
 
 def test_new_token_counts_compile_nothing() -> None:
