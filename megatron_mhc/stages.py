@@ -11,7 +11,7 @@ from .pipeline import is_marked
 _HAS_SITES = "mhc_has_sites"
 
 
-EXCHANGED = "streams, hidden size, dtype, overlap, sequence length, micro-batch size"
+EXCHANGED = "streams, hidden size, dtype, overlap, sequence length, the decoder's, micro-batch size"
 """What stages have to agree on, in the order of `_of_chunk`."""
 
 
@@ -45,7 +45,7 @@ def check_stages(
         )
 
 
-def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> tuple[int | str, ...] | None:
+def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> tuple[int | str | None, ...] | None:
     """What this model chunk exchanges; None where it has no site."""
     layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
     if not layers:
@@ -56,11 +56,12 @@ def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> tuple[int | str, ...]
     model = (mhc.num_streams, config.hidden_size, str(config.pipeline_dtype), ahead)
     if config.variable_seq_lengths:  # Megatron's stages tell each other
         return model
-    length = arguments.get("decoder_seq_length") or arguments["seq_length"]
-    return (*model, length, arguments["micro_batch_size"])
+    # both lengths: 1F1B sends the decoder's where there is one, the interleaved schedule never
+    lengths = (arguments["seq_length"], arguments.get("decoder_seq_length"))
+    return (*model, *lengths, arguments["micro_batch_size"])
 
 
-def _have_sites(mine: list[tuple[int | str, ...] | None], group: Any) -> bool:
+def _have_sites(mine: list[tuple[int | str | None, ...] | None], group: Any) -> bool:
     """Whether this model has mHC, after it is clear that every stage thinks the same."""
     stages: list[Any] = [mine]
     if isinstance(group, torch.distributed.ProcessGroup):

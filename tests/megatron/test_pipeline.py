@@ -137,10 +137,26 @@ def test_stages_that_differ_in_their_messages_are_refused(message: dict[str, int
     with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange") as bad:
         run_scenarios(2, {"bad": settings})
     micro = message.get("micro_batch_size", 2)
-    assert "stage 0: [(4, 64, 'torch.float32', 0, 32, 2)]" in str(bad.value).replace("\\", "")
-    assert f"stage 1: [(4, 64, 'torch.float32', 0, 64, {micro})]" in str(bad.value).replace(
-        "\\", ""
-    )
+    said = str(bad.value).replace("\\", "")
+    assert "stage 0: [(4, 64, 'torch.float32', 0, 32, None, 2)]" in said
+    assert f"stage 1: [(4, 64, 'torch.float32', 0, 64, None, {micro})]" in said
+
+
+def test_interleaved_stages_that_differ_in_length_beside_the_decoders_are_refused() -> None:
+    """Its messages have `seq_length`, whatever the decoder's is."""
+    message = {"decoder_seq_length": 32}
+    settings = {"message_by_rank": [message, {**message, "seq_length": 64}], "parallel": VIRTUAL}
+    with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange"):
+        run_scenarios(2, {"bad": settings})
+
+
+def test_stages_that_tell_each_other_their_shapes_may_be_called_with_others() -> None:
+    # Megatron wants this dispatcher for variable lengths, of a dense model too
+    variable = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    settings = {"config": variable, "parallel": stages(2), "steps": 1}
+    message = {"message_by_rank": [{}, {"seq_length": 64}]}
+    trained = run_scenarios(2, {"alike": settings, "other": {**settings, **message}})
+    assert_same_training(trained["other"], trained["alike"], bound=None)
 
 
 def test_an_ordinary_model_with_the_configuration_of_one_with_mhc_is_refused() -> None:
