@@ -373,6 +373,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse on CPU processes, tiny")
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="of pipelines, other_parallelism")
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
     parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
     parser.add_argument("--limit", type=float, default=560, help="seconds the call may take")
@@ -399,7 +400,10 @@ def main() -> int:
                 partial(save_start, bench, "moe", f"{small} {MOE} --mhc"),
             ]
         )
-        bench.side_by_side([launch for launches, _ in correct for launch in launches])
+        launches = [launch for launches, _ in correct for launch in launches]
+        if options.only:  # a partial of `train`: its first argument is the run's name
+            launches = [f for f in launches if getattr(f, "args", [""])[0] in options.only]
+        bench.side_by_side(launches)
         for check in (check for _, checks in correct for check in checks):
             check()
     if "step_times" in options.parts:

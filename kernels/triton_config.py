@@ -138,7 +138,7 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=16, warps=4, stages=3)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=16, warps=4, stages=3)
-    return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=3)
+    return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=1)
 
 
 @tunable
@@ -160,7 +160,7 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=3)
-    return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=3)
+    return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=1)
 
 
 @tunable

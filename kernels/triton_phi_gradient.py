@@ -47,10 +47,12 @@ def phi_kernel(
         if TERMS == 1:
             d_phi = tl.dot(tl.trans(y.to(tl.float32)), d_z, d_phi, input_precision="tf32x3")
         else:
+            part_sum = tl.zeros((BC, R), tl.float32)
             for _ in tl.static_range(TERMS):  # d_z as a sum of bf16 terms, 8 bits each
                 term = d_z.to(tl.bfloat16)
-                d_phi = product(tl.trans(y), term, d_phi)
+                part_sum = product(tl.trans(y), term, part_sum)
                 d_z -= term.to(tl.float32)
+            d_phi += part_sum  # rounded: the matrix units cut off, always towards zero
     out = (part * ROWS + row)[None, :] * WIDTH + column[:, None]
     tl.store(d_phi_ptr + out, d_phi, (column < WIDTH)[:, None] & (row < ROWS)[None, :])
 

@@ -13,6 +13,7 @@ import io
 import math
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -127,6 +128,23 @@ def pretended(args: argparse.Namespace, stage: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
+def check_fusions(args: argparse.Namespace) -> None:
+    """Let Megatron judge RoPE's fusion as asked for, which nothing that is built here has.
+
+    Raises:
+        ValueError: Megatron's, unless all it misses is Transformer Engine.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    others = WITHOUT_TRANSFORMER_ENGINE | {"apply_rope_fusion": args.apply_rope_fusion}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            gpt_config_from_args(argparse.Namespace(**(vars(args) | others)))
+    except ValueError as error:
+        if "install TE" not in str(error):
+            raise
+
+
 def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
     """The model chunks of this rank, on tensors without memory."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -134,6 +152,7 @@ def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
     from megatron.training.models.gpt import GPTModelBuilder
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    check_fusions(args)
     local = argparse.Namespace(**(vars(args) | WITHOUT_TRANSFORMER_ENGINE))
     lacks_norms = args.qk_layernorm and args.multi_latent_attention and args.q_lora_rank is None
     local.qk_layernorm = args.qk_layernorm and not lacks_norms

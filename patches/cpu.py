@@ -130,7 +130,6 @@ def _step_of_checkpoint(original: Callable[..., None]) -> Callable[..., None]:
 
 def _with_step(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    @torch.no_grad()
     def set_(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
@@ -330,12 +329,11 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "resuming loses the step of torch's Adam, which corrects its averages by it",
     ),
     Patch(
-        "cpu-resume-fp32",
+        "cpu-resume-step-of-each",
         "megatron.core.optimizer.distrib_optimizer:"
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         _with_step,
-        "fp32 training resumes by writing into the parameters, which autograd would refuse, and a"
-        " fully reshardable checkpoint has no step of torch's Adam for each of them",
+        "a fully reshardable checkpoint has no step of torch's Adam for each parameter",
     ),
     Patch(
         "cpu-async-save",

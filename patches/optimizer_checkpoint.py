@@ -2,13 +2,16 @@
 
 `Float16OptimizerWithFloat16Params.sharded_state_dict` numbers the bf16 parameters alone, while the
 optimizer's state numbers the fp32 ones among them: states swap places, or the shapes do not fit
-and it stops (Megatron-LM issue 5835). The distributed optimizer has no such fault.
+and it stops (Megatron-LM issue 5835). The distributed optimizer numbers them rightly, but loads its
+default format into fp32 parameters themselves, which autograd refuses.
 """
 
 import functools
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 from .registry import Patch
 from .releases import is_installed
@@ -85,6 +88,10 @@ def _tell_decay_apart(original: Any) -> Any:
     return staticmethod(_filter_and_reorder_param_groups)
 
 
+def _without_autograd(original: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.no_grad()(original)
+
+
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
 _PATCHES = (
@@ -105,6 +112,13 @@ _PATCHES = (
         target=f"{_OPTIMIZER}:get_param_id_to_sharded_param_map",
         replace=_take_all,
         why="takes the numbering of optimizer-checkpoint",
+    ),
+    Patch(
+        id="optimizer-checkpoint-fp32",
+        target="megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        replace=_without_autograd,
+        why="the distributed optimizer's default format loads into fp32 parameters themselves",
     ),
 )
 _GROUPS = Patch(

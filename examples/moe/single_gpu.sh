@@ -35,6 +35,7 @@ MLA_ARGS=(
     --v-head-dim 64
     --qk-layernorm
     --rope-type rope
+    --no-rope-fusion  # Megatron fuses YaRN alone for latent attention
 )
 
 MOE_ARGS=(
