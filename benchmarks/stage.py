@@ -183,7 +183,8 @@ class Wire:
         stream.wait_stream(torch.cuda.current_stream())
         if ready is not None:
             stream.wait_event(ready)
-        with torch.cuda.stream(stream):
+        # stock order sends what autograd made: the far end would remember every microbatch's graph
+        with torch.no_grad(), torch.cuda.stream(stream):
             slower = pace.jitter_ms * torch.rand((), generator=self.random).item()
             if pace.gigabytes is not None:
                 size = source.numel() * source.element_size()

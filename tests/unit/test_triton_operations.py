@@ -267,3 +267,25 @@ else:
             (p.name, p.default, p.kind) for p in theirs.values()
         ]
         assert set(settings(operation, PAPER, 20)) <= set(ours)
+
+    def test_phi_gradient_in_more_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many tokens are added up in shares that stay short: 26 of them here, the last a stub."""
+        from megatron_mhc.kernels import triton_phi_gradient
+
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randn(805, 4, 8, generator=generator).bfloat16()
+        d_z = torch.randn(805, 24, generator=generator)
+        shares = []
+
+        def counted(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            shares.append(len(partial))
+            return sum_rows(partial, out)
+
+        sum_rows = triton_phi_gradient.sum_rows
+        monkeypatch.setattr(triton_phi_gradient, "sum_rows", counted)
+        monkeypatch.setattr(triton_phi_gradient, "LONGEST_SHARE", 32)
+        got = triton_phi_gradient.phi_gradient(y, d_z).double()
+        wanted = d_z.double().t() @ y.double().flatten(1)
+        assert shares == [26]
+        # fp32 sums of 805 terms
+        assert (got - wanted).norm() < 1e-6 * wanted.norm()
