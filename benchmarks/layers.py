@@ -126,6 +126,26 @@ def train(options: argparse.Namespace, mhc: MHCConfig) -> list[float]:
     return torch.stack(losses).tolist()
 
 
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """The losses of both backends, and how far they are apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 6))
+    for backend, losses in curves.items():
+        above.plot(losses, "-" if backend == "torch" else "--", label=backend)
+    above.set_ylabel("training loss, nats")
+    above.legend()
+    apart = [abs(a - b) for a, b in zip(*curves.values(), strict=True)]
+    below.semilogy(apart, color="black", linewidth=0.8)
+    below.set_ylabel("difference")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -137,6 +157,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=0, metavar="N", help="compare N steps instead")
     parser.add_argument("--reference", action="store_true", help="time the PyTorch reference too")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--png", type=Path, help="with --train: draw the curves here")
     return parser.parse_args()
 
 
@@ -159,6 +180,8 @@ def main() -> None:
             print(f"step {step:4}  torch {pairs[step][0]:.5f}  triton {pairs[step][1]:.5f}")
         worst = max(abs(a - b) for a, b in pairs)
         print(f"largest difference {worst:.2e}")
+        if options.png:
+            draw(results, options.png)
     else:
         cases: dict[str, MHCConfig | None] = {"ordinary": None, "mHC": MHCConfig(backend="triton")}
         if options.reference:
@@ -172,7 +195,7 @@ def main() -> None:
             values = "".join(f"{results[name][column]:17.3f}" for column in columns)
             print(f"{name:16}{values}   {ratio:.4f}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": ""}, **results}))
+        options.json.write_text(json.dumps({"options": vars(options) | {"json": "", "png": ""}, **results}))
     dist.destroy_process_group()
 
 
