@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import load_columns, load_streams
-from .triton_launch import dense, on_device
+from .triton_launch import dense, launch
 
 
 @triton.jit(do_not_specialize=["T", "share"])
@@ -91,20 +91,21 @@ def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
     tile = config.aggregate(n, width, x.dtype)
     splits = config.project(n, width, x.dtype).splits
     tiles = triton.cdiv(tokens, splits * tile.tokens)  # of each share
-    with on_device(x):
-        aggregate_kernel[(splits * tiles * triton.cdiv(width, tile.channels),)](
-            x,
-            h_pre,
-            u,
-            tokens,
-            tiles * tile.tokens,
-            N=n,
-            C=width,
-            SPLITS=splits,
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.warps,
-        )
+    launch(
+        aggregate_kernel,
+        (splits * tiles * triton.cdiv(width, tile.channels),),
+        x,
+        h_pre,
+        u,
+        tokens,
+        tiles * tile.tokens,
+        N=n,
+        C=width,
+        SPLITS=splits,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+    )
     return u
 
 
@@ -126,21 +127,22 @@ def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, T
     dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
     tile = config.aggregate(n, width, x.dtype)
     if tokens > 0:
-        with on_device(x):
-            aggregate_backward_kernel[(triton.cdiv(tokens, tile.tokens),)](
-                x,
-                h_pre,
-                dense(du),
-                dx,
-                d_pre,
-                tokens,
-                n,
-                width,
-                tile.tokens,
-                tile.channels,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        launch(
+            aggregate_backward_kernel,
+            (triton.cdiv(tokens, tile.tokens),),
+            x,
+            h_pre,
+            dense(du),
+            dx,
+            d_pre,
+            tokens,
+            n,
+            width,
+            tile.tokens,
+            tile.channels,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return dx, d_pre
 
 

@@ -1,7 +1,7 @@
-"""What every launcher needs: the device, dense arguments, packed weights."""
+"""What every launcher needs: the launch itself, dense arguments, packed weights."""
 
 import contextlib
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
@@ -14,11 +14,61 @@ PHI_TERMS = 3
 """bf16 terms that phi is split into for bf16 streams: 8 bits of its mantissa each, all of it."""
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Launch on the device of this tensor, whichever one is current."""
-    if tensor.device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+"""What Triton made of a kernel for a kind of arguments, and its constants in their order."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)` on the device of its first argument.
+
+    Triton looks at every argument at every launch, which takes the host longer than many of these
+    kernels take the GPU. All that it looks for is in `_kind` and the constants, so what it compiled
+    once is launched directly from then on.
+
+    Args:
+        kernel: a function under `triton.jit`.
+        grid: one to three numbers of programs.
+        arguments: its parameters that are no constants: tensors, absent ones (None), tuples of
+            those, floats, and integers that it does not specialize. The first is a tensor.
+        constants: its other parameters by name, and Triton's options.
+
+    Raises:
+        TypeError: an integer that the kernel would specialize, or a constant among the arguments.
+    """
+    device = arguments[0].device
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[grid](*arguments, **constants)
+        return
+    here = device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        key = (kernel.fn, device.index, *map(_kind, arguments), *constants.items())
+        found = _compiled.get(key)
+        if found is None:
+            constant = _constants(kernel, arguments, constants)
+            _compiled[key] = kernel[grid](*arguments, **constants), constant
+        else:
+            compiled, constant = found
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constant)
+
+
+def _kind(argument: Any) -> Any:
+    """All of an argument that Triton compiles a kernel for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    if isinstance(argument, int):
+        return argument >= 2**31  # 32 bits, or 64
+    return type(argument)
+
+
+def _constants(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> list[Any]:
+    """The constants in the order of the kernel's parameters, behind its arguments."""
+    for parameter, argument in zip(kernel.params, arguments, strict=False):
+        specialized = isinstance(argument, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or specialized:
+            raise TypeError(f"{kernel.__name__}: {parameter.name} is compiled for each value")
+    return [constants[name] for name in kernel.arg_names[len(arguments) :]]
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
@@ -62,8 +112,16 @@ def pack_weights(phi: Tensor, dtype: torch.dtype) -> Tensor:
         dtype=torch.bfloat16 if terms > 1 else torch.float32,
     )
     tile = 1024
-    with on_device(phi):
-        pack_kernel[(triton.cdiv(width, tile), padded(rows))](
-            phi, packed, width, rows, padded(rows), terms, tile, num_warps=4
-        )
+    launch(
+        pack_kernel,
+        (triton.cdiv(width, tile), padded(rows)),
+        phi,
+        packed,
+        WIDTH=width,
+        ROWS=rows,
+        R=padded(rows),
+        TERMS=terms,
+        BC=tile,
+        num_warps=4,
+    )
     return packed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import product
-from .triton_launch import PHI_TERMS, on_device
+from .triton_launch import PHI_TERMS, launch
 from .triton_sums import sum_rows
 
 LONGEST_SHARE = 4096
@@ -67,20 +67,21 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SHARE))
     partial = d_z.new_empty(splits, rows, n * width)
     share = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
-    with on_device(y):
-        phi_kernel[(triton.cdiv(n * width, tile.channels), splits)](
-            y,
-            d_z,
-            partial,
-            tokens,
-            share,
-            WIDTH=n * width,
-            ROWS=rows,
-            R=config.padded(rows),
-            TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
-            BT=tile.tokens,
-            BC=tile.channels,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    launch(
+        phi_kernel,
+        (triton.cdiv(n * width, tile.channels), splits),
+        y,
+        d_z,
+        partial,
+        tokens,
+        share,
+        WIDTH=n * width,
+        ROWS=rows,
+        R=config.padded(rows),
+        TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )
     return sum_rows(partial, partial.new_empty(rows, n * width))

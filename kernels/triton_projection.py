@@ -27,7 +27,7 @@ from .triton_device import (
     sinkhorn_forward,
     sum_blocks,
 )
-from .triton_launch import on_device, pack_weights
+from .triton_launch import launch, pack_weights
 
 
 @triton.jit
@@ -235,32 +235,33 @@ def project(
     if tokens == 0:
         return y, partial
     share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
-    with on_device(x):
-        project_kernel[(blocks, tile.splits)](
-            x,
-            f,
-            f_bias,
-            h_post,
-            h_res,
-            y,
-            weights,
-            partial,
-            tokens,
-            share,
-            N=n,
-            C=width,
-            ROWS=rows,
-            R=config.padded(rows),
-            TERMS=1 if weights is None else weights.shape[0],
-            COMBINE=mixing is not None,
-            HAS_BIAS=f_bias is not None,
-            PROJECT=phi is not None,
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            maxnreg=tile.registers,
-        )
+    launch(
+        project_kernel,
+        (blocks, tile.splits),
+        x,
+        f,
+        f_bias,
+        h_post,
+        h_res,
+        y,
+        weights,
+        partial,
+        tokens,
+        share,
+        N=n,
+        C=width,
+        ROWS=rows,
+        R=config.padded(rows),
+        TERMS=1 if weights is None else weights.shape[0],
+        COMBINE=mixing is not None,
+        HAS_BIAS=f_bias is not None,
+        PROJECT=phi is not None,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+    )
     return y, partial
 
 
@@ -299,29 +300,30 @@ def finish(
     h_res = partial.new_empty(tokens, n, n) if mixing else None
     normed, inverse = partial.new_empty(tokens, rows), partial.new_empty(tokens)
     if tokens > 0:
-        with on_device(x):
-            finish_kernel[(triton.cdiv(tokens, tile.tokens),)](
-                partial,
-                alpha,
-                bias,
-                h_pre,
-                h_post,
-                h_res,
-                normed,
-                inverse,
-                tokens,
-                norm_eps,
-                pre_eps,
-                N=n,
-                C=width,
-                ROWS=rows,
-                MIXING=mixing,
-                ITERATIONS=iterations,
-                SINKHORN_EPS=sinkhorn_eps,
-                BLOCKS=blocks,
-                BS=min(triton.next_power_of_2(blocks), 8 if n <= 4 else 4),
-                BT=tile.tokens,
-                num_warps=tile.warps,
-            )
+        launch(
+            finish_kernel,
+            (triton.cdiv(tokens, tile.tokens),),
+            partial,
+            alpha,
+            bias,
+            h_pre,
+            h_post,
+            h_res,
+            normed,
+            inverse,
+            tokens,
+            norm_eps,
+            pre_eps,
+            N=n,
+            C=width,
+            ROWS=rows,
+            MIXING=mixing,
+            ITERATIONS=iterations,
+            SINKHORN_EPS=sinkhorn_eps,
+            BLOCKS=blocks,
+            BS=min(triton.next_power_of_2(blocks), 8 if n <= 4 else 4),
+            BT=tile.tokens,
+            num_warps=tile.warps,
+        )
     u = weighted_sum(x, h_pre) if aggregate else None
     return Finished(u, h_pre, h_post, h_res, normed, inverse)

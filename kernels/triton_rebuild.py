@@ -17,7 +17,7 @@ from torch import Tensor
 from .reference import Mixing
 from .triton_config import Tile
 from .triton_device import load_columns, load_streams, mixed_stream
-from .triton_launch import dense, on_device
+from .triton_launch import dense, launch
 
 SITES = 4
 """Sites that one launch goes through at most: each is compiled out in full."""
@@ -114,28 +114,29 @@ def rebuild(
         after = slice(start + 1, start + 1 + SITES)
         sites = ended[part]
         biases = [f if f_bias is None else dense(f_bias) for f, _, _, f_bias in sites]
-        with on_device(x):
-            rebuild_kernel[grid](
-                streams,
-                us[0],
-                first_h_pre,
-                tuple(_flat(f, 1) for f, *_ in sites),
-                tuple(biases),
-                tuple(_flat(h_post, 1) for _, h_post, _, _ in sites),
-                tuple(_flat(h_res, 2) for _, _, h_res, _ in sites),
-                tuple(_flat(h, 1) for h in h_pre[after]),
-                tuple(ys[part]),
-                tuple(us[after]),
-                tokens,
-                N=n,
-                C=width,
-                FIRST=start == 0,
-                SITES=len(sites),
-                BIASES=sum(1 << k for k, site in enumerate(sites) if site[3] is not None),
-                BT=tile.tokens,
-                BC=tile.channels,
-                num_warps=tile.warps,
-            )
+        launch(
+            rebuild_kernel,
+            grid,
+            streams,
+            us[0],
+            first_h_pre,
+            tuple(_flat(f, 1) for f, *_ in sites),
+            tuple(biases),
+            tuple(_flat(h_post, 1) for _, h_post, _, _ in sites),
+            tuple(_flat(h_res, 2) for _, _, h_res, _ in sites),
+            tuple(_flat(h, 1) for h in h_pre[after]),
+            tuple(ys[part]),
+            tuple(us[after]),
+            tokens,
+            N=n,
+            C=width,
+            FIRST=start == 0,
+            SITES=len(sites),
+            BIASES=sum(1 << k for k, site in enumerate(sites) if site[3] is not None),
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.warps,
+        )
         if sites:
             streams = ys[start + len(sites) - 1]
     return ys, us

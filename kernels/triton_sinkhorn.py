@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .triton_config import SINKHORN_TOKENS
 from .triton_device import sinkhorn_backward, sinkhorn_forward
-from .triton_launch import dense, on_device
+from .triton_launch import dense, launch
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -41,19 +41,20 @@ def _launch(logits: Tensor, gradient: Tensor | None, iterations: int, eps: float
     tokens, n, _ = logits.shape
     out = torch.empty_like(logits)
     if tokens > 0:
-        with on_device(logits):
-            sinkhorn_kernel[(triton.cdiv(tokens, SINKHORN_TOKENS),)](
-                logits,
-                dense(gradient),
-                out,
-                tokens,
-                N=n,
-                BACKWARD=gradient is not None,
-                ITERATIONS=iterations,
-                EPS=eps,
-                BT=SINKHORN_TOKENS,
-                num_warps=4,
-            )
+        launch(
+            sinkhorn_kernel,
+            (triton.cdiv(tokens, SINKHORN_TOKENS),),
+            logits,
+            dense(gradient),
+            out,
+            tokens,
+            N=n,
+            BACKWARD=gradient is not None,
+            ITERATIONS=iterations,
+            EPS=eps,
+            BT=SINKHORN_TOKENS,
+            num_warps=4,
+        )
     return out
 
 

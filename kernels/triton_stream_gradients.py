@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import load_columns, load_streams, product, row_sums
-from .triton_launch import dense, on_device, pack_weights
+from .triton_launch import dense, launch, pack_weights
 from .triton_phi_gradient import phi_gradient
 from .triton_sums import sum_mixing_kernel, sum_rows
 from .triton_token_gradients import TokenGradients
@@ -293,47 +293,58 @@ def streams_gradients(
         no_bias = None if f_bias is None else torch.zeros_like(f_bias)
         return StreamsGradients(dx, df, d_post, d_res, no_bias, no_phi)
     share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
-    with on_device(y):
-        streams_kernel[(blocks, tile.splits)](
-            y,
-            dense(dy),
-            dense(du),
-            None if token is None else token.d_z,
-            None if token is None else token.k,
-            None if token is None else token.h_pre,
-            weights,
-            x,
-            f,
-            f_bias,
-            h_post,
-            h_res,
-            dx,
-            df,
+    launch(
+        streams_kernel,
+        (blocks, tile.splits),
+        y,
+        dense(dy),
+        dense(du),
+        None if token is None else token.d_z,
+        None if token is None else token.k,
+        None if token is None else token.h_pre,
+        weights,
+        x,
+        f,
+        f_bias,
+        h_post,
+        h_res,
+        dx,
+        df,
+        d_mixing,
+        d_f_bias,
+        tokens,
+        share,
+        N=n,
+        C=width,
+        ROWS=rows,
+        R=config.padded(rows),
+        TERMS=1 if weights is None else weights.shape[0],
+        PROJECT=phi is not None,
+        HAS_DY=dy is not None,
+        HAS_DU=du is not None,
+        COMBINE=mixing is not None,
+        HAS_BIAS=f_bias is not None,
+        MIXING=triton.next_power_of_2(n + n * n),
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+    )
+    if d_mixing is not None:
+        launch(
+            sum_mixing_kernel,
+            (triton.cdiv(tokens * (n + n * n), 128),),
             d_mixing,
-            d_f_bias,
+            d_post,
+            d_res,
             tokens,
-            share,
             N=n,
-            C=width,
-            ROWS=rows,
-            R=config.padded(rows),
-            TERMS=1 if weights is None else weights.shape[0],
-            PROJECT=phi is not None,
-            HAS_DY=dy is not None,
-            HAS_DU=du is not None,
-            COMBINE=mixing is not None,
-            HAS_BIAS=f_bias is not None,
-            MIXING=triton.next_power_of_2(n + n * n),
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            maxnreg=tile.registers,
+            BLOCKS=blocks,
+            BB=16,
+            BW=128,
+            num_warps=4,
         )
-        if d_mixing is not None:
-            sum_mixing_kernel[(triton.cdiv(tokens * (n + n * n), 128),)](
-                d_mixing, d_post, d_res, tokens, n, blocks, 16, 128, num_warps=4
-            )
     if d_f_bias is not None:
         d_f_bias = sum_rows(d_f_bias, new(width)).to(f_bias.dtype)
     d_phi = None if phi is None else phi_gradient(y, token.d_z)

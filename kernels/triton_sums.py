@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import on_device
+from .triton_launch import launch
 
 
 @triton.jit(do_not_specialize=["COUNT"])
@@ -64,16 +64,17 @@ def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor
     width = partial[0].numel()
     few = width < 1024  # few columns: many rows a step, else many columns a program
     block_rows, block_columns = (128, 32) if few else (8, 256)
-    with on_device(partial):
-        sum_rows_kernel[(triton.cdiv(width, block_columns),)](
-            partial,
-            out,
-            rest,
-            count,
-            WIDTH=width,
-            FIRST=out.numel(),
-            BR=block_rows,
-            BW=block_columns,
-            num_warps=8 if few else 4,
-        )
+    launch(
+        sum_rows_kernel,
+        (triton.cdiv(width, block_columns),),
+        partial,
+        out,
+        rest,
+        count,
+        WIDTH=width,
+        FIRST=out.numel(),
+        BR=block_rows,
+        BW=block_columns,
+        num_warps=8 if few else 4,
+    )
     return out

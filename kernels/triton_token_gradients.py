@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import triton_config as config
 from .triton_device import load_streams, sinkhorn_backward
-from .triton_launch import dense, on_device
+from .triton_launch import dense, launch
 from .triton_sums import sum_rows
 
 
@@ -181,39 +181,40 @@ def coefficients_gradients(
     if tokens == 0:
         zeros = torch.zeros_like
         return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
-    with on_device(y):
-        coefficients_kernel[(programs,)](
-            y,
-            dense(du),
-            dense(d_pre),
-            dense(d_post),
-            dense(d_res),
-            normed,
-            inverse,
-            alpha,
-            bias,
-            d_z,
-            k,
-            h_pre,
-            d_parameters,
-            tokens,
-            tiles * tile.tokens,
-            pre_eps,
-            N=n,
-            C=width,
-            ROWS=rows,
-            AGGREGATE=du is not None,
-            MIXING=rows > n,
-            HAS_POST=d_post is not None,
-            HAS_RES=d_res is not None,
-            ITERATIONS=iterations,
-            SINKHORN_EPS=sinkhorn_eps,
-            SPLITS=splits,
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    launch(
+        coefficients_kernel,
+        (programs,),
+        y,
+        dense(du),
+        dense(d_pre),
+        dense(d_post),
+        dense(d_res),
+        normed,
+        inverse,
+        alpha,
+        bias,
+        d_z,
+        k,
+        h_pre,
+        d_parameters,
+        tokens,
+        tiles * tile.tokens,
+        pre_eps,
+        N=n,
+        C=width,
+        ROWS=rows,
+        AGGREGATE=du is not None,
+        MIXING=rows > n,
+        HAS_POST=d_post is not None,
+        HAS_RES=d_res is not None,
+        ITERATIONS=iterations,
+        SINKHORN_EPS=sinkhorn_eps,
+        SPLITS=splits,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
     sum_rows(d_parameters, d_bias, d_alpha)
     return TokenGradients(d_z, k, h_pre, d_alpha, d_bias)
