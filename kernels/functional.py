@@ -26,7 +26,9 @@ from .checks import (
 def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
     """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
     if resolve(backend, n, x.device, x.dtype) == "torch":
-        return getattr(reference, operation)(x, *args, **kw)
+        # autocast would round the products to 16 bits
+        with torch.autocast(x.device.type, enabled=False):
+            return getattr(reference, operation)(x, *args, **kw)
     from . import triton_operations  # imports triton: only where it is wanted
 
     return getattr(triton_operations, operation)(x, *args, **kw)
@@ -284,4 +286,5 @@ def hc_coefficients(
     check_parameter("theta", theta, (n + 2, width), x)
     check_parameter("alpha", alpha, (3,), x)
     check_parameter("bias", bias, (n * n + 2 * n,), x)
-    return reference.hc_coefficients(x, theta, alpha, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.hc_coefficients(x, theta, alpha, bias)
