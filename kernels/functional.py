@@ -44,14 +44,14 @@ def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, itera
 
 
 def _check_combine(
-    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None
+    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, of: str = ""
 ) -> None:
     n, width = x.shape[-2:]
-    check_tokens("f", f, x, (width,), x.dtype)
-    check_tokens("h_post", h_post, x, (n,), reference.accumulation_dtype(x))
-    check_tokens("h_res", h_res, x, (n, n), reference.accumulation_dtype(x))
+    check_tokens(f"{of}f", f, x, (width,), x.dtype)
+    check_tokens(f"{of}h_post", h_post, x, (n,), reference.accumulation_dtype(x))
+    check_tokens(f"{of}h_res", h_res, x, (n, n), reference.accumulation_dtype(x))
     if f_bias is not None:
-        check_shape("f_bias", f_bias, (width,), x)
+        check_shape(f"{of}f_bias", f_bias, (width,), x)
 
 
 def sinkhorn(
@@ -253,8 +253,8 @@ def rebuild(
                 raise ValueError(f"{name}[{index}] is not contiguous; results are written into it")
     for index, weights in enumerate(h_pre):
         check_tokens(f"h_pre[{index}]", weights, x, (n,), reference.accumulation_dtype(x))
-    for site in ended:
-        _check_combine(x, *site)
+    for index, site in enumerate(ended):
+        _check_combine(x, *site, of=f"ended[{index}]'s ")
     return _run("rebuild", backend, n, x, h_pre, ended, ys=ys, us=us)
 
 

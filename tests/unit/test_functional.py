@@ -55,7 +55,7 @@ POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
         (lambda: kernels.rebuild(X, [POST[:1]], []), r"h_pre\[0\] has shape"),
         (
             lambda: kernels.rebuild(X, [POST, POST], [(F[1:], POST, RES, None)]),
-            "f has shape",
+            r"ended\[0\]'s f has shape",
         ),
         (lambda: kernels.rebuild(X, [POST], [], us=[]), "us has 0 tensors; expected 1"),
         (
