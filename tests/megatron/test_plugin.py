@@ -323,7 +323,7 @@ def test_a_script_that_is_not_megatrons(tmp_path: Path) -> None:
     assert "ended without asking Megatron for its arguments" in result.stdout
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "import sys; sys.exit()"])
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
 def test_a_script_that_builds_its_own_model(end: str, tmp_path: Path) -> None:
     """It asks Megatron for its arguments, --mhc among them, and for nothing else."""
     script = tmp_path / "own.py"
