@@ -13,8 +13,9 @@ Columns: microseconds (medians over CUDA events; of a CUDA graph's replays where
 captured, else of plain launches, marked *); passes, that is T*C bf16 elements at the bandwidth of a
 device-to-device copy measured in the same run; the share of that bandwidth that the site would need
 for the fewest bytes of any known algorithm (14 passes forward, 38 in all); saved, the memory that
-the forward leaves for the backward beside its inputs and results; peak, beside the inputs; took,
-seconds with what the implementation compiles and tunes for this size.
+the forward leaves for the backward beside its inputs and results; peak, beside the inputs; host,
+the time in which the host queues both ways, launched plainly; took, seconds with what the
+implementation compiles and tunes for this size.
 Buffers rotate so that no run finds its inputs in the L2 cache.
 """
 
@@ -56,6 +57,18 @@ def median_us(step: Callable[[int], object], sets: int, seconds: float = 0.25) -
         end.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
+
+
+def host_us(step: Callable[[], object]) -> float:
+    """Median time in which the host queues step(), by the clock; the GPU's queue never fills."""
+    taken = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - begun)
+    torch.cuda.synchronize()
+    return statistics.median(taken) * 1e6
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object] | None:
@@ -105,6 +118,9 @@ def measure(build: Callable[[Shapes], Site], shapes: Shapes) -> dict[str, Any]:
         site.backward()
 
     result: dict[str, Any] = {"saved_bytes": saved, "peak_bytes": peak}
+    with torch.cuda.stream(side):
+        result["host_us"] = host_us(lambda: both(sites[0]))
+    torch.cuda.current_stream().wait_stream(side)
     for name, step in (("forward", Site.forward), ("both", both)):
         replays = [captured(lambda site=site, step=step: step(site)) for site in sites]
         result[f"{name}_graph"] = all(replay is not None for replay in replays)
@@ -124,7 +140,8 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
     begun = time.monotonic()
     print(
         f"{'T':>6} {'C':>5}  {'implementation':30} {'fwd us':>9} {'passes':>7} {'share':>6}"
-        f" {'both us':>9} {'passes':>7} {'share':>6} {'saved MB':>9} {'peak MB':>8} {'took':>5}"
+        f" {'both us':>9} {'passes':>7} {'share':>6} {'host us':>8} {'saved MB':>9} {'peak MB':>8}"
+        f" {'took':>5}"
     )
     for tokens, width in ((t, c) for c in arguments.widths for t in arguments.tokens):
         one_pass = tokens * width * 2 / bandwidth * 1e6
@@ -153,6 +170,7 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
                 share = floor / row[f"{part}_passes"]
                 line += f" {row[f'{part}_us']:8.0f}{mark} {row[f'{part}_passes']:7.1f} {share:6.0%}"
             row["seconds"] = time.monotonic() - row_begun
+            line += f" {row['host_us']:8.0f}"
             line += f" {row['saved_bytes'] / 1e6:9.1f} {row['peak_bytes'] / 1e6:8.0f}"
             print(f"{line} {row['seconds']:5.0f}", flush=True)
     return rows

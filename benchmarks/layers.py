@@ -195,7 +195,8 @@ def main() -> None:
             values = "".join(f"{results[name][column]:17.3f}" for column in columns)
             print(f"{name:16}{values}   {ratio:.4f}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": "", "png": ""}, **results}))
+        asked = vars(options) | {"json": "", "png": ""}
+        options.json.write_text(json.dumps({"options": asked, **results}))
     dist.destroy_process_group()
 
 

@@ -26,7 +26,9 @@ from .checks import (
 def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
     """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
     if resolve(backend, n, x.device, x.dtype) == "torch":
-        return getattr(reference, operation)(x, *args, **kw)
+        # autocast would round the products to 16 bits
+        with torch.autocast(x.device.type, enabled=False):
+            return getattr(reference, operation)(x, *args, **kw)
     from . import triton_operations  # imports triton: only where it is wanted
 
     return getattr(triton_operations, operation)(x, *args, **kw)
@@ -42,14 +44,14 @@ def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, itera
 
 
 def _check_combine(
-    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None
+    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, of: str = ""
 ) -> None:
     n, width = x.shape[-2:]
-    check_tokens("f", f, x, (width,), x.dtype)
-    check_tokens("h_post", h_post, x, (n,), reference.accumulation_dtype(x))
-    check_tokens("h_res", h_res, x, (n, n), reference.accumulation_dtype(x))
+    check_tokens(f"{of}f", f, x, (width,), x.dtype)
+    check_tokens(f"{of}h_post", h_post, x, (n,), reference.accumulation_dtype(x))
+    check_tokens(f"{of}h_res", h_res, x, (n, n), reference.accumulation_dtype(x))
     if f_bias is not None:
-        check_shape("f_bias", f_bias, (width,), x)
+        check_shape(f"{of}f_bias", f_bias, (width,), x)
 
 
 def sinkhorn(
@@ -251,8 +253,8 @@ def rebuild(
                 raise ValueError(f"{name}[{index}] is not contiguous; results are written into it")
     for index, weights in enumerate(h_pre):
         check_tokens(f"h_pre[{index}]", weights, x, (n,), reference.accumulation_dtype(x))
-    for site in ended:
-        _check_combine(x, *site)
+    for index, site in enumerate(ended):
+        _check_combine(x, *site, of=f"ended[{index}]'s ")
     return _run("rebuild", backend, n, x, h_pre, ended, ys=ys, us=us)
 
 
@@ -284,4 +286,5 @@ def hc_coefficients(
     check_parameter("theta", theta, (n + 2, width), x)
     check_parameter("alpha", alpha, (3,), x)
     check_parameter("bias", bias, (n * n + 2 * n,), x)
-    return reference.hc_coefficients(x, theta, alpha, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.hc_coefficients(x, theta, alpha, bias)

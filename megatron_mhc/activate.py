@@ -40,9 +40,18 @@ from . import (
 
 
 class _Seen:
-    """What happened in this process, for the runner's last word."""
+    """What happened in this process, for the runner's last word.
+
+    Attributes:
+        parser: Megatron's parser was asked for.
+        asked: its arguments had --mhc.
+        spec: a spec with mHC was made.
+        banner: what was printed of a model that was checked.
+    """
 
     parser = False
+    asked = False
+    spec = False
     banner: str | None = None
 
 
@@ -52,6 +61,11 @@ seen = _Seen()
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     seen.parser = True
     arguments.add_mhc_arguments(parser)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    seen.asked = args.mhc
+    arguments.check_arguments(args)
 
 
 def _check_built_model(chunks: list[torch.nn.Module]) -> None:
@@ -111,7 +125,7 @@ def plugin_patches() -> tuple[Patch, ...]:
     """Every patch that `activate` applies, in order."""
     return (
         arguments_patch(_add_arguments),
-        validation_patch(arguments.prepare_arguments, arguments.check_arguments),
+        validation_patch(arguments.prepare_arguments, _check_arguments),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
         *spec_function_patches(),

@@ -25,7 +25,7 @@ Without --mhc the script runs as it always does."""
 
 
 class NotMegatronError(RuntimeError):
-    """The script ended without ever asking Megatron for its arguments."""
+    """The script ended without ever asking Megatron for its arguments, or for a spec with mHC."""
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -41,12 +41,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="train on the CPU, over gloo: slow, for trying and testing",
     )
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
-    if {"-h", "--help"} & {*argv[:1]}:
-        # to be seen and not to be parsed: these flags come after the script
-        parser = add_mhc_arguments(parser)
     own = list(argv)
     # what follows the script is the script's: argparse must not look at it
     cut = next((i for i, word in enumerate(own) if not word.startswith("-")), len(own) - 1) + 1
+    if {"-h", "--help"} & {*own[:cut]}:
+        # to be seen and not to be parsed: these flags come after the script
+        parser = add_mhc_arguments(parser)
     options = parser.parse_args(own[:cut])
     if not os.path.isfile(options.script):
         parser.error(f"there is no file {options.script!r}")
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: bad usage, or no GPU and no --cpu.
         UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
-        NotMegatronError: the script is not one of Megatron's.
+        NotMegatronError: the script is not one of Megatron's, or built a model without mHC that
+            no check of Megatron's training saw.
     """
     options, rest = _parse(sys.argv[1:] if argv is None else argv)
     check_release()
@@ -80,18 +81,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         cpu.enter()
     elif not torch.cuda.is_available():
         sys.exit("megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU")
-    from .activate import activate, seen
+    from .activate import activate
 
     activate()
     _alone()
     sys.argv = [options.script, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(options.script))
-    runpy.run_path(options.script, run_name="__main__")
+    try:
+        runpy.run_path(options.script, run_name="__main__")
+    except SystemExit as end:
+        if end.code in (None, 0):
+            _last_word(options.script)
+        raise
+    _last_word(options.script)
+
+
+def _last_word(script: str) -> None:
+    """Raise NotMegatronError if the script that ended can have had no mHC in it."""
+    from .activate import seen
+
     if not seen.parser:
         raise NotMegatronError(
-            f"{options.script} ended without asking Megatron for its arguments"
+            f"{script} ended without asking Megatron for its arguments"
             " (megatron.training.arguments.add_megatron_arguments): no mHC was in it. Give a script"
             " that calls megatron.training, or use with_mhc in the script itself"
+        )
+    if seen.asked and not seen.spec:
+        raise NotMegatronError(
+            f"{script} got --mhc and ended without a spec with mHC: what it trained had none. Give"
+            " a script whose model megatron.training builds, or use with_mhc in the script itself"
         )
 
 

@@ -323,6 +323,20 @@ def test_a_script_that_is_not_megatrons(tmp_path: Path) -> None:
     assert "ended without asking Megatron for its arguments" in result.stdout
 
 
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
+def test_a_script_that_builds_its_own_model(end: str, tmp_path: Path) -> None:
+    """It asks Megatron for its arguments, --mhc among them, and for nothing else."""
+    script = tmp_path / "own.py"
+    script.write_text(
+        "from megatron.training.arguments import parse_args, validate_args\n"
+        "validate_args(parse_args())\n"
+        f"print('trained')\n{end}\n"
+    )
+    result = python("-m", "megatron_mhc.run", "--cpu", str(script), *TINY, "--mhc")
+    assert result.returncode != 0 and "trained" in result.stdout
+    assert "own.py got --mhc and ended without a spec with mHC" in result.stdout
+
+
 def test_the_runner_without_a_gpu_names_the_flag() -> None:
     result = python("-m", "megatron_mhc.run", SCRIPT, *TINY, "--mhc")
     assert result.returncode != 0
@@ -336,8 +350,9 @@ def test_the_runner_without_a_file() -> None:
     assert result.returncode == 2 and "there is no file 'nothing.py'" in result.stdout
 
 
-def test_the_runners_help_lists_our_flags() -> None:
-    result = python("-m", "megatron_mhc.run", "--help")
+@pytest.mark.parametrize("flags", [["--help"], ["--cpu", "-h"]])
+def test_the_runners_help_lists_our_flags(flags: list[str]) -> None:
+    result = python("-m", "megatron_mhc.run", *flags)
     assert result.returncode == 0
     for flag in ("--cpu", "--mhc ", "--mhc-num-streams", "--mhc-variant"):
         assert flag in result.stdout

@@ -55,7 +55,7 @@ POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
         (lambda: kernels.rebuild(X, [POST[:1]], []), r"h_pre\[0\] has shape"),
         (
             lambda: kernels.rebuild(X, [POST, POST], [(F[1:], POST, RES, None)]),
-            "f has shape",
+            r"ended\[0\]'s f has shape",
         ),
         (lambda: kernels.rebuild(X, [POST], [], us=[]), "us has 0 tensors; expected 1"),
         (
@@ -143,3 +143,17 @@ def test_auto_takes_triton_on_a_gpu_where_there_is_a_kernel() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_references_rebuild_equals_its_forward_to_the_bit(dtype: torch.dtype) -> None:
     check_rebuild(5, 3, 7, 4, dtype, "cpu", backend="torch")
+
+
+@pytest.mark.parametrize("operation", ["combine_pre", "hc_coefficients"])
+def test_the_reference_keeps_fp32_under_autocast(operation: str) -> None:
+    """`enable_autocast` of Megatron's TransformerConfig runs layers under it."""
+    arguments = {
+        "combine_pre": (X, F, POST, RES, PHI, ALPHA, BIAS),
+        "hc_coefficients": (X, torch.randn(6, 8), ALPHA, BIAS),
+    }[operation]
+    wanted = getattr(kernels, operation)(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = getattr(kernels, operation)(*arguments)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
