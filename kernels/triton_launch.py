@@ -41,14 +41,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         return
     here = device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
-        key = (kernel.fn, device.index, *map(_kind, arguments), *constants.items())
-        found = _compiled.get(key)
-        if found is None:
-            constant = _constants(kernel, arguments, constants)
-            _compiled[key] = kernel[grid](*arguments, **constants), constant
-        else:
-            compiled, constant = found
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constant)
+        launch_here(device.index, kernel, grid, arguments, constants)
+
+
+def launch_here(
+    device: int,
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """`launch` on the current device, which this one is."""
+    key = (kernel.fn, device, *map(_kind, arguments), *constants.items())
+    if key in _compiled:
+        compiled, constant = _compiled[key]
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constant)
+    else:
+        constant = _constants(kernel, arguments, constants)
+        _compiled[key] = kernel[grid](*arguments, **constants), constant
 
 
 def _kind(argument: Any) -> Any:
