@@ -10,6 +10,7 @@ from torch import Tensor
 from . import triton_config as config
 from .triton_device import load_columns, load_streams
 from .triton_launch import dense, launch
+from .triton_operator import operator
 
 
 @triton.jit(do_not_specialize=["T", "share"])
@@ -109,7 +110,7 @@ def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
     return u
 
 
-@torch.library.custom_op("megatron_mhc::aggregate", mutates_args=())
+@operator("aggregate")
 def _aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
     """x [T, n, C], h_pre [T, n] -> u [T, C]."""
     return weighted_sum(x, h_pre)
@@ -120,7 +121,7 @@ def _(x, h_pre):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], x.shape[2])
 
 
-@torch.library.custom_op("megatron_mhc::aggregate_backward", mutates_args=())
+@operator("aggregate_backward")
 def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and h_pre."""
     tokens, n, width = x.shape

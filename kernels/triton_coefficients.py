@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from .triton_operator import operator
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
 
 
-@torch.library.custom_op("megatron_mhc::coefficients", mutates_args=())
+@operator("coefficients")
 def _coefficients(
     x: Tensor,
     phi: Tensor,
@@ -42,7 +43,7 @@ def _(x, phi, alpha, bias, iterations, norm_eps, pre_eps, sinkhorn_eps):  # type
     return tuple(alpha.new_empty(shape) for shape in shapes)
 
 
-@torch.library.custom_op("megatron_mhc::coefficients_backward", mutates_args=())
+@operator("coefficients_backward")
 def _coefficients_backward(
     x: Tensor,
     phi: Tensor,

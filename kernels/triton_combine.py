@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from .triton_launch import dense
+from .triton_operator import operator
 from .triton_projection import project
 from .triton_stream_gradients import streams_gradients
 
 
-@torch.library.custom_op("megatron_mhc::combine", mutates_args=())
+@operator("combine")
 def _combine(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None) -> Tensor:
     """x [T, n, C] -> y [T, n, C]."""
     y, _ = project(x, None, (f, h_post, h_res, f_bias))
@@ -20,7 +21,7 @@ def _(x, f, h_post, h_res, f_bias):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("megatron_mhc::combine_backward", mutates_args=())
+@operator("combine_backward")
 def _combine_backward(
     x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .triton_launch import dense
+from .triton_operator import operator
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
 
 
-@torch.library.custom_op("megatron_mhc::combine_pre", mutates_args=())
+@operator("combine_pre")
 def _combine_pre(
     x: Tensor,
     f: Tensor,
@@ -58,7 +59,7 @@ def _(x, f, h_post, h_res, phi, *rest):  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("megatron_mhc::combine_pre_backward", mutates_args=())
+@operator("combine_pre_backward")
 def _combine_pre_backward(
     x: Tensor,
     f: Tensor,

@@ -97,6 +97,7 @@ def tunable(
 ) -> Callable[[int, int, torch.dtype], Tile]:
     """The tile of a kernel: the file's where it has this case, else the one below."""
 
+    @functools.cache
     @functools.wraps(default)
     def tile(n: int, width: int, dtype: torch.dtype) -> Tile:
         return tuned().get(key(default.__name__, n, width, dtype)) or default(n, width, dtype)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from .triton_operator import operator
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
 
 
-@torch.library.custom_op("megatron_mhc::head", mutates_args=())
+@operator("head")
 def _head(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, pre_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,7 +25,7 @@ def _(x, fn, scale, base, norm_eps, pre_eps):  # type: ignore[no-untyped-def]
     return x.new_empty(tokens, width), scale.new_empty(tokens, n), scale.new_empty(tokens)
 
 
-@torch.library.custom_op("megatron_mhc::head_backward", mutates_args=())
+@operator("head_backward")
 def _head_backward(
     x: Tensor,
     fn: Tensor,

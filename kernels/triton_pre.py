@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from .triton_operator import operator
 from .triton_projection import finish, project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
 
 
-@torch.library.custom_op("megatron_mhc::pre", mutates_args=())
+@operator("pre")
 def _pre(
     x: Tensor,
     phi: Tensor,
@@ -48,7 +49,7 @@ def _(x, phi, alpha, bias, iterations, norm_eps, pre_eps, sinkhorn_eps):  # type
     )
 
 
-@torch.library.custom_op("megatron_mhc::pre_backward", mutates_args=())
+@operator("pre_backward")
 def _pre_backward(
     x: Tensor,
     phi: Tensor,

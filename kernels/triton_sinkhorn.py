@@ -8,6 +8,7 @@ from torch import Tensor
 from .triton_config import SINKHORN_TOKENS
 from .triton_device import sinkhorn_backward, sinkhorn_forward
 from .triton_launch import dense, launch
+from .triton_operator import operator
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -58,7 +59,7 @@ def _launch(logits: Tensor, gradient: Tensor | None, iterations: int, eps: float
     return out
 
 
-@torch.library.custom_op("megatron_mhc::sinkhorn", mutates_args=())
+@operator("sinkhorn")
 def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """logits [T, n, n] fp32 -> [T, n, n] fp32."""
     return _launch(logits, None, iterations, eps)
@@ -69,7 +70,7 @@ def _(logits, iterations, eps):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("megatron_mhc::sinkhorn_backward", mutates_args=())
+@operator("sinkhorn_backward")
 def _sinkhorn_backward(logits: Tensor, gradient: Tensor, iterations: int, eps: float) -> Tensor:
     """The gradient of the logits."""
     return _launch(logits, gradient, iterations, eps)

@@ -14,15 +14,21 @@ from megatron_mhc.kernels import triton_config as config
 BF16 = torch.bfloat16
 
 
+def forget() -> None:
+    """Have the tiles read anew."""
+    for cached in (config.tuned, *config.TUNABLE.values()):
+        cached.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is read once a process is read for each test, as on an H100."""
     monkeypatch.setattr(config, "architecture", lambda: "sm_90")
     monkeypatch.setattr(config, "multiprocessors", lambda: 132)
     monkeypatch.delenv(config.ENVIRONMENT_VARIABLE, raising=False)
-    config.tuned.cache_clear()
+    forget()
     yield
-    config.tuned.cache_clear()
+    forget()
 
 
 def filled(tile: config.Tile, width: int) -> float:
@@ -46,12 +52,13 @@ def test_a_card_with_fewer_multiprocessors_has_its_own_shares(
 ) -> None:
     of_an_h100 = config.project(4, 4096, BF16)
     monkeypatch.setattr(config, "multiprocessors", lambda: 108)  # an A100
+    forget()
     assert filled(config.project(4, 4096, BF16), 4096) > 0.95 > filled(of_an_h100, 4096)
 
 
 def use(file: Path, tiles: object) -> None:
     file.write_text(json.dumps(tiles))
-    config.tuned.cache_clear()
+    forget()
 
 
 def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
@@ -65,6 +72,7 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
     assert [config.project(*case) for case in others] == before
     assert config.streams_backward(4, 4096, BF16).tokens == 8
     monkeypatch.setattr(config, "architecture", lambda: "sm_80")
+    forget()
     assert config.project(4, 4096, BF16).tokens == 16
 
 
@@ -108,7 +116,7 @@ def test_what_tune_kernels_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for width, tokens in ((4096, 8), (2560, 32), (4096, 32)):
         tuning.save(file, {"project": (tokens, 64, 8, 2, 3, 255), "finish": (8, 1, 1, 4, 1)}, width)
     monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(file))
-    config.tuned.cache_clear()
+    forget()
     assert config.project(4, 4096, BF16) == config.Tile(32, 64, 8, 2, 3, 255)
     assert config.project(4, 2560, BF16).tokens == 32
     assert config.finish(4, 2560, BF16) == config.Tile(8, 1, 1, 4, 1)

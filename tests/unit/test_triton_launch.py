@@ -1,54 +1,177 @@
-"""What `launch` relies on in every kernel: the order of parameters, and none is specialized."""
+"""`launch` gives the driver what Triton itself gives it, at every place that calls it."""
 
+import ast
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import GPUDriver
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_mhc import kernels
 from megatron_mhc.kernels import triton_launch
 
-SMALL = {"norm_eps", "pre_eps"}
-"""Floats, which Triton compiles a kernel for once, whatever their value."""
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}
+FLOATS = {"norm_eps", "pre_eps"}
+"""Triton compiles a kernel for a float once, whatever its value."""
 
 
-def launched() -> dict[str, Any]:
-    """Every kernel of the package: what is compiled on its own, not called by another."""
-    found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name.startswith("triton_"):
-            members = vars(importlib.import_module(f"megatron_mhc.kernels.{module.name}"))
-            found |= {name: f for name, f in members.items() if name.endswith("_kernel")}
-    return found
+def modules() -> dict[str, Any]:
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    return {
+        name: importlib.import_module(f"megatron_mhc.kernels.{name}")
+        for name in names
+        if name.startswith("triton_")
+    }
 
 
-def test_constants_stand_behind_arguments_that_are_not_specialized() -> None:
-    found = launched()
-    assert len(found) >= 11
-    for name, kernel in found.items():
-        assert isinstance(kernel, JITFunction), name
-        constant = [parameter.is_constexpr for parameter in kernel.params]
-        assert constant == sorted(constant), f"{name}: a constant before an argument"
-        for parameter in kernel.params:
-            pointer = parameter.name.endswith(("_ptr", "_ptrs"))
-            told = pointer or parameter.is_constexpr or parameter.name in SMALL
-            assert told or parameter.do_not_specialize, f"{name}: {parameter.name}"
+def calls() -> Iterator[tuple[JITFunction, ast.Call]]:
+    """Every call of `launch` in the package, with the kernel that it names."""
+    for module in modules().values():
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "launch":
+                yield vars(module)[ast.unparse(node.args[0])], node
+
+
+def test_every_launch_has_arguments_first_and_constants_by_name() -> None:
+    found = list(calls())
+    assert len({kernel.__name__ for kernel, _ in found}) == 12
+    for kernel, call in found:
+        arguments = [p for p in kernel.params if not p.is_constexpr]
+        assert [p.name for p in kernel.params[: len(arguments)]] == [p.name for p in arguments]
+        assert len(call.args) - 2 == len(arguments), kernel.__name__
+        named = {keyword.arg for keyword in call.keywords} - OPTIONS
+        assert named == {p.name for p in kernel.params if p.is_constexpr}, kernel.__name__
+        for p in arguments:
+            told = p.name.endswith(("_ptr", "_ptrs")) or p.name in FLOATS or p.do_not_specialize
+            assert told, f"{kernel.__name__} would be compiled for each {p.name}"
+
+
+KERNEL = modules()["triton_sums"].sum_mixing_kernel
+GIVEN = {"BW": 128, "N": 4, "num_warps": 4, "BB": 16, "BLOCKS": 64}
 
 
 def test_constants_are_put_in_the_kernels_order() -> None:
-    kernel = launched()["sum_mixing_kernel"]
-    given = {"BW": 128, "N": 4, "num_warps": 4, "BB": 16, "BLOCKS": 64}
-    assert triton_launch._constants(kernel, (None, None, None, 5), given) == [4, 64, 16, 128]
+    assert triton_launch._constants(KERNEL, (None, None, None, 5), GIVEN) == [4, 64, 16, 128]
 
 
 @pytest.mark.parametrize("arguments", [(None, None, None, 5, 4), (None, 7, None, 5)])
 def test_what_triton_would_compile_anew_is_refused(arguments: tuple[Any, ...]) -> None:
-    kernel = launched()["sum_mixing_kernel"]
-    given = {"BW": 128, "N": 4, "BB": 16, "BLOCKS": 64}
     with pytest.raises(TypeError, match=r"sum_mixing_kernel: (N|d_post_ptr) is compiled for each"):
-        triton_launch._constants(kernel, arguments, given)
+        triton_launch._constants(KERNEL, arguments, GIVEN)
+
+
+launched: list[Any] = []
+"""What was given to the driver below."""
+
+
+class Launcher:
+    """Where Triton's C code would launch."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.name = metadata.name
+
+    def __call__(self, *arguments: Any) -> None:
+        launched.append((self.name, *arguments))
+
+
+class Utilities:
+    """What a compiled kernel asks of the driver before its first launch."""
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        return 1, 2, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+
+class Driver(GPUDriver):
+    """An H100's compiler, without an H100."""
+
+    def __init__(self) -> None:
+        self.utils, self.launcher_cls = Utilities(), Launcher
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 7
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    get_device_interface = get_benchmarker = clear_cache = None
+    get_empty_cache_for_benchmark = None
+
+
+def comparable(value: Any) -> Any:
+    """Equal for what is the same to a driver: tensors by address, hooks' lazy data by content."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.dtype
+    if isinstance(value, tuple):
+        return tuple(map(comparable, value))
+    return getattr(value, "data", value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
+def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers, absent tensors, tuples of tensors, one and three dimensions of a grid."""
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    compared = []
+
+    def both(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        launched.clear()
+        kernel[grid](*arguments, **constants)
+        for _ in range(2):  # it compiles, then launches directly
+            triton_launch.launch_here(0, kernel, grid, arguments, constants)
+        triton, first, direct = map(comparable, map(tuple, launched))
+        assert triton == first == direct
+        compared.append(kernel.__name__)
+
+    for module in modules().values():
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", both)
+    monkeypatch.setattr(driver, "_active", Driver())
+    operations = modules()["triton_operations"]
+    logits = torch.zeros(5, 4, 4)
+    operations.sinkhorn(logits, 3, 0.0)
+    x, f, h_post = torch.zeros(5, 4, 16), torch.zeros(5, 16), torch.zeros(5, 4)
+    operations.aggregate(x[:0], h_post[:0])
+    operations.aggregate(x, h_post)
+    operations.rebuild(x, [h_post] * 3, [(f, h_post, logits, None)] * 2)
+    modules()["triton_sums"].sum_rows(torch.zeros(7, 40), torch.zeros(40))
+    modules()["triton_launch"].pack_weights(torch.zeros(24, 64), torch.bfloat16)
+    assert set(compared) == {
+        *("sinkhorn_kernel", "aggregate_kernel", "rebuild_kernel"),
+        *("sum_rows_kernel", "pack_kernel"),
+    }
+
+
+def test_a_kernel_is_compiled_for_what_triton_looks_at() -> None:
+    """The kinds of `launch` are Triton's own: whether 16 bytes divide a pointer, and so on."""
+    aligned = torch.zeros(64)
+    kinds = [
+        triton_launch._kind(value)
+        for value in (aligned, aligned[1:], aligned.bfloat16(), None, 1, 2**31, 0.5, (aligned,))
+    ]
+    assert len(set(kinds)) == len(kinds)
+    assert triton_launch._kind(16) == triton_launch._kind(1)
+    assert triton_launch._kind(aligned[4:]) == triton_launch._kind(aligned)

@@ -4,6 +4,7 @@ The interpreter is chosen when triton is imported, so the tests below run in a p
 with TRITON_INTERPRET=1; in any other process this file has the one test that starts it.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -231,6 +232,27 @@ else:
                 args,
                 test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
             )
+
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_directly_and_as_operators_alike(operation: str) -> None:
+        """What torch.compile traces and what a training step calls: the same bits."""
+        found = []
+        for watched in (False, True):
+            names = set()
+
+            class Watch(TorchDispatchMode):
+                def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                    names.add(function.namespace)  # noqa: B023
+                    return function(*args, **(kwargs or {}))
+
+            arguments = inputs(operation, 5, 4, 40, torch.bfloat16, "cpu")
+            with Watch() if watched else contextlib.nullcontext():
+                out = run(getattr(kernels, operation), arguments, backend="triton")
+                torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+            assert ("megatron_mhc" in names) == watched
+            found.append([*out, *(argument.grad for argument in arguments.values())])
+        for direct, traced in zip(*found, strict=True):
+            assert torch.equal(direct, traced)
 
     def test_float64_is_refused_and_left_to_the_reference() -> None:
         x, h_pre = torch.randn(2, 4, 8).double(), torch.rand(2, 4).double()
