@@ -39,7 +39,8 @@ class Operator:
 
         # the profiler shows the name
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._direct = type(self._name, (torch.autograd.Function,), members).apply
+        around: Any = type(self._name, (torch.autograd.Function,), members)
+        self._direct = around.apply
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it: the operator where something traces, else the function itself."""
