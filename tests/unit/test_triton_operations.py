@@ -254,6 +254,19 @@ else:
         for direct, traced in zip(*found, strict=True):
             assert torch.equal(direct, traced)
 
+    def test_compiles_as_one_graph() -> None:
+        """torch.compile finds operators, and nothing that it cannot trace."""
+        plain = inputs("combine_pre", 5, 4, 40, torch.bfloat16, "cpu")
+        traced = {name: t.detach().clone().requires_grad_() for name, t in plain.items()}
+
+        def site(**arguments: torch.Tensor) -> torch.Tensor:
+            return sum(t.float().sum() for t in kernels.combine_pre(**arguments, backend="triton"))
+
+        site(**plain).backward()
+        torch.compile(site, fullgraph=True, backend="aot_eager")(**traced).backward()
+        for name, tensor in traced.items():
+            assert torch.equal(tensor.grad, plain[name].grad), name
+
     def test_float64_is_refused_and_left_to_the_reference() -> None:
         x, h_pre = torch.randn(2, 4, 8).double(), torch.rand(2, 4).double()
         with pytest.raises(ValueError, match="float64"):
