@@ -3,7 +3,7 @@ VENV ?= .venv
 MHC ?= 1
 MATRIX ?= 0.18.2 0.19.2
 # two files of tests at a time: most of a test's time is one process that starts
-WORKERS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON ?= $(shell for p in python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
