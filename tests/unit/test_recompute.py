@@ -18,12 +18,14 @@ N, WIDTH = 4, 8
 class Layers(torch.nn.Module):
     """Two layers of two sites each around tanh, behind norms; one block with recompute."""
 
-    def __init__(self, recompute: bool = True) -> None:
+    def __init__(
+        self, recompute: bool = True, backend: str = "torch", dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        mhc = MHCConfig(recompute=2 if recompute else None)
+        mhc = MHCConfig(recompute=2 if recompute else None, backend=backend)
         self.connections = torch.nn.ModuleList(HyperConnection(mhc, WIDTH, i) for i in range(4))
-        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(WIDTH) for _ in range(4))
-        self.recompute_block = Block(2, "torch") if recompute else None
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(WIDTH, dtype=dtype) for _ in range(4))
+        self.recompute_block = Block(2, backend) if recompute else None
         self.sites = [Site(connection) for connection in self.connections]
         generator = torch.Generator().manual_seed(0)
         for parameter in self.connections.parameters():

@@ -47,6 +47,7 @@ else:
         run,
         settings,
     )
+    from tests.unit.test_recompute import Layers
 
     CASES = (
         # tokens, n, width, convention, iterations: an odd width, several tiles, every n
@@ -253,6 +254,24 @@ else:
             found.append([*out, *(argument.grad for argument in arguments.values())])
         for direct, traced in zip(*found, strict=True):
             assert torch.equal(direct, traced)
+
+    def test_recompute_over_the_kernels_is_exact() -> None:
+        """Dropped, rebuilt, and the bits of a run that keeps all."""
+        found = []
+        for recompute in (False, True):
+            torch.manual_seed(3)
+            model = Layers(recompute, "triton", torch.bfloat16)
+            generator = torch.Generator().manual_seed(1)
+            x = torch.randn(3, 1, 32, generator=generator).bfloat16().requires_grad_()
+            normed: list[torch.Tensor] = []
+            result = model(x, normed)
+            kept = [tensor.untyped_storage().nbytes() for tensor in normed]
+            assert all(kept) if not recompute else not any(kept)
+            result.float().square().sum().backward()
+            gradients = [x.grad, *(parameter.grad for parameter in model.parameters())]
+            found.append([result.detach(), *gradients])
+        for kept_all, rebuilt in zip(*found, strict=True):
+            assert torch.equal(kept_all, rebuilt)
 
     def test_compiles_as_one_graph() -> None:
         """torch.compile finds operators, and nothing that it cannot trace."""
