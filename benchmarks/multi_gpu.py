@@ -392,6 +392,13 @@ def main() -> int:
     if gpus >= 4:  # two virtual stages each
         small = small.replace("--num-layers 4", "--num-layers 8")
     correct = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
+    if options.only:
+        if not {*options.parts} <= {"pipelines", "other_parallelism"}:
+            parser.error("--only goes with --parts pipelines, other_parallelism or both")
+        # each launch is a partial of `train`, whose first argument is the run's name
+        known = {launch.args[0] for launches, _ in correct for launch in launches}
+        if unknown := {*options.only} - known:
+            parser.error(f"--only: no {', '.join(unknown)} among {', '.join(sorted(known))}")
     if correct:
         bench.reserved = options.timing if "step_times" in options.parts else 0.0
         bench.side_by_side(
@@ -401,8 +408,8 @@ def main() -> int:
             ]
         )
         launches = [launch for launches, _ in correct for launch in launches]
-        if options.only:  # a partial of `train`: its first argument is the run's name
-            launches = [f for f in launches if getattr(f, "args", [""])[0] in options.only]
+        if options.only:
+            launches = [launch for launch in launches if launch.args[0] in options.only]
         bench.side_by_side(launches)
         for check in (check for _, checks in correct for check in checks):
             check()

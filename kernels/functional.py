@@ -5,6 +5,7 @@ naming the argument that does not fit, what came and what was wanted. All but `h
 `backend=` (`backend.resolve` says what it means).
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,17 @@ from .checks import (
 )
 
 
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would round the reference's products to 16 bits; "meta" tensors know of none."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
     """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
     if resolve(backend, n, x.device, x.dtype) == "torch":
-        # autocast would round the products to 16 bits
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             return getattr(reference, operation)(x, *args, **kw)
     from . import triton_operations  # imports triton: only where it is wanted
 
@@ -286,5 +293,5 @@ def hc_coefficients(
     check_parameter("theta", theta, (n + 2, width), x)
     check_parameter("alpha", alpha, (3,), x)
     check_parameter("bias", bias, (n * n + 2 * n,), x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return reference.hc_coefficients(x, theta, alpha, bias)

@@ -1,7 +1,8 @@
-"""An operation as PyTorch knows it: an operator of torch.library, and a shorter way around it.
+"""An operation as PyTorch knows it: a custom operator, and a shorter way around it.
 
 torch.compile and whatever else traces needs operators. A training step needs none, and they cost
-its host 0.2 ms a site: it calls the same functions under an autograd.Function.
+its host 0.2 ms a site (both ways, measured on a CPU without launches): it calls the same functions
+under an autograd.Function.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Operator:
@@ -16,7 +18,7 @@ class Operator:
 
     Args:
         name: of the operator.
-        function: what it does, with types that torch.library understands.
+        function: what it does, with types that a custom operator's schema has.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -28,7 +30,10 @@ class Operator:
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., None]
     ) -> None:
-        """As torch.library's: `setup_context(ctx, inputs, output)`, `backward(ctx, *gradients)`."""
+        """As PyTorch's: `setup_context(ctx, inputs, output)`, `backward(ctx, *gradients)`.
+
+        Either way the gradient has none of its own: asking for it raises a RuntimeError.
+        """
         self._traced.register_autograd(backward, setup_context=setup_context)
         function = self._direct
 
@@ -38,7 +43,10 @@ class Operator:
             return output
 
         # the profiler shows the name
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(once_differentiable(backward)),
+        }
         around: Any = type(self._name, (torch.autograd.Function,), members)
         self._direct = around.apply
 

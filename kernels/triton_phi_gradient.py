@@ -14,8 +14,8 @@ from .triton_launch import PHI_TERMS, launch
 from .triton_sums import sum_rows
 
 LONGEST_SHARE = 4096
-"""Tokens that one program adds up. The matrix units cut sums off, towards zero: a share of 65,536
-tokens was 2e-4 off on an H100, and the error grows with the share."""
+"""Tokens that one program adds up. A share of 65,536 tokens was 2e-4 off on an H100: the matrix
+units cut sums off, towards zero (inferred), and such an error grows with the share."""
 
 
 @triton.jit(do_not_specialize=["T", "share"])

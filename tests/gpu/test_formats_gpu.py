@@ -52,9 +52,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 FP8_ROUNDING = 5e-2
 """e4m3 rounds by up to 2**-4 an element; sums over 256 elements and more leave far less, but a
 router's choice may flip."""
-FP8_STEPS = 5
-"""Losses that are compared: a router's flipped choice is trained on, and later losses go their own
-way (by 15 % in the tenth step where it was seen)."""
+NEAR_STEPS = {"dense": STEPS, "moe": STEPS, "mla moe": 5}
+"""Steps in which fp8 stays that near to bf16. With MLA and MoE the ninth was 15 % off: from the
+sixth on, the ordinary model's own distance is the measure."""
 BF16_ROUNDING = 1e-2
 """2**-9 an element, some roundings a layer."""
 
@@ -150,6 +150,11 @@ def trained(kind: str, precision: str, mhc: MHCConfig | None) -> dict[str, Any]:
     return {"losses": losses, "dtypes": dtypes}
 
 
+def farthest(losses: list[float], others: list[float]) -> float:
+    """The largest relative distance of two runs' losses."""
+    return max(abs(a / b - 1) for a, b in zip(losses, others, strict=True))
+
+
 WIDE = MHCConfig(backend="triton")
 
 
@@ -168,7 +173,12 @@ def test_a_format_trains_from_the_ordinary_models_start(kind: str, precision: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp8_stays_near_bf16(kind: str, precision: str) -> None:
     got, want = trained(kind, precision, WIDE)["losses"], trained(kind, "bf16", WIDE)["losses"]
-    assert got[:FP8_STEPS] == pytest.approx(want[:FP8_STEPS], rel=FP8_ROUNDING)
+    steps = NEAR_STEPS[kind]
+    assert got[:steps] == pytest.approx(want[:steps], rel=FP8_ROUNDING)
+    if steps < STEPS:
+        ordinary = [trained(kind, form, None)["losses"] for form in (precision, "bf16")]
+        # twice: another model's routers flip elsewhere
+        assert farthest(got, want) <= 2 * farthest(*ordinary)
     assert got != want, "nothing was quantised"
 
 

@@ -186,6 +186,10 @@ def test_the_single_gpu_scripts_flags_are_accepted(script: str, flags: list[str]
             [*PLAIN, "--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"],
             "stage 0 cannot be built: bias is not supported in the shared experts",
         ),
+        (
+            [*PLAIN, "--multi-latent-attention", "--rope-type", "rope"],
+            "stage 0 cannot be built: apply_rope_fusion for MLA only works with YARN",
+        ),
     ],
 )
 def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -> None:

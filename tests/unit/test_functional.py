@@ -145,6 +145,13 @@ def test_the_references_rebuild_equals_its_forward_to_the_bit(dtype: torch.dtype
     check_rebuild(5, 3, 7, 4, dtype, "cpu", backend="torch")
 
 
+def test_tensors_without_memory_have_results_without_memory() -> None:
+    arguments = [tensor.to("meta") for tensor in (X, F, POST, RES, PHI, ALPHA, BIAS)]
+    results = kernels.combine_pre(*arguments)
+    assert [r.shape for r in results] == [X.shape, F.shape, POST.shape, RES.shape]
+    assert {r.device.type for r in results} == {"meta"}
+
+
 @pytest.mark.parametrize("operation", ["combine_pre", "hc_coefficients"])
 def test_the_reference_keeps_fp32_under_autocast(operation: str) -> None:
     """`enable_autocast` of Megatron's TransformerConfig runs layers under it."""

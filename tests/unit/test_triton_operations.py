@@ -273,6 +273,19 @@ else:
         for kept_all, rebuilt in zip(*found, strict=True):
             assert torch.equal(kept_all, rebuilt)
 
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_a_gradients_gradient_is_refused(traced: bool) -> None:
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                return function(*args, **(kwargs or {}))
+
+        x, h_pre = torch.randn(2, 4, 8), torch.rand(2, 4)
+        with Watch() if traced else contextlib.nullcontext():
+            u = kernels.aggregate(x.requires_grad_(), h_pre.requires_grad_(), backend="triton")
+            (dx,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
+            with pytest.raises(RuntimeError):
+                dx.sum().backward()
+
     def test_compiles_as_one_graph() -> None:
         """torch.compile finds operators, and nothing that it cannot trace."""
         plain = inputs("combine_pre", 5, 4, 40, torch.bfloat16, "cpu")
