@@ -22,6 +22,7 @@ NEEDS_0_19 = pytest.mark.skipif(
 EXAMPLES = ROOT / "examples"
 
 
+ROPE = ["--position-embedding-type", "rope"]
 PLAIN = [
     *("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"),
     *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "1"),
@@ -187,7 +188,7 @@ def test_the_single_gpu_scripts_flags_are_accepted(script: str, flags: list[str]
             "stage 0 cannot be built: bias is not supported in the shared experts",
         ),
         (
-            [*PLAIN, "--multi-latent-attention", "--rope-type", "rope"],
+            [*PLAIN, *["--multi-latent-attention", "--rope-type", "rope"], *ROPE],
             "stage 0 cannot be built: apply_rope_fusion for MLA only works with YARN",
         ),
     ],
