@@ -6,7 +6,8 @@ import pytest
 
 from megatron_mhc import with_mhc
 from megatron_mhc.patches.releases import REFUSED, SUPPORTED, megatron_core_version
-from tests.megatron.test_plugin import RUN, python, specs
+from tests.megatron.test_plugin import RUN, python
+from tests.megatron.test_specs import specs
 
 REFUSALS = [
     *((f"{series}.1", f"{series}.1 is not supported: {why}. ") for series, why in REFUSED.items()),
