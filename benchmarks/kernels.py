@@ -4,6 +4,7 @@
     python benchmarks/kernels.py --quick                            # T 8192, C 4096 alone
     python benchmarks/kernels.py --tokens 4096 --widths 2560 7168 --peers ours TileKernels
     python benchmarks/kernels.py --operations                       # each operation of ours alone
+    python benchmarks/kernels.py --quick --by-kernel --peers ours   # each CUDA kernel of a site
 
 A site of ours is `combine_pre`, the boundary between two sites, and its backward with all parameter
 gradients; a peer's is its pre, F the identity, its post, and their backward. Everything runs in one
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from bandwidth import copy_bandwidth
 from kernel_peers import PEERS, Shapes, Site
+from site_kernels import kernel_times
 
 from megatron_mhc import kernels
 
@@ -103,8 +105,10 @@ def memory(site: Site) -> tuple[int, int]:
     return saved, torch.cuda.max_memory_allocated() - before
 
 
-def measure(build: Callable[[Shapes], Site], shapes: Shapes) -> dict[str, Any]:
-    """Times and memory of one implementation at one size."""
+def measure(
+    build: Callable[[Shapes], Site], shapes: Shapes, by_kernel: bool = False
+) -> dict[str, Any]:
+    """Times and memory of one implementation at one size, and of each kernel where asked for."""
     bytes_a_set = 2 * shapes.tokens * shapes.n * shapes.width
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -125,9 +129,12 @@ def measure(build: Callable[[Shapes], Site], shapes: Shapes) -> dict[str, Any]:
         replays = [captured(lambda site=site, step=step: step(site)) for site in sites]
         result[f"{name}_graph"] = all(replay is not None for replay in replays)
         if result[f"{name}_graph"]:
-            result[f"{name}_us"] = median_us(lambda i, r=replays: r[i](), len(sites))
+            run = lambda i, r=replays: r[i]()  # noqa: E731
         else:
-            result[f"{name}_us"] = median_us(lambda i, s=step: s(sites[i]), len(sites))
+            run = lambda i, s=step: s(sites[i])  # noqa: E731
+        result[f"{name}_us"] = median_us(run, len(sites))
+        if by_kernel:
+            result[f"{name}_kernels_us"] = kernel_times(run, len(sites))
         for site in sites:
             site.results = ()
         del replays
@@ -153,7 +160,8 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
                 row["error"] = "not run: out of time"
             else:
                 try:
-                    row.update(measure(PEERS[name], Shapes(tokens, width)))
+                    shapes = Shapes(tokens, width)
+                    row.update(measure(PEERS[name], shapes, arguments.by_kernel))
                 except (ImportError, OSError) as error:
                     row["error"] = f"not installed: {error}"
                 except Exception as error:
@@ -173,7 +181,16 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
             line += f" {row['host_us']:8.0f}"
             line += f" {row['saved_bytes'] / 1e6:9.1f} {row['peak_bytes'] / 1e6:8.0f}"
             print(f"{line} {row['seconds']:5.0f}", flush=True)
+            if arguments.by_kernel:
+                for part in ("forward", "both"):
+                    print_kernels(part, row[f"{part}_kernels_us"], one_pass)
     return rows
+
+
+def print_kernels(part: str, times: dict[str, float], one_pass: float) -> None:
+    """A line a kernel."""
+    for name, time_us in times.items():
+        print(f"{part:>20} {time_us:9.1f} us {time_us / one_pass:6.2f} passes  {name[:90]}")
 
 
 def operations(tokens: int, width: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -259,6 +276,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--quick", action="store_true", help="T 8192, C 4096 alone")
     parser.add_argument("--operations", action="store_true", help="our operations alone as well")
+    parser.add_argument("--by-kernel", action="store_true", help="times of a site's CUDA kernels")
     parser.add_argument("--seconds", type=float, default=420, help="start nothing new after this")
     parser.add_argument("--output", type=Path, default=Path("kernels"), help="stem of JSON and PNG")
     arguments = parser.parse_args()

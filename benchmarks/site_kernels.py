@@ -1,0 +1,49 @@
+"""The CUDA kernels that a site launches, and the time of each, by torch.profiler."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def kernel_times(step: Callable[[int], object], sets: int, runs: int = 20) -> dict[str, float]:
+    """Median time in us of each kernel that step(i % sets) launches, in the order of launching.
+
+    Args:
+        step: launches the same kernels in the same order each time, plainly or as a graph.
+        sets: sets of buffers to rotate through.
+
+    Returns:
+        Name -> us, the sum over its launches in one step; "between kernels" is what is left of
+        the time from the first kernel's start to the last one's end.
+
+    Raises:
+        RuntimeError: two steps differed in their number of kernels.
+    """
+    for i in range(sets):
+        step(i)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for i in range(runs):
+            step(i % sets)
+        torch.cuda.synchronize()
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    if len(kernels) % runs:
+        raise RuntimeError(f"{len(kernels)} kernels in {runs} steps: not the same ones each time")
+    count = len(kernels) // runs
+    taken = defaultdict(list)
+    for first in range(0, len(kernels), count):
+        one = kernels[first : first + count]
+        times: dict[str, float] = defaultdict(float)
+        for start, end, name in one:
+            times[name] += end - start
+        times["between kernels"] = one[-1][1] - one[0][0] - sum(times.values())
+        for name, time in times.items():
+            taken[name].append(time)
+    return {name: statistics.median(times) for name, times in taken.items()}
