@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from bandwidth import copy_bandwidth
 from kernel_peers import PEERS, Shapes, Site
-from site_kernels import kernel_times
+from site_kernels import captured, kernel_times
 
 from megatron_mhc import kernels
 
@@ -71,24 +71,6 @@ def host_us(step: Callable[[], object]) -> float:
         taken.append(time.perf_counter() - begun)
     torch.cuda.synchronize()
     return statistics.median(taken) * 1e6
-
-
-def captured(step: Callable[[], object]) -> Callable[[], object] | None:
-    """A replay of step() as a CUDA graph, or None where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            step()
-        return graph.replay
-    except Exception:
-        torch.cuda.synchronize()
-        return None
 
 
 def memory(site: Site) -> tuple[int, int]:

@@ -8,6 +8,24 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
+def captured(step: Callable[[], object]) -> Callable[[], object] | None:
+    """A replay of step() as a CUDA graph, or None where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            step()
+        return graph.replay
+    except Exception:
+        torch.cuda.synchronize()
+        return None
+
+
 def kernel_times(step: Callable[[int], object], sets: int, runs: int = 20) -> dict[str, float]:
     """Median time in us of each kernel that step(i % sets) launches, in the order of launching.
 

@@ -145,7 +145,12 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
 @tunable
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.finish_kernel`: a few tokens a program; it reads no channels."""
-    return Tile(tokens=16, channels=1, warps=2)
+    return Tile(tokens=8, channels=1, warps=1)
+
+
+FINISH_LOADS = 256
+"""Partial sums that a warp of `finish_kernel` loads at once, eight a thread. More are slower: their
+code is longer, and each launch fetches it anew (64 a thread: 37 to 53 us where 8 take 22 to 31)."""
 
 
 @tunable

@@ -58,21 +58,22 @@ def load_columns(ptr, t64, mask, COUNT: tl.constexpr):
 @triton.jit
 def sum_blocks(
     ptr,
-    offsets,
-    mask,
-    stride,
-    BLOCKS: tl.constexpr,
-    BT: tl.constexpr,
+    row: tl.constexpr,
     WIDTH: tl.constexpr,
-    BS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LOADS: tl.constexpr,
+    BT: tl.constexpr,
 ):
-    """[BT, WIDTH]: the sum of BLOCKS partial results `stride` elements apart, in a fixed order."""
+    """[BT, WIDTH]: WIDTH rows from `row` on of partial sums [BLOCKS, ROWS, TILE], BT tokens of them
+    from ptr on, added up over BLOCKS in a fixed order, LOADS elements at a time."""
+    BS: tl.constexpr = LOADS // (BT * WIDTH)
+    offsets = (row + tl.arange(0, WIDTH))[None, :] * TILE + tl.arange(0, BT)[:, None]
     total = tl.zeros((BS, BT, WIDTH), tl.float32)
     for first in range(0, BLOCKS, BS):
         block = first + tl.arange(0, BS)[:, None, None]
-        total += tl.load(
-            ptr + block * stride + offsets[None, :, :], mask[None, :, :] & (block < BLOCKS), 0.0
-        )
+        total += tl.load(ptr + block * (ROWS * TILE) + offsets[None, :, :], block < BLOCKS, 0.0)
     return tl.sum(total, axis=0)
 
 

@@ -67,9 +67,10 @@ def project_kernel(
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
     A program keeps phi of its channels in shared memory and goes through `share` tokens.
-    x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [blocks, ROWS + 1, T]: z and the
-    sum of squares.
+    x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [tiles of BT tokens, blocks,
+    ROWS + 1, BT]: z and the sum of squares, in one piece a program and in one a tile.
     """
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
     block = tl.program_id(0)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, T)
@@ -134,11 +135,10 @@ def project_kernel(
         if PROJECT:
             if TERMS == 3:
                 z = tl.sum(tl.reshape(z, (2, R, BT)), axis=0) + z_low  # [R, BT]
-            stride = T.to(tl.int64)
-            base = partial_ptr + block * (ROWS + 1) * stride + t64
-            z_mask = (row < ROWS)[:, None] & t_mask[None, :]
-            tl.store(base[None, :] + row[:, None] * stride, z, z_mask)
-            tl.store(base + ROWS * stride, tl.sum(square, axis=1), t_mask)
+            tile = t0 // BT * BLOCKS + block.to(tl.int64)
+            base = partial_ptr + tile * ((ROWS + 1) * BT) + tl.arange(0, BT)
+            tl.store(base[None, :] + row[:, None] * BT, z, (row < ROWS)[:, None])
+            tl.store(base + ROWS * BT, tl.sum(square, axis=1))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -161,44 +161,45 @@ def finish_kernel(
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    BS: tl.constexpr,
+    LOADS: tl.constexpr,
+    TILE: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Partial projections [BLOCKS, ROWS + 1, T] -> the coefficients of BT tokens.
+    """Partial projections [tiles, BLOCKS, ROWS + 1, TILE] -> the coefficients of BT tokens.
 
     Without MIXING (`head`) there are only the N rows of H_pre. normed [T, ROWS] is z / r and
     inverse [T] is 1 / r: what the backward keeps.
     """
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    first = tl.program_id(0) * BT
+    t = first + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
-    rows_of = T.to(tl.int64)  # elements from row to row, and (ROWS + 1) rows from block to block
-    stride = rows_of * (ROWS + 1)
-    j = tl.arange(0, N)
-    mask = t_mask[:, None] & (j >= 0)[None, :]
-    k = tl.arange(0, N * N)
-    square = sum_blocks(
-        partial_ptr, ROWS * rows_of + t64[:, None], t_mask[:, None], stride, BLOCKS, BT, 1, BS
-    )
+    ALL: tl.constexpr = ROWS + 1
+    tile_ptr = partial_ptr + (first // TILE).to(tl.int64) * (BLOCKS * ALL * TILE) + first % TILE
+    square = sum_blocks(tile_ptr, ROWS, 1, ALL, TILE, BLOCKS, LOADS, BT)
+    z_pre = sum_blocks(tile_ptr, 0, N, ALL, TILE, BLOCKS, LOADS, BT)
+    if MIXING:  # all loads before the first store, which might change what they read
+        z_post = sum_blocks(tile_ptr, N, N, ALL, TILE, BLOCKS, LOADS, BT)
+        z_res = sum_blocks(tile_ptr, 2 * N, N * N, ALL, TILE, BLOCKS, LOADS, BT)
+
     inverse = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
     tl.store(inverse_ptr + t64[:, None], inverse, t_mask[:, None])
-
-    offsets = j[None, :] * rows_of + t64[:, None]  # [BT, N]
-    normed = sum_blocks(partial_ptr, offsets, mask, stride, BLOCKS, BT, N, BS) * inverse
+    j = tl.arange(0, N)
+    mask = t_mask[:, None] & (j >= 0)[None, :]
+    normed = z_pre * inverse
     tl.store(normed_ptr + t64[:, None] * ROWS + j[None, :], normed, mask)
     logits = tl.fma(normed, tl.load(alpha_ptr), tl.load(bias_ptr + j)[None, :])
     tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], tl.sigmoid(logits) + pre_eps, mask)
 
     if MIXING:
-        offsets += N * rows_of
-        normed = sum_blocks(partial_ptr, offsets, mask, stride, BLOCKS, BT, N, BS) * inverse
+        normed = z_post * inverse
         tl.store(normed_ptr + t64[:, None] * ROWS + N + j[None, :], normed, mask)
         logits = tl.fma(normed, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
         tl.store(h_post_ptr + t64[:, None] * N + j[None, :], 2.0 * tl.sigmoid(logits), mask)
 
-        offsets = (2 * N + k)[None, :] * rows_of + t64[:, None]  # [BT, N*N]
+        k = tl.arange(0, N * N)
         mask = t_mask[:, None] & (k >= 0)[None, :]
-        normed = sum_blocks(partial_ptr, offsets, mask, stride, BLOCKS, BT, N * N, BS) * inverse
+        normed = z_res * inverse
         tl.store(normed_ptr + t64[:, None] * ROWS + 2 * N + k[None, :], normed, mask)
         logits = tl.fma(normed, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
         logits = tl.reshape(logits, (BT, N, N))  # (dst, src)
@@ -220,7 +221,8 @@ def project(
 
     Returns:
         The streams that were projected (x itself without mixing), and the partial projections
-        [channel blocks, rows + 1, T]: z of each row of phi, then the sum of squares.
+        [tiles, channel blocks, rows + 1, tokens of a tile]: z of each row of phi, then the sum of
+        squares.
     """
     tokens, n, width = x.shape
     tile = config.project(n, width, x.dtype)
@@ -231,7 +233,8 @@ def project(
     rows, weights = n, None
     if phi is not None:
         rows, weights = phi.shape[0], pack_weights(phi, x.dtype)
-        partial = x.new_empty(blocks, rows + 1, tokens, dtype=torch.float32)
+        shape = triton.cdiv(tokens, tile.tokens), blocks, rows + 1, tile.tokens
+        partial = x.new_empty(shape, dtype=torch.float32)
     if tokens == 0:
         return y, partial
     share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
@@ -291,10 +294,11 @@ def finish(
 ) -> Finished:
     """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
     tokens, n, width = x.shape
-    blocks, rows, _ = partial.shape
+    _, blocks, rows, tile_tokens = partial.shape
     rows -= 1
     mixing = rows > n
     tile = config.finish(n, width, x.dtype)
+    block_tokens = min(tile.tokens, tile_tokens)
     h_pre = partial.new_empty(tokens, n)
     h_post = partial.new_empty(tokens, n) if mixing else None
     h_res = partial.new_empty(tokens, n, n) if mixing else None
@@ -302,7 +306,7 @@ def finish(
     if tokens > 0:
         launch(
             finish_kernel,
-            (triton.cdiv(tokens, tile.tokens),),
+            (triton.cdiv(tokens, block_tokens),),
             partial,
             alpha,
             bias,
@@ -321,8 +325,9 @@ def finish(
             ITERATIONS=iterations,
             SINKHORN_EPS=sinkhorn_eps,
             BLOCKS=blocks,
-            BS=min(triton.next_power_of_2(blocks), 8 if n <= 4 else 4),
-            BT=tile.tokens,
+            LOADS=max(config.FINISH_LOADS * tile.warps, n * n * block_tokens),
+            TILE=tile_tokens,
+            BT=block_tokens,
             num_warps=tile.warps,
         )
     u = weighted_sum(x, h_pre) if aggregate else None

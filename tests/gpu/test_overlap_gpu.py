@@ -42,8 +42,12 @@ def test_overlap_has_the_bits_of_stock_order_over_jittering_links() -> None:
 
 
 def test_the_last_combine_runs_on_a_priority_stream_beside_compute(tmp_path: Path) -> None:
-    """From the profiler's records; see `profile` there."""
-    sizes = ["--hidden", "2048", "--ffn", "5632", "--heads", "16", "--groups", "4"]
+    """From the profiler's records; see `profile` there.
+
+    Long sequences: the GPU has to fall behind the host, or no two kernels ever wait together.
+    """
+    sizes = ["--sequence", "4096", "--microbatches", "4"]
+    sizes += ["--hidden", "2048", "--ffn", "5632", "--heads", "16", "--groups", "4"]
     sizes += ["--steps", "2", "--rounds", "1"]
     printed = pipeline(*sizes, "--out", str(tmp_path))
     assert "profiled, overlap:" in printed
