@@ -275,23 +275,26 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     return launches, checks
 
 
-def step_times(bench: Bench, gpus: int, size: str) -> None:
+TIMED = {
+    "time-mhc": "--mhc",
+    "time-overlap": OVERLAP,
+    "time-ordinary": "",
+    "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
+    "time-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
+    "time-recompute": "--mhc --mhc-recompute auto",
+}
+
+
+def step_times(bench: Bench, gpus: int, size: str, names: list[str]) -> None:
     """A larger model's steps: in stock order, with overlap, with recompute, and with both."""
-    flags = {
-        "time-mhc": "--mhc",
-        "time-overlap": OVERLAP,
-        "time-ordinary": "",
-        "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
-        "time-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
-        "time-recompute": "--mhc --mhc-recompute auto",
-    }
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} --log-memory-interval 5"
     profiler = "" if bench.cpu else (
         "--profile --use-pytorch-profiler --profile-step-start 10 --profile-step-end 11"
         " --profile-ranks 0"
     )  # fmt: skip
-    for name, mhc in flags.items():
-        run = bench.train(name, gpus, f"{size} {stages} {profiler} {mhc}", 5 if bench.cpu else 12)
+    for name in names:
+        flags = f"{size} {stages} {profiler} {TIMED[name]}"
+        run = bench.train(name, gpus, flags, 5 if bench.cpu else 12)
         if run is not None and run.trace is not None:
             run.remark += ", ".join(f"{k} {v:.1f}" for k, v in exposed(run.trace).items())
 
@@ -373,7 +376,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse on CPU processes, tiny")
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="of pipelines, other_parallelism")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs of the parts")
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
     parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
     parser.add_argument("--limit", type=float, default=560, help="seconds the call may take")
@@ -393,10 +396,11 @@ def main() -> int:
         small = small.replace("--num-layers 4", "--num-layers 8")
     correct = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
     if options.only:
-        if not {*options.parts} <= {"pipelines", "other_parallelism"}:
-            parser.error("--only goes with --parts pipelines, other_parallelism or both")
+        if not {*options.parts} <= {"pipelines", "other_parallelism", "step_times"}:
+            parser.error("--only goes with --parts pipelines, other_parallelism, step_times")
         # each launch is a partial of `train`, whose first argument is the run's name
         known = {launch.args[0] for launches, _ in correct for launch in launches}
+        known |= {*TIMED} if "step_times" in options.parts else set()
         if unknown := {*options.only} - known:
             parser.error(f"--only: no {', '.join(unknown)} among {', '.join(sorted(known))}")
     if correct:
@@ -415,7 +419,8 @@ def main() -> int:
             check()
     if "step_times" in options.parts:
         bench.reserved = 0.0
-        step_times(bench, gpus, large)
+        names = [name for name in TIMED if not options.only or name in options.only]
+        step_times(bench, gpus, large, names)
     table = [f"{'run':24}{'GPUs':>5}{'s':>6}{'step ms':>9}{'GiB':>7}{'last loss':>14}  what"]
     for run in bench.runs.values():
         last = run.losses[-1] if run.losses else "-"
