@@ -28,6 +28,7 @@ FLAGS = """
     --bf16 --transformer-impl transformer_engine --te-rng-tracker --train-iters 20
 """
 IMPLEMENTATIONS = ("none", "full_iteration", "local", "transformer_engine")
+MODELS = ["ordinary", "mHC"]
 WITHOUT_REFUSAL = """
 import sys
 from megatron_mhc import compatibility, run
@@ -74,10 +75,11 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/cuda_graphs"), help="logs and table")
     parser.add_argument("--each", type=float, default=75, help="seconds a run may take")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table, failures = [f"{'model':10}{'implementation':20}{'step ms':>9}  outcome"], 0
-    for model in ("ordinary", "mHC"):
+    for model in options.models:
         plain: list[str] = []
         for implementation in IMPLEMENTATIONS:
             losses, step, outcome = train(options.out, model, implementation, options.each)
