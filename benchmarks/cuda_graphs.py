@@ -1,9 +1,9 @@
-"""Whether CUDA graphs work with mHC, which refuses them until this shows that they do.
+"""Which of Megatron's CUDA graphs work with mHC, which refuses those that do not.
 
     python benchmarks/cuda_graphs.py --out runs/cuda_graphs        # one GPU, Transformer Engine
 
 Trains the same small model 20 steps under each of Megatron's implementations, ordinary and with mHC
-(the refusal left out), and prints a table: whether it ran, whether its losses are those without
+(the refusals left out), and prints a table: whether it ran, whether its losses are those without
 graphs, and the median step. The ordinary model's rows tell mHC's faults from Megatron's.
 """
 
@@ -32,7 +32,7 @@ MODELS = ["ordinary", "mHC"]
 WITHOUT_REFUSAL = """
 import sys
 from megatron_mhc import compatibility, run
-refused = [c for c in compatibility.CONFLICTS if c.flag != "--cuda-graph-impl"]
+refused = [c for c in compatibility.CONFLICTS if not c.flag.startswith("--cuda-graph")]
 compatibility.CONFLICTS = tuple(refused)
 run.main(sys.argv[1:])
 """

@@ -102,9 +102,11 @@ SAVE_ARGS=(
 
 # What a reader wants to see of all that Megatron prints; the log file keeps the rest.
 show() {
-    tee -a "$RUN/train.log" | awk '
-        /mHC is|number of parameters on| iteration +[0-9]+\/|validation loss|Error|^sample: / ||
-        /successfully (saved|loaded)|exiting program/ { print; fflush() }'
+    # grep, as some awks hold back what they read until there is much of it
+    tee -a "$RUN/train.log" | {
+        grep --line-buffered -E 'mHC is|number of parameters on| iteration +[0-9]+/|validation loss|Error|^sample: |successfully (saved|loaded)|exiting program' ||
+            [ $? = 1 ]
+    }
 }
 
 launch() {

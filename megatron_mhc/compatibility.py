@@ -29,6 +29,10 @@ def _is_set(name: str, *off: Any) -> Callable[[Any], bool]:
     return lambda settings: getattr(settings, name, None) not in (None, False, *off)
 
 
+def _whole_step_is_a_graph(settings: Any) -> bool:
+    return getattr(settings, "cuda_graph_impl", None) == "full_iteration"
+
+
 NO_FSDP = "FSDP is not tried yet; use DDP or the distributed optimizer"
 
 CONFLICTS_OF_0_18 = (
@@ -81,9 +85,15 @@ CONFLICTS = (
         "mHC has sites for TransformerLayers, and a HybridModel has others too; use a GPTModel",
     ),
     Conflict(
-        "--cuda-graph-impl",
-        _is_set("cuda_graph_impl", "none"),
-        "CUDA graphs are not tried yet; use --cuda-graph-impl none",
+        "--cuda-graph-impl of single layers",
+        _is_set("cuda_graph_impl", "none", "full_iteration"),
+        "Megatron's local graphs refuse the hooks in mHC's norm slots, Transformer Engine's hand"
+        " a layer one stream; use --cuda-graph-impl full_iteration, or none",
+    ),
+    Conflict(
+        "--cuda-graph-impl full_iteration with --mhc-log-interval",
+        lambda s: _whole_step_is_a_graph(s) and bool(getattr(s, "mhc_log_interval", 0)),
+        "a replayed step runs none of the code that would record it; drop one of the two",
     ),
     Conflict(
         "--cpu-offloading-num-layers",
@@ -121,6 +131,11 @@ RECOMPUTE_CONFLICTS = (
         "it keeps nothing inside a layer, so the streams are gone already and rebuilding them is"
         " work for nothing; use one of the two (selective goes with --mhc-recompute)",
     ),
+    Conflict(
+        "--cuda-graph-impl full_iteration beside --mhc-recompute",
+        _whole_step_is_a_graph,
+        "a graph has not been tried with it yet; use one of the two",
+    ),
 )
 """What selective recompute of the streams cannot work with."""
 
@@ -156,6 +171,11 @@ OVERLAP_CONFLICTS = (
         "--mhc-overlap-p2p with moe_paged_stash",
         _is_set("moe_paged_stash"),
         "its schedule does not stash experts' activations; turn one of the two off",
+    ),
+    Conflict(
+        "--mhc-overlap-p2p with --cuda-graph-impl full_iteration",
+        _whole_step_is_a_graph,
+        "a graph has not been tried with it yet; use one of the two",
     ),
 )
 """What the schedules of `overlap_p2p` have no place for."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -41,6 +42,24 @@ def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedPro
         text=True,
         timeout=300,
     )
+
+
+def test_a_line_of_progress_is_shown_when_it_is_printed(tmp_path: Path) -> None:
+    """And what nobody wants to see is in the log alone."""
+    shown = subprocess.Popen(
+        ["bash", "-c", f"NAME=x RUN={tmp_path}; source {EXAMPLES}/launch.sh; show"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    assert shown.stdin is not None and shown.stdout is not None
+    shown.stdin.write("noise\n iteration       10/      20 | lm loss: 1.0\n")
+    ready, _, _ = select.select([shown.stdout], [], [], 20)  # the input stays open
+    assert ready and shown.stdout.readline() == " iteration       10/      20 | lm loss: 1.0\n"
+    shown.stdin.close()
+    assert shown.wait(20) == 0 and shown.stdout.read() == ""
+    assert (tmp_path / "train.log").read_text().startswith("noise\n")
 
 
 def test_the_tiny_mixture_of_experts_trains_and_resumes(tmp_path: Path) -> None:

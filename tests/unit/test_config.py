@@ -174,7 +174,14 @@ GIVEN = {
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
     "--mtp-num-layers": {"mtp_num_layers": 1},  # with Megatron-Core 0.18
     "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
-    "--cuda-graph-impl": {"cuda_graph_impl": "local"},
+    "--cuda-graph-impl of single layers": {"cuda_graph_impl": "local"},
+    "--cuda-graph-impl full_iteration with --mhc-log-interval": {
+        "cuda_graph_impl": "full_iteration",
+        "mhc_log_interval": 10,
+    },
+    "--cuda-graph-impl full_iteration beside --mhc-recompute": {
+        "cuda_graph_impl": "full_iteration"
+    },
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
@@ -188,6 +195,8 @@ GIVEN = {
 def test_conflicts_are_named(conflict) -> None:
     plain = {"recompute_modules": ["core_attn"], "cuda_graph_impl": "none", "mtp_num_layers": None}
     check_transformer_config(argparse.Namespace(**plain, pipeline_model_parallel_size=2))
+    graph = {"cuda_graph_impl": "full_iteration", "mhc_log_interval": 0}
+    check_transformer_config(argparse.Namespace(**(plain | graph)))
     settings = argparse.Namespace(**(plain | GIVEN[conflict.flag]))
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings)
@@ -231,6 +240,7 @@ GIVEN_WITH_OVERLAP = {
         "num_microbatches_with_partial_activation_checkpoints": 1
     },
     "with moe_paged_stash": {"moe_paged_stash": True},
+    "with --cuda-graph-impl full_iteration": {"cuda_graph_impl": "full_iteration"},
     "--mhc-overlap-in-flight 2 with virtual stages": {
         "virtual_pipeline_model_parallel_size": 2,
         "overlap_p2p_comm": True,
@@ -292,7 +302,9 @@ def test_conflicts_look_at_settings_that_megatron_has(conflict) -> None:
     given = {**GIVEN, **GIVEN_WITH_OVERLAP}[conflict.flag.removeprefix("--mhc-overlap-p2p ")]
     settings = Asked(given)
     assert conflict.given(settings)
-    assert not settings.names - megatrons_settings()
+    ours = {name for name in settings.names if name.startswith("mhc_")}
+    assert not settings.names - megatrons_settings() - ours
+    assert ours <= vars(parse("--mhc")).keys()
 
 
 @pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])
