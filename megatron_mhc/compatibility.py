@@ -42,6 +42,11 @@ CONFLICTS_OF_0_18 = (
         "multi-token prediction with mHC is tested with Megatron-Core 0.19 alone; drop the flag, or"
         " install 0.19",
     ),
+    Conflict(
+        "--cuda-graph-impl full_iteration",
+        _whole_step_is_a_graph,
+        "CUDA graphs with mHC are tried with Megatron-Core 0.19 alone; use --cuda-graph-impl none",
+    ),
 )
 """What works with 0.19 and not with 0.18."""
 

@@ -25,6 +25,7 @@ from megatron_mhc.compatibility import (
     check_transformer_config,
 )
 from megatron_mhc.connection import Head, HyperConnection
+from megatron_mhc.patches.releases import is_installed
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,7 @@ GIVEN = {
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
     "--mtp-num-layers": {"mtp_num_layers": 1},  # with Megatron-Core 0.18
     "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
+    "--cuda-graph-impl full_iteration": {"cuda_graph_impl": "full_iteration"},  # the same
     "--cuda-graph-impl of single layers": {"cuda_graph_impl": "local"},
     "--cuda-graph-impl full_iteration with --mhc-log-interval": {
         "cuda_graph_impl": "full_iteration",
@@ -196,7 +198,8 @@ def test_conflicts_are_named(conflict) -> None:
     plain = {"recompute_modules": ["core_attn"], "cuda_graph_impl": "none", "mtp_num_layers": None}
     check_transformer_config(argparse.Namespace(**plain, pipeline_model_parallel_size=2))
     graph = {"cuda_graph_impl": "full_iteration", "mhc_log_interval": 0}
-    check_transformer_config(argparse.Namespace(**(plain | graph)))
+    if not is_installed("<0.19"):
+        check_transformer_config(argparse.Namespace(**(plain | graph)))
     settings = argparse.Namespace(**(plain | GIVEN[conflict.flag]))
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings)
