@@ -51,10 +51,10 @@ def banner(
     backend: str = mhc.backend
     if backend == "auto":
         reason = kernels.why_not_triton(mhc.num_streams, device)
-        if mhc.variant == "hc":
-            reason = "variant hc has the reference only"
         backend = "triton" if reason is None else f"torch, because {reason}"
-    if backend == "triton" and triton_config.tuned():
+        if mhc.variant == "hc" and reason is None:
+            backend += ", but torch for the coefficients of variant hc"
+    if backend.startswith("triton") and triton_config.tuned():
         backend += f" with tiles of {os.environ[triton_config.ENVIRONMENT_VARIABLE]}"
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
     dropped = ""

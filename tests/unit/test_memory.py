@@ -81,6 +81,17 @@ def test_the_banner_says_how() -> None:
     assert "recompute" not in banner(MHCConfig(), "flags", 16, 10, *where)
 
 
+def test_the_banner_names_the_backend_of_variant_hc() -> None:
+    pytest.importorskip("triton")
+    hc = MHCConfig(variant="hc")
+    line = banner(hc, "flags", 16, 10, torch.device("cuda"), torch.bfloat16)
+    assert "backend triton, but torch for the coefficients of variant hc; 16 sites" in line
+    line = banner(hc, "flags", 16, 10, torch.device("cpu"), torch.bfloat16)
+    assert "backend torch, because Triton needs a CUDA device" in line
+    line = banner(MHCConfig(), "flags", 16, 10, torch.device("cuda"), torch.bfloat16)
+    assert "backend triton; 16 sites" in line
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_banner_promises_no_bytes_for_the_reference(backend: Backend) -> None:
     """What it says of either dtype, `test_recompute.py` counts in bytes."""
