@@ -29,6 +29,7 @@ FLAGS = """
 """
 IMPLEMENTATIONS = ("none", "full_iteration", "local", "transformer_engine")
 MODELS = ["ordinary", "mHC"]
+ALLOWED = ("none", "full_iteration")
 WITHOUT_REFUSAL = """
 import sys
 from megatron_mhc import compatibility, run
@@ -69,7 +70,7 @@ def train(out: Path, model: str, implementation: str, limit: float) -> tuple[lis
 
 
 def main() -> int:
-    """Run all and print the table; the number of mHC's failures is the exit status."""
+    """Run all and print the table; the exit status counts failures of what mHC allows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,13 +96,14 @@ def main() -> int:
                 outcome = "the losses without graphs, digit for digit"
                 if losses != plain:
                     outcome = f"DIFFERS: losses within {worst:.1e} of those without graphs"
-                    failures += model == "mHC"
+                    failures += model == "mHC" and implementation in ALLOWED
             else:
-                failures += model == "mHC"
+                failures += model == "mHC" and implementation in ALLOWED
                 outcome = f"FAILED ({outcome})"
             table.append(f"{model:10}{implementation:20}{step:9.1f}  {outcome}")
             print(table[-1], flush=True)
-    (options.out / "table.txt").write_text("\n".join(table) + "\n")
+    name = "-".join(["table", *([] if options.models == MODELS else options.models)])
+    (options.out / f"{name}.txt").write_text("\n".join(table) + "\n")
     return failures
 
 

@@ -119,7 +119,7 @@ def measure(
             result[f"{name}_kernels_us"] = kernel_times(run, len(sites))
         for site in sites:
             site.results = ()
-        del replays
+        del replays, run
     return result
 
 

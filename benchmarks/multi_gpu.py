@@ -403,17 +403,18 @@ def main() -> int:
         known |= {*TIMED} if "step_times" in options.parts else set()
         if unknown := {*options.only} - known:
             parser.error(f"--only: no {', '.join(unknown)} among {', '.join(sorted(known))}")
-    if correct:
-        bench.reserved = options.timing if "step_times" in options.parts else 0.0
+    launches = [launch for launches, _ in correct for launch in launches]
+    if options.only:
+        launches = [launch for launch in launches if launch.args[0] in options.only]
+    if launches:
+        timed = "step_times" in options.parts and (not options.only or {*options.only} & {*TIMED})
+        bench.reserved = options.timing if timed else 0.0
         bench.side_by_side(
             [
                 partial(save_start, bench, "dense", f"{small} --mhc"),
                 partial(save_start, bench, "moe", f"{small} {MOE} --mhc"),
             ]
         )
-        launches = [launch for launches, _ in correct for launch in launches]
-        if options.only:
-            launches = [launch for launch in launches if launch.args[0] in options.only]
         bench.side_by_side(launches)
         for check in (check for _, checks in correct for check in checks):
             check()

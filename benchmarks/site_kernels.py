@@ -38,7 +38,7 @@ def kernel_times(step: Callable[[int], object], sets: int, runs: int = 20) -> di
         the time from the first kernel's start to the last one's end.
 
     Raises:
-        RuntimeError: two steps differed in their number of kernels.
+        RuntimeError: the profiler saw no kernel, or two steps launched different ones.
     """
     for i in range(sets):
         step(i)
@@ -52,12 +52,12 @@ def kernel_times(step: Callable[[int], object], sets: int, runs: int = 20) -> di
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    if len(kernels) % runs:
-        raise RuntimeError(f"{len(kernels)} kernels in {runs} steps: not the same ones each time")
     count = len(kernels) // runs
+    steps = [kernels[first : first + count] for first in range(0, count * runs, max(count, 1))]
+    if len({tuple(name for _, _, name in step) for step in steps}) != 1 or len(kernels) % runs:
+        raise RuntimeError(f"{len(kernels)} kernels in {runs} steps: not the same ones each time")
     taken = defaultdict(list)
-    for first in range(0, len(kernels), count):
-        one = kernels[first : first + count]
+    for one in steps:
         times: dict[str, float] = defaultdict(float)
         for start, end, name in one:
             times[name] += end - start
