@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A byte-level GPT of 87 million parameters on one GPU, meant for 20 minutes.
+# A byte-level GPT of 87 million parameters on one GPU, ten minutes on an H100.
 #
 #   MINUTES=8 examples/gpt/single_gpu.sh               a piece of 8 minutes; again for the next one
 #   examples/gpt/single_gpu.sh --fp8-format hybrid     further flags go to Megatron and win

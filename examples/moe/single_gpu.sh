@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 NAME=moe
 source examples/launch.sh
-iterations 1300
+iterations 1200
 on_gpus
 byte_data python --with-packages
 
