@@ -104,7 +104,7 @@ SAVE_ARGS=(
 show() {
     # grep, as some awks hold back what they read until there is much of it
     tee -a "$RUN/train.log" | {
-        grep --line-buffered -E 'mHC is|number of parameters on| iteration +[0-9]+/|validation loss|Error|^sample: |successfully (saved|loaded)|exiting program' ||
+        grep -a --line-buffered -E 'mHC is|number of parameters on| iteration +[0-9]+/|validation loss|Error|^sample: |successfully (saved|loaded)|exiting program' ||
             [ $? = 1 ]
     }
 }

@@ -93,7 +93,8 @@ CONFLICTS = (
         "--cuda-graph-impl of single layers",
         _is_set("cuda_graph_impl", "none", "full_iteration"),
         "Megatron's local graphs refuse the hooks in mHC's norm slots, Transformer Engine's hand"
-        " a layer one stream; use --cuda-graph-impl full_iteration, or none",
+        " a layer one stream; use --cuda-graph-impl none"
+        + ("" if is_installed("<0.19") else ", or full_iteration"),
     ),
     Conflict(
         "--cuda-graph-impl full_iteration with --mhc-log-interval",

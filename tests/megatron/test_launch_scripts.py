@@ -1,10 +1,12 @@
 """The launch scripts: the MoE example trains, and what needs a cluster is checked without one."""
 
+import contextlib
 import os
 import re
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,22 +46,39 @@ def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedPro
     )
 
 
-def test_a_line_of_progress_is_shown_when_it_is_printed(tmp_path: Path) -> None:
-    """And what nobody wants to see is in the log alone."""
-    shown = subprocess.Popen(
-        ["bash", "-c", f"NAME=x RUN={tmp_path}; source {EXAMPLES}/launch.sh; show"],
+@contextlib.contextmanager
+def shown_to_a_reader(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`show` of the launch scripts, with their settings; what is written to it comes out or not."""
+    settings = f"set -euo pipefail; NAME=x RUN={folder}; source {EXAMPLES}/launch.sh"
+    with subprocess.Popen(
+        ["bash", "-c", f"{settings}; show"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
-    )
-    assert shown.stdin is not None and shown.stdout is not None
-    shown.stdin.write("noise\n iteration       10/      20 | lm loss: 1.0\n")
-    ready, _, _ = select.select([shown.stdout], [], [], 20)  # the input stays open
-    assert ready and shown.stdout.readline() == " iteration       10/      20 | lm loss: 1.0\n"
-    shown.stdin.close()
-    assert shown.wait(20) == 0 and shown.stdout.read() == ""
-    assert (tmp_path / "train.log").read_text().startswith("noise\n")
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_line_of_progress_is_shown_when_it_is_printed(tmp_path: Path) -> None:
+    """And what nobody wants to see is in the log alone."""
+    line = " iteration       10/      20 | lm loss: 1.0\n"
+    with shown_to_a_reader(tmp_path) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"noise \0\n{line}")
+        ready, _, _ = select.select([process.stdout], [], [], 20)  # the input stays open
+        assert ready and process.stdout.readline() == line
+        process.stdin.close()
+        assert process.wait(20) == 0 and process.stdout.read() == ""
+    assert (tmp_path / "train.log").read_text() == f"noise \0\n{line}"
+
+
+def test_a_run_without_a_line_of_progress_is_no_error(tmp_path: Path) -> None:
+    with shown_to_a_reader(tmp_path) as process:
+        assert process.communicate("noise\n", timeout=20)[0] == "" and process.returncode == 0
 
 
 def test_the_tiny_mixture_of_experts_trains_and_resumes(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ GIVEN = {
     "--mtp-num-layers": {"mtp_num_layers": 1},  # with Megatron-Core 0.18
     "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
     "--cuda-graph-impl full_iteration": {"cuda_graph_impl": "full_iteration"},  # the same
-    "--cuda-graph-impl of single layers": {"cuda_graph_impl": "local"},
+    "--cuda-graph-impl of single layers": {"cuda_graph_impl": "transformer_engine"},
     "--cuda-graph-impl full_iteration with --mhc-log-interval": {
         "cuda_graph_impl": "full_iteration",
         "mhc_log_interval": 10,
@@ -209,6 +209,12 @@ def test_conflicts_are_named(conflict) -> None:
     with pytest.raises(ValueError) as error:
         check_transformer_config(settings)
     assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+def test_graphs_of_single_layers_are_refused_by_either_implementation() -> None:
+    for implementation in ("local", "transformer_engine"):
+        with pytest.raises(ValueError, match=r"of single layers: .*use --cuda-graph-impl none"):
+            check_transformer_config(argparse.Namespace(cuda_graph_impl=implementation))
 
 
 @pytest.mark.parametrize("conflict", RECOMPUTE_CONFLICTS, ids=lambda conflict: conflict.flag)

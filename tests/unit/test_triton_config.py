@@ -83,6 +83,7 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
         ({"project sm_90 n4 C64 bfloat16": [16]}, "is no tile"),
         ({"project sm_90 n4 C64 bfloat16": [16, 48]}, "powers of two"),
         ({"project sm_90 n4 C64 bfloat16": [16, 64, 0]}, "is no tile"),
+        ({"project sm_90 n4 C64 bfloat16": [16, 64, 8, 3]}, "powers of two"),
         ([], "is not what tune_kernels.py --save writes"),
     ],
 )
