@@ -5,6 +5,7 @@ with TRITON_INTERPRET=1; in any other process this file has the one test that st
 """
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ else:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
 
+    from megatron_mhc.kernels import triton_config as config
     from tests.kernel_cases import (
         DEEPSEEK,
         LARGE_EPS,
@@ -72,6 +74,20 @@ else:
     def test_results_and_gradients(operation: str, dtype: torch.dtype, case: tuple) -> None:
         tokens, n, width, convention, iterations = case
         check(operation, tokens, n, width, dtype, "cpu", convention, iterations)
+
+    @pytest.mark.parametrize(
+        ("dtype", "finish_tokens"), [(torch.bfloat16, 8), (torch.float32, 8), (torch.bfloat16, 64)]
+    )
+    def test_a_program_goes_through_several_tiles(
+        dtype: torch.dtype, finish_tokens: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One share of the tokens; `finish` has half a tile of `project` a program, or a whole."""
+        for kernel in ("project", "streams_backward", "phi_gradient"):
+            tile = dataclasses.replace(getattr(config, kernel)(4, 40, dtype), splits=1)
+            assert tile.tokens < 37
+            monkeypatch.setattr(config, kernel, lambda *_, tile=tile: tile)
+        monkeypatch.setattr(config, "finish", lambda *_: config.Tile(finish_tokens, 1, warps=1))
+        check("combine_pre", 37, 4, 40, dtype, "cpu", iterations=2)
 
     @pytest.mark.parametrize("operation", OPERATIONS)
     def test_no_tokens(operation: str) -> None:
