@@ -47,21 +47,28 @@ def kernel_times(step: Callable[[int], object], sets: int, runs: int = 20) -> di
         for i in range(runs):
             step(i % sets)
         torch.cuda.synchronize()
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+    return medians(
+        sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ),
+        runs,
     )
+
+
+def medians(kernels: list[tuple[float, float, str]], runs: int) -> dict[str, float]:
+    """What `kernel_times` returns, from (start, end, name) of all kernels of `runs` equal steps."""
     count = len(kernels) // runs
     steps = [kernels[first : first + count] for first in range(0, count * runs, max(count, 1))]
     if len({tuple(name for _, _, name in step) for step in steps}) != 1 or len(kernels) % runs:
         raise RuntimeError(f"{len(kernels)} kernels in {runs} steps: not the same ones each time")
     taken = defaultdict(list)
-    for one in steps:
+    for step in steps:
         times: dict[str, float] = defaultdict(float)
-        for start, end, name in one:
+        for start, end, name in step:
             times[name] += end - start
-        times["between kernels"] = one[-1][1] - one[0][0] - sum(times.values())
+        times["between kernels"] = step[-1][1] - step[0][0] - sum(times.values())
         for name, time in times.items():
             taken[name].append(time)
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -31,7 +31,7 @@ def _cpu_rng_state(original: Callable[..., torch.Tensor]) -> Callable[..., torch
     @functools.wraps(original)
     def get(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         if graph_safe:
-            raise NotImplementedError(NO_GRAPHS)
+            raise RuntimeError(NO_GRAPHS)
         return torch.get_rng_state()
 
     return get
@@ -41,7 +41,7 @@ def _set_cpu_rng_state(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def set_(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         if graph_safe:
-            raise NotImplementedError(NO_GRAPHS)
+            raise RuntimeError(NO_GRAPHS)
         torch.set_rng_state(new_state)
 
     return set_

@@ -138,7 +138,7 @@ def answer(name: str, make: Callable[[], Any]) -> Callable[..., Any]:
 
 def _impossible(name: str) -> Callable[..., Any]:
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
+        raise RuntimeError(
             f"torch.cuda.{name} works with what a GPU holds, so it has no CPU stand-in: leave what"
             " uses it (CUDA graphs, memory pools) off with --cpu"
         )

@@ -1,5 +1,6 @@
-"""The kernels' benchmarks: what their command lines say."""
+"""The kernels' benchmarks: what their command lines say, and how they count."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +23,20 @@ def test_profile_site_says_how_it_is_called(arguments: list[str], status: int, s
     command = [sys.executable, str(PROFILE), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == status and says in done.stdout + done.stderr
+
+
+def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(PROFILE.parent))
+    medians = importlib.import_module("site_kernels").medians
+    # two launches of "a" around one of "b" in each of three steps; 1, 2 and 4 between them
+    steps = [
+        [(at, at + 3.0, "a"), (at + 4, at + 9, "b"), (at + 9 + gap, at + 11 + gap, "a")]
+        for at, gap in ((0.0, 0.0), (50.0, 1.0), (100.0, 3.0))
+    ]
+    records = [record for step in steps for record in step]
+    assert medians(records, 3) == {"a": 5.0, "b": 5.0, "between kernels": 2.0}
+    for other in ([], records[:-1], [*records[:-1], (112.0, 114.0, "c")]):
+        with pytest.raises(RuntimeError, match="not the same ones each time"):
+            medians(other, 3)
