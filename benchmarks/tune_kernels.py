@@ -30,8 +30,9 @@ from site_kernels import captured, kernel_times
 
 from megatron_mhc.kernels import triton_config as config
 from megatron_mhc.kernels.triton_aggregate import weighted_sum
+from megatron_mhc.kernels.triton_finish import finish
 from megatron_mhc.kernels.triton_phi_gradient import phi_gradient
-from megatron_mhc.kernels.triton_projection import finish, project
+from megatron_mhc.kernels.triton_projection import project
 from megatron_mhc.kernels.triton_stream_gradients import streams_gradients
 from megatron_mhc.kernels.triton_token_gradients import coefficients_gradients
 
@@ -49,8 +50,8 @@ KERNELS |= {"coefficients_backward": "coefficients_kernel"}
 """What the GPU calls a kernel, where it is another name than NAME_kernel."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
-        *itertools.product((16,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
-        *itertools.product((32,), (32,), (4, 8), (2,), (3,), (255,)),
+        *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
+        *itertools.product((32, 64), (64,), (2, 4, 8), (4,), (3,)),
     ],
     "finish": [(tokens, 1, 1, warps, 2) for tokens in (4, 8, 16) for warps in (1, 2, 4)],
     "aggregate": [

@@ -13,29 +13,24 @@ from .triton_launch import dense, launch
 from .triton_operator import operator
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def aggregate_kernel(
     x_ptr,
     h_pre_ptr,
     u_ptr,
     T,
-    share,
     N: tl.constexpr,
     C: tl.constexpr,
-    SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """u [T, C] of x [T, N, C] and h_pre [T, N], one tile a program.
 
-    The kernel that made x went through SPLITS shares of the tokens side by side; programs here take
-    the ends of all shares first, which the L2 cache may still hold.
+    From the last token to the first: the L2 cache may still hold what the kernel before wrote last.
     """
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     c = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
-    token_tile = tl.program_id(0) // BLOCKS
-    t_end = token_tile % SPLITS * share + share - token_tile // SPLITS * BT
-    t = t_end - BT + tl.arange(0, BT)
+    t = (tl.cdiv(T, BT) - 1 - tl.program_id(0) // BLOCKS) * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     mask = (t < T)[:, None] & (c < C)[None, :]
     h_pre = load_columns(h_pre_ptr, t64, t < T, N)
@@ -90,19 +85,15 @@ def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
     if tokens == 0:
         return u
     tile = config.aggregate(n, width, x.dtype)
-    splits = config.project(n, width, x.dtype).splits
-    tiles = triton.cdiv(tokens, splits * tile.tokens)  # of each share
     launch(
         aggregate_kernel,
-        (splits * tiles * triton.cdiv(width, tile.channels),),
+        (triton.cdiv(tokens, tile.tokens) * triton.cdiv(width, tile.channels),),
         x,
         h_pre,
         u,
         tokens,
-        tiles * tile.tokens,
         N=n,
         C=width,
-        SPLITS=splits,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,

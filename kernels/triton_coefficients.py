@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .triton_finish import finish
 from .triton_operator import operator
-from .triton_projection import finish, project
+from .triton_projection import project
 from .triton_stream_gradients import streams_gradients
 from .triton_token_gradients import coefficients_gradients
 

@@ -60,6 +60,15 @@ def multiprocessors() -> int:
 
 
 @functools.cache
+def shared_memory() -> int:
+    """Bytes that a program may have on the current CUDA device; an H100's where there is none."""
+    if not torch.cuda.is_available():
+        return 232_448
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.shared_memory_per_block_optin
+
+
+@functools.cache
 def tuned() -> dict[str, Tile]:
     """The tiles of the file that MEGATRON_MHC_TILES names; none where it names none.
 
@@ -115,45 +124,52 @@ def padded(count: int) -> int:
     return size
 
 
-def resident() -> int:
-    """Programs of two warps with 255 registers that the GPU holds: four a multiprocessor."""
-    return 4 * multiprocessors()
-
-
-def shares(blocks: int) -> int:
+def shares(blocks: int, resident: int) -> int:
     """Shares of the tokens, 4 to 26, with which `blocks` of channels fill whole waves best.
 
     A wave is what runs at once, `resident` programs; the last one costs as much when half empty.
     """
 
     def filled(count: int) -> float:
-        waves = -(-blocks * count // resident())
-        return blocks * count / (waves * resident())
+        waves = -(-blocks * count // resident)
+        return blocks * count / (waves * resident)
 
     return max(range(4, 27), key=filled)
 
 
 @tunable
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_projection.project_kernel`: a block of channels, a share of tokens in turn."""
+    """`triton_projection.project_kernel`: a block of channels, every so-many-th tile of tokens.
+
+    A program has a multiprocessor to itself, and all run at once where they can: each loads phi of
+    its channels first. Wide pieces of a token matter: reading x and f and writing y, 64 bytes at a
+    time, takes 275 us at T 8192, C 4096, 128 bytes 229, 256 bytes 217, and no more is gained.
+    """
+    roomy = shared_memory() >= 200_000
+    stages = 3
     if n == 8:
-        return Tile(tokens=16, channels=16, splits=16, warps=4, stages=3)
-    if dtype != torch.bfloat16:
-        return Tile(tokens=16, channels=32, splits=16, warps=4, stages=3)
-    return Tile(16, 64, shares(-(-width // 64)), warps=2, stages=1)
+        channels = 32 if dtype == torch.bfloat16 and roomy else 16
+        stages = 3 if roomy else 1
+    elif dtype == torch.bfloat16:
+        channels = 128 if roomy else 64
+    else:
+        channels = 32
+    blocks = -(-width // channels)
+    splits = multiprocessors() // blocks or shares(blocks, multiprocessors())
+    return Tile(32, channels, splits, warps=4, stages=stages)
 
 
 @tunable
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_projection.finish_kernel`: a few tokens a program, at most `project`'s; it reads no
+    """`triton_finish.finish_kernel`: a few tokens a program, at most `project`'s; it reads no
     channels."""
     return Tile(tokens=8, channels=1, warps=1)
 
 
 FINISH_LOADS = 256
 """Partial sums that a warp of `finish_kernel` loads at once (twice as many at n = 8). More are
-slower, their code being longer and fetched anew by each launch: eight times as many took 37 us for
-31 at C 4096 and 53 for 22 at C 2560."""
+slower, their code being longer and fetched anew by each launch: with blocks of 64 channels, eight
+times as many took 37 us for 31 at C 4096 and 53 for 22 at C 2560."""
 
 
 @tunable
@@ -169,7 +185,7 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
         return Tile(tokens=16, channels=32, splits=8, warps=4, stages=3)
-    return Tile(8, 64, shares(-(-width // 64)), warps=2, stages=1)
+    return Tile(8, 64, shares(-(-width // 64), 4 * multiprocessors()), warps=2, stages=1)
 
 
 @tunable

@@ -24,16 +24,42 @@ def product(a, b, accumulator):
 
 
 @triton.jit
-def computed_once(tile):
-    """The same tile, behind a wall (for 16 bits) that keeps Triton from computing it twice.
+def rounded(tile, dtype: tl.constexpr):
+    """fp32 -> dtype, to the nearest; two elements an instruction for 16 bits.
 
-    Without it, a tile that is stored and multiplied is computed in two layouts from its loads.
+    In assembly, as Triton converts elements one by one where it likes, and converts a tile twice
+    that is stored and multiplied.
     """
-    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
-        return tile
+    if not INTERPRETED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,r,r",
+            [tile],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif not INTERPRETED and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [tile], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return tile.to(dtype)
+
+
+@triton.jit
+def widened(tile):
+    """A tile in fp32: for bf16 one instruction an element, where the compiler takes two."""
+    if INTERPRETED or tile.dtype != tl.bfloat16:
+        return tile.to(tl.float32)
     else:
         return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [tile],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
         )
 
 
@@ -48,10 +74,13 @@ def load_streams(ptr, offsets, mask, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_columns(ptr, t64, mask, COUNT: tl.constexpr):
-    """The COUNT columns of a [T, COUNT] fp32 matrix at tokens t64, each [BT]."""
+    """The COUNT columns of a [T, COUNT] fp32 matrix at tokens t64, each [BT]; mask None: all."""
     columns = ()
     for j in tl.static_range(COUNT):
-        columns = columns + (tl.load(ptr + t64 * COUNT + j, mask, 0.0),)
+        if mask is None:
+            columns = columns + (tl.load(ptr + t64 * COUNT + j),)
+        else:
+            columns = columns + (tl.load(ptr + t64 * COUNT + j, mask, 0.0),)
     return columns
 
 

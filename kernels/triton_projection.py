@@ -1,15 +1,12 @@
-"""The forward: two kernels over the streams and a small one, whichever operation asks.
+"""The forward's large kernel, whichever operation asks.
 
 `project_kernel` mixes the streams of the site that ends and, on the tile still in registers,
-projects the result for the site that begins; each half can run alone. `finish_kernel` adds up
-the partial projections and makes the coefficients, with which `aggregate`'s own kernel reads the
-streams once more. `combine`, `pre`, `coefficients`, `combine_pre` and `head` are these kernels with
-different flags, so their results agree to the bit.
+projects the result for the site that begins; each half can run alone. `combine`, `pre`,
+`coefficients`, `combine_pre` and `head` are this kernel with different flags, with
+`triton_finish` behind it, so their results agree to the bit.
 """
 
-# ruff: noqa: RUF005 (Triton's language has no starred tuples)
-
-from dataclasses import dataclass
+# ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
 
 import torch
 import triton
@@ -17,22 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_aggregate import weighted_sum
 from .triton_device import (
-    computed_once,
     load_columns,
     load_streams,
     mixed_stream,
     product,
-    sinkhorn_forward,
-    sum_blocks,
+    rounded,
+    widened,
 )
 from .triton_launch import launch, pack_weights
 
 
 @triton.jit
-def load_tiles(x_ptr, f_ptr, t64, c, mask, N: tl.constexpr, C: tl.constexpr, COMBINE: tl.constexpr):
+def load_tiles(x_ptr, f_ptr, t64, c, N: tl.constexpr, C: tl.constexpr, COMBINE: tl.constexpr):
     """The tiles [BT, BC] of the N streams and, in a tuple of its own, of f (COMBINE)."""
+    mask = (c < C)[None, :]
     streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
     f = ()
     if COMBINE:
@@ -40,7 +36,110 @@ def load_tiles(x_ptr, f_ptr, t64, c, mask, N: tl.constexpr, C: tl.constexpr, COM
     return streams, f
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit
+def as_operand(tile):
+    """[rows, BC] -> the same, its channels in the order of `as_transposed_operand`."""
+    ROWS: tl.constexpr = tile.shape[0]
+    BC: tl.constexpr = tile.shape[1]
+    tile = tl.permute(tl.reshape(tile, (ROWS, BC // 8, 4, 2)), (0, 2, 1, 3))
+    return tl.reshape(tile, (ROWS, BC))
+
+
+@triton.jit
+def as_transposed_operand(tile):
+    """[BT, BC] -> [BC, BT], its channels in an order in which nothing has to move.
+
+    A thread loads 8 channels in a row (16 bits each), where a product of matrices wants 2 of each 8
+    from it. A product is the same in whatever order both factors name the channels, so they are
+    named such that every thread has loaded its part of the product.
+    """
+    BT: tl.constexpr = tile.shape[0]
+    BC: tl.constexpr = tile.shape[1]
+    tile = tl.permute(tl.reshape(tile, (BT, BC // 8, 4, 2)), (2, 1, 3, 0))
+    return tl.reshape(tile, (BC, BT))
+
+
+@triton.jit
+def load_phi(
+    weights_ptr,
+    i: tl.constexpr,
+    c,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """The tiles [16, BC] of phi for stream i that `add_products` multiplies with.
+
+    16 rows at a time, a tile for each term. Of the rest, 8 rows at most, three terms fill two
+    tiles: the first over the second, zeros over the third.
+    """
+    FULL: tl.constexpr = ROWS // 16
+    row = tl.arange(0, 16)
+    mask = (c < C)[None, :]
+    columns = weights_ptr + (i * C + c)[None, :]
+    tiles = ()
+    for j in tl.static_range(FULL):
+        for term in tl.static_range(TERMS):
+            w = columns + (term * R + 16 * j + row)[:, None] * (N * C)
+            tiles = tiles + (as_operand(tl.load(w, mask, 0.0)),)
+    if ROWS % 16 > 0 and TERMS == 1:
+        w = columns + (16 * FULL + row)[:, None] * (N * C)
+        tiles = tiles + (as_operand(tl.load(w, mask, 0.0)),)
+    elif ROWS % 16 > 0:
+        rest = 16 * FULL + row % 8
+        w = columns + (row // 8 * R + rest)[:, None] * (N * C)
+        tiles = tiles + (as_operand(tl.load(w, mask, 0.0)),)
+        w = columns + (2 * R + rest)[:, None] * (N * C)
+        tiles = tiles + (as_operand(tl.load(w, mask & (row >= 8)[:, None], 0.0)),)
+    return tiles
+
+
+@triton.jit
+def add_products(phi, y, sums, ROWS: tl.constexpr, TERMS: tl.constexpr):
+    """The sums [16, BT] with phi y [BC, BT] of one stream added.
+
+    With three terms there are two sums for 16 rows, of the first term and of the two others, and
+    one for the rest: the first term in its upper half, the others in its lower half.
+    """
+    FULL: tl.constexpr = ROWS // 16
+    longer = ()
+    if TERMS == 1:
+        for j in tl.static_range(len(sums)):
+            longer = longer + (tl.dot(phi[j], y, sums[j], input_precision="tf32x3"),)
+    else:
+        for j in tl.static_range(FULL):
+            low = product(phi[3 * j + 1], y, sums[2 * j + 1])
+            low = product(phi[3 * j + 2], y, low)
+            longer = longer + (product(phi[3 * j], y, sums[2 * j]), low)
+        if ROWS % 16 > 0:
+            z = product(phi[3 * FULL], y, sums[2 * FULL])
+            longer = longer + (product(phi[3 * FULL + 1], y, z),)
+    return longer
+
+
+@triton.jit
+def store_sums(out_ptr, sums, ROWS: tl.constexpr, TERMS: tl.constexpr, BT: tl.constexpr):
+    """z [ROWS, BT] of the sums of `add_products`."""
+    FULL: tl.constexpr = ROWS // 16
+    out = out_ptr + tl.arange(0, BT)[None, :]
+    row = tl.arange(0, 16)[:, None]
+    for j in tl.static_range(FULL):
+        if TERMS == 1:
+            z = sums[j]
+        else:
+            z = sums[2 * j] + sums[2 * j + 1]
+        tl.store(out + (16 * j + row) * BT, z)
+    if ROWS % 16 > 0 and TERMS == 1:
+        tl.store(out + (16 * FULL + row) * BT, sums[FULL], 16 * FULL + row < ROWS)
+    elif ROWS % 16 > 0:
+        z = tl.sum(tl.reshape(sums[2 * FULL], (2, 8, BT)), axis=0)
+        row = 16 * FULL + tl.arange(0, 8)[:, None]
+        tl.store(out + row * BT, z, row < ROWS)
+
+
+@triton.jit(do_not_specialize=["T"])
 def project_kernel(
     x_ptr,
     f_ptr,
@@ -51,161 +150,90 @@ def project_kernel(
     weights_ptr,
     partial_ptr,
     T,
-    share,
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
     TERMS: tl.constexpr,
+    SUMS: tl.constexpr,
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PROJECT: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
-    A program keeps phi of its channels in shared memory and goes through `share` tokens.
+    A program keeps phi of its STEPS * BC channels in shared memory and takes every so-many-th tile
+    of BT tokens, so that all programs read and write side by side; Triton copies the tiles that
+    come next to shared memory meanwhile.
     x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [tiles of BT tokens, blocks,
     ROWS + 1, BT]: z and the sum of squares, in one piece a program and in one a tile.
     """
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    BLOCKS: tl.constexpr = (C + STEPS * BC - 1) // (STEPS * BC)
     block = tl.program_id(0)
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, T)
-    row = tl.arange(0, R)
-    HIGH: tl.constexpr = 2 * R if TERMS == 3 else R  # rows of phi in the first product
-    high_row = tl.arange(0, HIGH)
-    c = block * BC + tl.arange(0, BC)
-    c_mask = (c < C)[None, :]
-    if HAS_BIAS:
-        f_bias = tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
+    c0 = block * (STEPS * BC) + tl.arange(0, BC)
+    phi = ()
     if PROJECT:
-        weights = ()
-        low_weights = ()
-        for i in tl.static_range(N):
-            w = weights_ptr + high_row[:, None] * (N * C) + (i * C + c)[None, :]
-            weights = weights + (tl.load(w, c_mask, 0.0),)  # [HIGH, BC]
-            if TERMS == 3:
-                w = weights_ptr + (2 * R + row)[:, None] * (N * C) + (i * C + c)[None, :]
-                low_weights = low_weights + (tl.load(w, c_mask, 0.0),)
+        for step in tl.static_range(STEPS):
+            for i in tl.static_range(N):
+                phi = phi + (load_phi(weights_ptr, i, c0 + step * BC, N, C, ROWS, R, TERMS),)
 
-    t = first + tl.arange(0, BT)
-    mask = (t < last)[:, None] & c_mask
-    tiles = load_tiles(x_ptr, f_ptr, t.to(tl.int64), c, mask, N, C, COMBINE)
-    for t0 in range(first, last, BT):
+    for t0 in range(tl.program_id(1) * BT, T, tl.num_programs(1) * BT):
         t = t0 + tl.arange(0, BT)
-        t64 = t.to(tl.int64)
-        t_mask = t < last
-        mask = t_mask[:, None] & c_mask
-        offsets = t64[:, None] * (N * C) + c[None, :]
+        t_mask = t < T
+        t64 = tl.minimum(t, T - 1).to(tl.int64)  # the last token for those that do not exist
         if COMBINE:
-            h_post = load_columns(h_post_ptr, t64, t_mask, N)
-            h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-        streams, f = tiles
-        t_next = t + BT  # the next tiles, while this one is worked on
-        next_mask = (t_next < last)[:, None] & c_mask
-        tiles = load_tiles(x_ptr, f_ptr, t_next.to(tl.int64), c, next_mask, N, C, COMBINE)
-        if COMBINE:
-            f = f[0].to(tl.float32)
-            if HAS_BIAS:
-                f += f_bias
-        z = tl.zeros((HIGH, BT), tl.float32)
-        z_low = tl.zeros((R, BT), tl.float32)
-        square = tl.zeros((BT, BC), tl.float32)
-        for i in tl.static_range(N):
+            h_post = load_columns(h_post_ptr, t64, None, N)
+            h_res = load_columns(h_res_ptr, t64, None, N * N)
+        sums = ()
+        for _ in tl.static_range(SUMS):
+            sums = sums + (tl.zeros((16, BT), tl.float32),)
+        squares = tl.zeros((BT, BC // 8), tl.float32)
+        for step in tl.static_range(STEPS):
+            c = c0 + step * BC
+            streams, f = load_tiles(x_ptr, f_ptr, t64, c, N, C, COMBINE)
+            wide = ()
             if COMBINE:
-                y = mixed_stream(streams, f, h_res, h_post, i, N).to(y_ptr.dtype.element_ty)
-                y = computed_once(y)
-                tl.store(y_ptr + offsets + i * C, y, mask)
-            else:
-                y = streams[i]
-            if PROJECT:
-                if HAS_BIAS:  # it has left values in rows and columns that do not exist
-                    y = tl.where(mask, y, 0.0)
-                y32 = y.to(tl.float32)
-                square = tl.fma(y32, y32, square)
-                if TERMS == 1:
-                    z = tl.dot(weights[i], tl.trans(y32), z, input_precision="tf32x3")
+                f = widened(f[0])
+                if HAS_BIAS:
+                    f += tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
+                for i in tl.static_range(N):
+                    wide = wide + (widened(streams[i]),)
+            square = tl.zeros((BT, BC), tl.float32)
+            for i in tl.static_range(N):
+                if COMBINE:
+                    y = rounded(mixed_stream(wide, f, h_res, h_post, i, N), y_ptr.dtype.element_ty)
+                    out = t64[:, None] * (N * C) + (i * C + c)[None, :]
+                    tl.store(y_ptr + out, y, t_mask[:, None] & (c < C)[None, :])
                 else:
-                    z = product(weights[i], tl.trans(y), z)
-                    z_low = product(low_weights[i], tl.trans(y), z_low)
+                    y = streams[i]
+                if PROJECT:
+                    y32 = widened(y)
+                    square = tl.fma(y32, y32, square)
+                    if TERMS == 1:
+                        y = y32
+                    y = as_transposed_operand(y)
+                    sums = add_products(phi[step * N + i], y, sums, ROWS, TERMS)
+            squares += tl.sum(tl.reshape(square, (BT, BC // 8, 8)), axis=2)
 
         if PROJECT:
-            if TERMS == 3:
-                z = tl.sum(tl.reshape(z, (2, R, BT)), axis=0) + z_low  # [R, BT]
             tile = t0 // BT * BLOCKS + block.to(tl.int64)
-            base = partial_ptr + tile * ((ROWS + 1) * BT) + tl.arange(0, BT)
-            tl.store(base[None, :] + row[:, None] * BT, z, (row < ROWS)[:, None])
-            tl.store(base + ROWS * BT, tl.sum(square, axis=1))
+            z_ptr = partial_ptr + tile * ((ROWS + 1) * BT)
+            store_sums(z_ptr, sums, ROWS, TERMS, BT)
+            tl.store(z_ptr + ROWS * BT + tl.arange(0, BT), tl.sum(squares, axis=1))
 
 
-@triton.jit(do_not_specialize=["T"])
-def finish_kernel(
-    partial_ptr,
-    alpha_ptr,
-    bias_ptr,
-    h_pre_ptr,
-    h_post_ptr,
-    h_res_ptr,
-    normed_ptr,
-    inverse_ptr,
-    T,
-    norm_eps,
-    pre_eps,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    MIXING: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    SINKHORN_EPS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LOADS: tl.constexpr,
-    TILE: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Partial projections [tiles, BLOCKS, ROWS + 1, TILE] -> the coefficients of BT tokens.
+STEP = 32
+"""Channels that a warp works on at a time: 4 threads load 8 each of one token."""
 
-    Without MIXING (`head`) there are only the N rows of H_pre. normed [T, ROWS] is z / r and
-    inverse [T] is 1 / r: what the backward keeps.
-    """
-    first = tl.program_id(0) * BT
-    t = first + tl.arange(0, BT)
-    t64 = t.to(tl.int64)
-    t_mask = t < T
-    ALL: tl.constexpr = ROWS + 1
-    tile_ptr = partial_ptr + (first // TILE).to(tl.int64) * (BLOCKS * ALL * TILE) + first % TILE
-    square = sum_blocks(tile_ptr, ROWS, 1, ALL, TILE, BLOCKS, LOADS, BT)
-    z_pre = sum_blocks(tile_ptr, 0, N, ALL, TILE, BLOCKS, LOADS, BT)
-    if MIXING:  # all loads before the first store, which might change what they read
-        z_post = sum_blocks(tile_ptr, N, N, ALL, TILE, BLOCKS, LOADS, BT)
-        z_res = sum_blocks(tile_ptr, 2 * N, N * N, ALL, TILE, BLOCKS, LOADS, BT)
 
-    inverse = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
-    tl.store(inverse_ptr + t64[:, None], inverse, t_mask[:, None])
-    j = tl.arange(0, N)
-    mask = t_mask[:, None] & (j >= 0)[None, :]
-    normed = z_pre * inverse
-    tl.store(normed_ptr + t64[:, None] * ROWS + j[None, :], normed, mask)
-    logits = tl.fma(normed, tl.load(alpha_ptr), tl.load(bias_ptr + j)[None, :])
-    tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], tl.sigmoid(logits) + pre_eps, mask)
-
-    if MIXING:
-        normed = z_post * inverse
-        tl.store(normed_ptr + t64[:, None] * ROWS + N + j[None, :], normed, mask)
-        logits = tl.fma(normed, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
-        tl.store(h_post_ptr + t64[:, None] * N + j[None, :], 2.0 * tl.sigmoid(logits), mask)
-
-        k = tl.arange(0, N * N)
-        mask = t_mask[:, None] & (k >= 0)[None, :]
-        normed = z_res * inverse
-        tl.store(normed_ptr + t64[:, None] * ROWS + 2 * N + k[None, :], normed, mask)
-        logits = tl.fma(normed, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
-        logits = tl.reshape(logits, (BT, N, N))  # (dst, src)
-        matrix = sinkhorn_forward(logits, ITERATIONS, SINKHORN_EPS)
-        matrix = tl.reshape(matrix, (BT, N * N))
-        tl.store(h_res_ptr + t64[:, None] * (N * N) + k[None, :], matrix, mask)
+def sums(rows: int, terms: int) -> int:
+    """The sums of 16 rows that `add_products` keeps for phi [rows, n*C] in so many terms."""
+    full, rest = divmod(rows, 16)
+    return (1 if terms == 1 else 2) * full + (rest > 0)
 
 
 def project(
@@ -237,10 +265,11 @@ def project(
         partial = x.new_empty(shape, dtype=torch.float32)
     if tokens == 0:
         return y, partial
-    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
+    terms = 1 if weights is None else weights.shape[0]
+    tiles = triton.cdiv(tokens, tile.tokens)
     launch(
         project_kernel,
-        (blocks, tile.splits),
+        (blocks, tiles if phi is None else min(tile.splits, tiles)),
         x,
         f,
         f_bias,
@@ -250,85 +279,20 @@ def project(
         weights,
         partial,
         tokens,
-        share,
         N=n,
         C=width,
         ROWS=rows,
         R=config.padded(rows),
-        TERMS=1 if weights is None else weights.shape[0],
+        TERMS=terms,
+        SUMS=0 if phi is None else sums(rows, terms),
         COMBINE=mixing is not None,
         HAS_BIAS=f_bias is not None,
         PROJECT=phi is not None,
         BT=tile.tokens,
-        BC=tile.channels,
+        BC=min(tile.channels, STEP),
+        STEPS=triton.cdiv(tile.channels, STEP),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,
     )
     return y, partial
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What `finish` returns: None where the operation has no such result."""
-
-    u: Tensor | None
-    h_pre: Tensor
-    h_post: Tensor | None
-    h_res: Tensor | None
-    normed: Tensor
-    inverse: Tensor
-
-
-def finish(
-    x: Tensor,
-    partial: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    aggregate: bool,
-    iterations: int = 1,
-    norm_eps: float,
-    pre_eps: float,
-    sinkhorn_eps: float = 0.0,
-) -> Finished:
-    """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
-    tokens, n, width = x.shape
-    _, blocks, rows, tile_tokens = partial.shape
-    rows -= 1
-    mixing = rows > n
-    tile = config.finish(n, width, x.dtype)
-    block_tokens = min(tile.tokens, tile_tokens)
-    h_pre = partial.new_empty(tokens, n)
-    h_post = partial.new_empty(tokens, n) if mixing else None
-    h_res = partial.new_empty(tokens, n, n) if mixing else None
-    normed, inverse = partial.new_empty(tokens, rows), partial.new_empty(tokens)
-    if tokens > 0:
-        launch(
-            finish_kernel,
-            (triton.cdiv(tokens, block_tokens),),
-            partial,
-            alpha,
-            bias,
-            h_pre,
-            h_post,
-            h_res,
-            normed,
-            inverse,
-            tokens,
-            norm_eps,
-            pre_eps,
-            N=n,
-            C=width,
-            ROWS=rows,
-            MIXING=mixing,
-            ITERATIONS=iterations,
-            SINKHORN_EPS=sinkhorn_eps,
-            BLOCKS=blocks,
-            LOADS=max(config.FINISH_LOADS * tile.warps, n * n * block_tokens),
-            TILE=tile_tokens,
-            BT=block_tokens,
-            num_warps=tile.warps,
-        )
-    u = weighted_sum(x, h_pre) if aggregate else None
-    return Finished(u, h_pre, h_post, h_res, normed, inverse)

@@ -1,0 +1,149 @@
+"""The forward's small kernel: a site's coefficients from the partial projections of its streams.
+
+`finish_kernel` adds up what `triton_projection.project_kernel` left and makes the coefficients;
+with them `aggregate`'s own kernel reads the streams once more.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_config as config
+from .triton_aggregate import weighted_sum
+from .triton_device import sinkhorn_forward, sum_blocks
+from .triton_launch import launch
+
+
+@triton.jit(do_not_specialize=["T"])
+def finish_kernel(
+    partial_ptr,
+    alpha_ptr,
+    bias_ptr,
+    h_pre_ptr,
+    h_post_ptr,
+    h_res_ptr,
+    normed_ptr,
+    inverse_ptr,
+    T,
+    norm_eps,
+    pre_eps,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    MIXING: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    SINKHORN_EPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LOADS: tl.constexpr,
+    TILE: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Partial projections [tiles, BLOCKS, ROWS + 1, TILE] -> the coefficients of BT tokens.
+
+    Without MIXING (`head`) there are only the N rows of H_pre. normed [T, ROWS] is z / r and
+    inverse [T] is 1 / r: what the backward keeps.
+    """
+    first = tl.program_id(0) * BT
+    t = first + tl.arange(0, BT)
+    t64 = t.to(tl.int64)
+    t_mask = t < T
+    ALL: tl.constexpr = ROWS + 1
+    tile_ptr = partial_ptr + (first // TILE).to(tl.int64) * (BLOCKS * ALL * TILE) + first % TILE
+    square = sum_blocks(tile_ptr, ROWS, 1, ALL, TILE, BLOCKS, LOADS, BT)
+    z_pre = sum_blocks(tile_ptr, 0, N, ALL, TILE, BLOCKS, LOADS, BT)
+    if MIXING:  # all loads before the first store, which might change what they read
+        z_post = sum_blocks(tile_ptr, N, N, ALL, TILE, BLOCKS, LOADS, BT)
+        z_res = sum_blocks(tile_ptr, 2 * N, N * N, ALL, TILE, BLOCKS, LOADS, BT)
+
+    inverse = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
+    tl.store(inverse_ptr + t64[:, None], inverse, t_mask[:, None])
+    j = tl.arange(0, N)
+    mask = t_mask[:, None] & (j >= 0)[None, :]
+    normed = z_pre * inverse
+    tl.store(normed_ptr + t64[:, None] * ROWS + j[None, :], normed, mask)
+    logits = tl.fma(normed, tl.load(alpha_ptr), tl.load(bias_ptr + j)[None, :])
+    tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], tl.sigmoid(logits) + pre_eps, mask)
+
+    if MIXING:
+        normed = z_post * inverse
+        tl.store(normed_ptr + t64[:, None] * ROWS + N + j[None, :], normed, mask)
+        logits = tl.fma(normed, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
+        tl.store(h_post_ptr + t64[:, None] * N + j[None, :], 2.0 * tl.sigmoid(logits), mask)
+
+        k = tl.arange(0, N * N)
+        mask = t_mask[:, None] & (k >= 0)[None, :]
+        normed = z_res * inverse
+        tl.store(normed_ptr + t64[:, None] * ROWS + 2 * N + k[None, :], normed, mask)
+        logits = tl.fma(normed, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
+        logits = tl.reshape(logits, (BT, N, N))  # (dst, src)
+        matrix = sinkhorn_forward(logits, ITERATIONS, SINKHORN_EPS)
+        matrix = tl.reshape(matrix, (BT, N * N))
+        tl.store(h_res_ptr + t64[:, None] * (N * N) + k[None, :], matrix, mask)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `finish` returns: None where the operation has no such result."""
+
+    u: Tensor | None
+    h_pre: Tensor
+    h_post: Tensor | None
+    h_res: Tensor | None
+    normed: Tensor
+    inverse: Tensor
+
+
+def finish(
+    x: Tensor,
+    partial: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    aggregate: bool,
+    iterations: int = 1,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float = 0.0,
+) -> Finished:
+    """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
+    tokens, n, width = x.shape
+    _, blocks, rows, tile_tokens = partial.shape
+    rows -= 1
+    mixing = rows > n
+    tile = config.finish(n, width, x.dtype)
+    block_tokens = min(tile.tokens, tile_tokens)
+    h_pre = partial.new_empty(tokens, n)
+    h_post = partial.new_empty(tokens, n) if mixing else None
+    h_res = partial.new_empty(tokens, n, n) if mixing else None
+    normed, inverse = partial.new_empty(tokens, rows), partial.new_empty(tokens)
+    if tokens > 0:
+        launch(
+            finish_kernel,
+            (triton.cdiv(tokens, block_tokens),),
+            partial,
+            alpha,
+            bias,
+            h_pre,
+            h_post,
+            h_res,
+            normed,
+            inverse,
+            tokens,
+            norm_eps,
+            pre_eps,
+            N=n,
+            C=width,
+            ROWS=rows,
+            MIXING=mixing,
+            ITERATIONS=iterations,
+            SINKHORN_EPS=sinkhorn_eps,
+            BLOCKS=blocks,
+            LOADS=max(config.FINISH_LOADS * tile.warps, n * n * block_tokens),
+            TILE=tile_tokens,
+            BT=block_tokens,
+            num_warps=tile.warps,
+        )
+    u = weighted_sum(x, h_pre) if aggregate else None
+    return Finished(u, h_pre, h_post, h_res, normed, inverse)
