@@ -180,7 +180,7 @@ def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_stream_gradients.streams_kernel`: a block of channels, a share of tokens in turn."""
+    """`triton_stream_gradients.streams_kernel`: as `project`, with four programs side by side."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -190,11 +190,11 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, a share of tokens."""
+    """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, every so-many-th tile."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
     blocks = -(-n * width // 128)
-    return Tile(32, 128, splits=min(max(640 // blocks, 4), 16), warps=4, stages=2)
+    return Tile(64, 128, splits=min(max(512 // blocks, 4), 16), warps=4, stages=2)
 
 
 @tunable

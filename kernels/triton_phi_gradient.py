@@ -13,18 +13,17 @@ from .triton_device import product
 from .triton_launch import PHI_TERMS, launch
 from .triton_sums import sum_rows
 
-LONGEST_SHARE = 4096
-"""Tokens that one program adds up. A share of 65,536 tokens was 2e-4 off on an H100: the matrix
-units cut sums off, towards zero (inferred), and such an error grows with the share."""
+LONGEST_SUM = 4096
+"""Tokens that one program adds up. A sum over 65,536 tokens was 2e-4 off on an H100: the matrix
+units cut sums off, towards zero (inferred), and such an error grows with the sum."""
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def phi_kernel(
     y_ptr,
     d_z_ptr,
     d_phi_ptr,
     T,
-    share,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -33,20 +32,20 @@ def phi_kernel(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """d_phi [token shares, ROWS, N*C] = d_z^T vec(y), one block of the N*C columns a program."""
+    """d_phi [programs a block, ROWS, N*C] = d_z^T vec(y): one block of the N*C columns and every
+    so-many-th tile of tokens, from the last to the first, a program."""
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     part = tl.program_id(1)
     row = tl.arange(0, R)
-    first = part * share
-    last = tl.minimum(first + share, T)
+    parts = tl.num_programs(1)
+    last_tile = tl.cdiv(T, BT) - 1 - part
     d_phi = tl.zeros((BC, R), tl.float32)
-    count = tl.cdiv(tl.maximum(last - first, 0), BT)
-    for i in tl.range(0, count, num_stages=STAGES):
-        t = first + (count - 1 - i) * BT + tl.arange(0, BT)
+    for i in tl.range(0, tl.cdiv(last_tile + 1, parts), num_stages=STAGES):
+        t = (last_tile - i * parts) * BT + tl.arange(0, BT)
         t64 = t.to(tl.int64)
-        mask = (t < last)[:, None] & (column < WIDTH)[None, :]
+        mask = (t < T)[:, None] & (column < WIDTH)[None, :]
         y = tl.load(y_ptr + t64[:, None] * WIDTH + column[None, :], mask, 0.0)
-        z_mask = (t < last)[:, None] & (row < ROWS)[None, :]
+        z_mask = (t < T)[:, None] & (row < ROWS)[None, :]
         d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
         if TERMS == 1:
             d_phi = tl.dot(tl.trans(y.to(tl.float32)), d_z, d_phi, input_precision="tf32x3")
@@ -64,9 +63,8 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     tokens, n, width = y.shape
     rows = d_z.shape[1]
     tile = config.phi_gradient(n, width, y.dtype)
-    splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SHARE))
+    splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
     partial = d_z.new_empty(splits, rows, n * width)
-    share = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
     launch(
         phi_kernel,
         (triton.cdiv(n * width, tile.channels), splits),
@@ -74,7 +72,6 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
         d_z,
         partial,
         tokens,
-        share,
         WIDTH=n * width,
         ROWS=rows,
         R=config.padded(rows),

@@ -5,9 +5,9 @@ It builds the whole gradient of the projected streams y on chip,
 and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
 once. Sums over tokens or channels are partial sums.
 
-`coefficients_kernel`, `streams_kernel` and `phi_kernel` go through shares of the tokens side by
-side: the first from the ends to the starts, the second back, the third to the starts again: each
-starts with what the one before read last.
+`coefficients_kernel` goes from the last tokens to the first, `streams_kernel` back, `phi_kernel` to
+the first again: each starts with what the one before read last. All programs of a kernel work side
+by side, on neighbouring tokens.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_device import load_columns, load_streams, product, row_sums
+from .triton_device import load_columns, load_streams, product, rounded, row_sums, widened
 from .triton_launch import dense, launch, pack_weights
 from .triton_phi_gradient import phi_gradient
 from .triton_sums import sum_mixing_kernel, sum_rows
@@ -60,7 +60,7 @@ def load_tiles(
     return dys, ys, xs, du, f
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def streams_kernel(
     y_ptr,
     dy_ptr,
@@ -79,7 +79,6 @@ def streams_kernel(
     d_mixing_ptr,
     d_f_bias_ptr,
     T,
-    share,
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -94,18 +93,19 @@ def streams_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One block of channels and `share` tokens: dY, then dx = dY or (COMBINE) dx = H_res^T dY.
+    """One block of channels and every so-many-th tile of tokens: dY, then dx = dY or (COMBINE)
+    dx = H_res^T dY.
 
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, R, N*C]. Partial sums: d_mixing
-    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [token shares, C].
+    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [programs a block, C].
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
     c = block * BC + tl.arange(0, BC)
     c_mask = c < C
     row = tl.arange(0, R)
-    first = part * share
-    last = tl.minimum(first + share, T)
+    first = part * BT
+    jump = tl.num_programs(1) * BT
 
     weights = ()
     if PROJECT:
@@ -120,7 +120,7 @@ def streams_kernel(
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
 
     t = first + tl.arange(0, BT)
-    mask = (t < last)[:, None] & c_mask[None, :]
+    mask = (t < T)[:, None] & c_mask[None, :]
     tiles = load_tiles(
         dy_ptr,
         y_ptr,
@@ -137,10 +137,10 @@ def streams_kernel(
         HAS_DU,
         COMBINE,
     )
-    for t0 in range(first, last, BT):
+    for t0 in range(first, T, jump):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
-        t_mask = t < last
+        t_mask = t < T
         mask = t_mask[:, None] & c_mask[None, :]
         narrow = t64[:, None] * C + c[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
@@ -174,7 +174,7 @@ def streams_kernel(
         # the next tiles, while this one is worked on; loads that follow the products decide the
         # layout of all that follows
         dys, ys, xs, du, f = tiles
-        t_next = t + BT
+        t_next = t + jump
         tiles = load_tiles(
             dy_ptr,
             y_ptr,
@@ -183,7 +183,7 @@ def streams_kernel(
             f_ptr,
             t_next.to(tl.int64),
             c,
-            (t_next < last)[:, None] & c_mask[None, :],
+            (t_next < T)[:, None] & c_mask[None, :],
             N,
             C,
             HAS_DY,
@@ -192,21 +192,23 @@ def streams_kernel(
             COMBINE,
         )
 
+        if HAS_DU:
+            du32 = widened(du[0])
         streams_dy = ()
         for i in tl.static_range(N):
             if HAS_DY:
-                dy = dys[i].to(tl.float32)
+                dy = widened(dys[i])
             else:
                 dy = tl.zeros((BT, BC), tl.float32)
             if HAS_DU:
-                dy = tl.fma(h_pre[i][:, None], du[0].to(tl.float32), dy)
+                dy = tl.fma(h_pre[i][:, None], du32, dy)
             if PROJECT:
-                dy = tl.fma(k, ys[i].to(tl.float32), dy)
+                dy = tl.fma(k, widened(ys[i]), dy)
                 dy += tl.trans(through[i])
             streams_dy = streams_dy + (dy,)
 
         if COMBINE:
-            f = f[0].to(tl.float32)
+            f = widened(f[0])
             if HAS_BIAS:
                 f += f_bias[None, :]
             # the sums of a token side by side, for one store: a store of each would cost a barrier
@@ -220,11 +222,11 @@ def streams_kernel(
             sums = row_sums(products, N)
             for i in tl.static_range(N):
                 d_mixing = tl.where(entry == i, sums[i][:, None], d_mixing)
-            tl.store(df_ptr + narrow, df.to(df_ptr.dtype.element_ty), mask)
+            tl.store(df_ptr + narrow, rounded(df, df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
                 d_f_bias += df
             for j in tl.static_range(N):
-                x = xs[j].to(tl.float32)
+                x = widened(xs[j])
                 dx = tl.zeros((BT, BC), tl.float32)
                 products = ()
                 for i in tl.static_range(N):
@@ -233,12 +235,12 @@ def streams_kernel(
                 sums = row_sums(products, N)
                 for i in tl.static_range(N):
                     d_mixing = tl.where(entry == N + i * N + j, sums[i][:, None], d_mixing)
-                tl.store(dx_ptr + offsets + j * C, dx.to(dx_ptr.dtype.element_ty), mask)
+                tl.store(dx_ptr + offsets + j * C, rounded(dx, dx_ptr.dtype.element_ty), mask)
             out = (block * T.to(tl.int64) + t64)[:, None] * (N + N * N) + entry
             tl.store(d_mixing_ptr + out, d_mixing, t_mask[:, None] & (entry < N + N * N))
         else:
             for i in tl.static_range(N):
-                dx = streams_dy[i].to(dx_ptr.dtype.element_ty)
+                dx = rounded(streams_dy[i], dx_ptr.dtype.element_ty)
                 tl.store(dx_ptr + offsets + i * C, dx, mask)
 
     if HAS_BIAS:
@@ -292,7 +294,6 @@ def streams_gradients(
         no_phi = None if phi is None else torch.zeros_like(phi)
         no_bias = None if f_bias is None else torch.zeros_like(f_bias)
         return StreamsGradients(dx, df, d_post, d_res, no_bias, no_phi)
-    share = triton.cdiv(triton.cdiv(tokens, tile.splits), tile.tokens) * tile.tokens
     launch(
         streams_kernel,
         (blocks, tile.splits),
@@ -313,7 +314,6 @@ def streams_gradients(
         d_mixing,
         d_f_bias,
         tokens,
-        share,
         N=n,
         C=width,
         ROWS=rows,

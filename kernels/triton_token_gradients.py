@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .triton_device import load_streams, sinkhorn_backward
+from .triton_device import load_streams, sinkhorn_backward, widened
 from .triton_launch import dense, launch
 from .triton_sums import sum_rows
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def coefficients_kernel(
     x_ptr,
     du_ptr,
@@ -35,7 +35,6 @@ def coefficients_kernel(
     h_pre_ptr,
     d_parameters_ptr,
     T,
-    share,
     pre_eps,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -46,7 +45,6 @@ def coefficients_kernel(
     HAS_RES: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
-    SPLITS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -60,8 +58,7 @@ def coefficients_kernel(
     program = tl.program_id(0)
     d_bias_ptr = d_parameters_ptr + program * (ROWS + ALPHAS)
     d_alpha_ptr = d_bias_ptr + ROWS
-    t_end = program % SPLITS * share + share - program // SPLITS * BT
-    t = t_end - BT + tl.arange(0, BT)
+    t = (tl.num_programs(0) - 1 - program) * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
     inverse = tl.load(inverse_ptr + t64, t_mask, 0.0)
@@ -74,10 +71,10 @@ def coefficients_kernel(
             c = c0 + tl.arange(0, BC)
             mask = t_mask[:, None] & (c < C)[None, :]
             streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
-            du = tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
+            du = widened(tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0))
             longer = ()
             for j in tl.static_range(N):
-                longer = longer + (tl.fma(streams[j].to(tl.float32), du, products[j]),)
+                longer = longer + (tl.fma(widened(streams[j]), du, products[j]),)
             products = longer
 
     through_norm = tl.zeros((BT,), tl.float32)  # sum of alpha d_l m
@@ -172,9 +169,7 @@ def coefficients_gradients(
     if du is None and d_pre is None:
         d_pre = inverse.new_zeros(tokens, n)
     tile = config.coefficients_backward(n, width, y.dtype)
-    splits = config.streams_backward(n, width, y.dtype).splits
-    tiles = triton.cdiv(tokens, splits * tile.tokens)  # of each share
-    programs = splits * tiles
+    programs = triton.cdiv(tokens, tile.tokens)
     d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
     h_pre = inverse.new_empty(tokens, n)
     d_parameters = inverse.new_empty(programs, rows + alpha.numel())
@@ -198,7 +193,6 @@ def coefficients_gradients(
         h_pre,
         d_parameters,
         tokens,
-        tiles * tile.tokens,
         pre_eps,
         N=n,
         C=width,
@@ -209,7 +203,6 @@ def coefficients_gradients(
         HAS_RES=d_res is not None,
         ITERATIONS=iterations,
         SINKHORN_EPS=sinkhorn_eps,
-        SPLITS=splits,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,

@@ -76,18 +76,20 @@ else:
         check(operation, tokens, n, width, dtype, "cpu", convention, iterations)
 
     @pytest.mark.parametrize(
-        ("dtype", "finish_tokens"), [(torch.bfloat16, 8), (torch.float32, 8), (torch.bfloat16, 64)]
+        ("dtype", "finish_tokens", "splits"),
+        [(torch.bfloat16, 8, 1), (torch.float32, 8, 2), (torch.bfloat16, 64, 2)],
     )
     def test_a_program_goes_through_several_tiles(
-        dtype: torch.dtype, finish_tokens: int, monkeypatch: pytest.MonkeyPatch
+        dtype: torch.dtype, finish_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One share of the tokens; `finish` has half a tile of `project` a program, or a whole."""
+        """One or two programs share the tokens, every tile or every other; `finish` has a quarter
+        of a tile of `project` a program, or a whole. The second block of channels is a stub."""
         for kernel in ("project", "streams_backward", "phi_gradient"):
-            tile = dataclasses.replace(getattr(config, kernel)(4, 40, dtype), splits=1)
-            assert tile.tokens < 37
+            tile = dataclasses.replace(getattr(config, kernel)(4, 168, dtype), splits=splits)
+            assert splits * tile.tokens < 133
             monkeypatch.setattr(config, kernel, lambda *_, tile=tile: tile)
         monkeypatch.setattr(config, "finish", lambda *_: config.Tile(finish_tokens, 1, warps=1))
-        check("combine_pre", 37, 4, 40, dtype, "cpu", iterations=2)
+        check("combine_pre", 133, 4, 168, dtype, "cpu", iterations=2)
 
     @pytest.mark.parametrize("operation", OPERATIONS)
     def test_no_tokens(operation: str) -> None:
@@ -352,23 +354,23 @@ else:
         assert set(settings(operation, PAPER, 20)) <= set(ours)
 
     def test_phi_gradient_in_more_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Many tokens are added up in shares that stay short: 26 of them here, the last a stub."""
+        """Many tokens are added up in sums that stay short: 26 of them here, one of them a stub."""
         from megatron_mhc.kernels import triton_phi_gradient
 
         generator = torch.Generator().manual_seed(0)
         y = torch.randn(805, 4, 8, generator=generator).bfloat16()
         d_z = torch.randn(805, 24, generator=generator)
-        shares = []
+        counts = []
 
         def counted(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-            shares.append(len(partial))
+            counts.append(len(partial))
             return sum_rows(partial, out)
 
         sum_rows = triton_phi_gradient.sum_rows
         monkeypatch.setattr(triton_phi_gradient, "sum_rows", counted)
-        monkeypatch.setattr(triton_phi_gradient, "LONGEST_SHARE", 32)
+        monkeypatch.setattr(triton_phi_gradient, "LONGEST_SUM", 32)
         got = triton_phi_gradient.phi_gradient(y, d_z).double()
         wanted = d_z.double().t() @ y.double().flatten(1)
-        assert shares == [26]
+        assert counts == [26]
         # fp32 sums of 805 terms
         assert (got - wanted).norm() < 1e-6 * wanted.norm()
