@@ -230,7 +230,12 @@ STEP = 32
 """Channels that a warp works on at a time: 4 threads load 8 each of one token."""
 
 
-def sums(rows: int, terms: int) -> int:
+MOST_PROGRAMS = 2**15
+"""Programs a block of channels that only combine, a tile each where there are no more tiles: they
+have no phi to load. A grid's second dimension ends at 65,535."""
+
+
+def count_sums(rows: int, terms: int) -> int:
     """The sums of 16 rows that `add_products` keeps for phi [rows, n*C] in so many terms."""
     full, rest = divmod(rows, 16)
     return (1 if terms == 1 else 2) * full + (rest > 0)
@@ -269,7 +274,7 @@ def project(
     tiles = triton.cdiv(tokens, tile.tokens)
     launch(
         project_kernel,
-        (blocks, tiles if phi is None else min(tile.splits, tiles)),
+        (blocks, min(tiles, MOST_PROGRAMS if phi is None else tile.splits)),
         x,
         f,
         f_bias,
@@ -284,7 +289,7 @@ def project(
         ROWS=rows,
         R=config.padded(rows),
         TERMS=terms,
-        SUMS=0 if phi is None else sums(rows, terms),
+        SUMS=0 if phi is None else count_sums(rows, terms),
         COMBINE=mixing is not None,
         HAS_BIAS=f_bias is not None,
         PROJECT=phi is not None,

@@ -1,6 +1,7 @@
 """The kernels' benchmarks: what their command lines say, and how they count."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,21 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
     for other in ([], records[:-1], [*records[:-1], (112.0, 114.0, "c")]):
         with pytest.raises(RuntimeError, match="not the same ones each time"):
             medians(other, 3)
+
+
+def test_pieces_moves_every_element() -> None:
+    """Under the interpreter: a stub of a tile, of a block, and fewer tiles than programs."""
+    program = """
+import torch
+from pieces import run
+x = torch.randn(37, 4, 40)
+f = torch.randn(37, 40)
+for programs in (1, 2, 9):
+    for neighbours in (False, True):
+        y = torch.full_like(x, torch.nan)
+        run(x, f, y, channels=32, programs=programs, tokens=8, neighbours=neighbours)
+        assert torch.equal(y, x + f[:, None])
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, check=True, cwd=PROFILE.parent, env=environment)
