@@ -25,8 +25,9 @@ class Tile:
     """What one program of a kernel works on.
 
     Attributes:
-        tokens, channels: the tile that it holds in registers; powers of two, as warps are.
-        splits: programs that share the tokens of one block of channels.
+        tokens, channels: the tile that it goes through; powers of two, as warps are.
+        splits: programs that share the tokens of one block of channels (not where `project` only
+            combines).
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
     """
 
@@ -65,7 +66,7 @@ def shared_memory() -> int:
     if not torch.cuda.is_available():
         return 232_448
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return getattr(properties, "shared_memory_per_block_optin", 101_376)  # PyTorch 2.6 does not say
 
 
 @functools.cache
@@ -141,9 +142,10 @@ def shares(blocks: int, resident: int) -> int:
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_projection.project_kernel`: a block of channels, every so-many-th tile of tokens.
 
-    A program has a multiprocessor to itself, and all run at once where they can: each loads phi of
-    its channels first. Wide pieces of a token matter: reading x and f and writing y, 64 bytes at a
-    time, takes 280 us at T 8192, C 4096, 128 bytes 229, 256 bytes 218, 512 bytes 217.
+    A program of bf16 and n = 4 has a multiprocessor to itself (171,520 bytes of shared memory;
+    180,352 at n = 8), and all run at once where that fills 0.8 of them: each loads phi first. Wide
+    pieces of a token matter: reading x and f and writing y, 64 bytes at a time, takes 280 us at
+    T 8192, C 4096, 128 bytes 229, 256 bytes 218, 512 bytes 217.
     """
     roomy = shared_memory() >= 200_000
     stages = 3
@@ -155,7 +157,9 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     else:
         channels = 32
     blocks = -(-width // channels)
-    splits = multiprocessors() // blocks or shares(blocks, multiprocessors())
+    splits = multiprocessors() // blocks
+    if splits * blocks < 0.8 * multiprocessors():  # more waves, better filled
+        splits = shares(blocks, multiprocessors())
     return Tile(32, channels, splits, warps=4, stages=stages)
 
 
@@ -180,7 +184,7 @@ def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_stream_gradients.streams_kernel`: as `project`, with four programs side by side."""
+    """`triton_stream_gradients.streams_kernel`: as `project`, four programs a multiprocessor."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -194,7 +198,7 @@ def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
     blocks = -(-n * width // 128)
-    if blocks > 160:  # at C 7168 164 us, for 194 with 64 tokens
+    if blocks > 160:  # at C 7168 a site took 1876 us, for 1906 with 64 tokens
         return Tile(32, 128, splits=4, warps=4, stages=2)
     return Tile(64, 128, splits=min(max(512 // blocks, 4), 16), warps=4, stages=2)
 

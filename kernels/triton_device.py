@@ -25,7 +25,7 @@ def product(a, b, accumulator):
 
 @triton.jit
 def rounded(tile, dtype: tl.constexpr):
-    """fp32 -> dtype, to the nearest; two elements an instruction for 16 bits.
+    """fp32 -> dtype, to the nearest; two elements an instruction for bf16.
 
     In assembly, as Triton converts elements one by one where it likes, and converts a tile twice
     that is stored and multiplied.
@@ -38,10 +38,6 @@ def rounded(tile, dtype: tl.constexpr):
             dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
-        )
-    elif not INTERPRETED and dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [tile], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
         return tile.to(dtype)

@@ -14,8 +14,8 @@ from .triton_launch import PHI_TERMS, launch
 from .triton_sums import sum_rows
 
 LONGEST_SUM = 4096
-"""Tokens that one program adds up. A sum over 65,536 tokens was 2e-4 off on an H100: the matrix
-units cut sums off, towards zero (inferred), and such an error grows with the sum."""
+"""Tokens that one program adds up at most. A sum over 65,536 tokens was 2e-4 off on an H100: the
+matrix units cut sums off, towards zero (inferred), and such an error grows with the sum."""
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -51,7 +51,7 @@ def as_transposed_operand(tile):
 
     A thread loads 8 channels in a row (16 bits each), where a product of matrices wants 2 of each 8
     from it. A product is the same in whatever order both factors name the channels, so they are
-    named such that every thread has loaded its part of the product.
+    named such that every thread has loaded its part of the product. (fp32 factors move anyway.)
     """
     BT: tl.constexpr = tile.shape[0]
     BC: tl.constexpr = tile.shape[1]
@@ -231,8 +231,8 @@ STEP = 32
 
 
 MOST_PROGRAMS = 2**15
-"""Programs a block of channels that only combine, a tile each where there are no more tiles: they
-have no phi to load. A grid's second dimension ends at 65,535."""
+"""Most programs a block of channels where nothing is projected: a tile each up to so many, as there
+is no phi to load. CUDA's grid ends at 65,535 in its second dimension."""
 
 
 def count_sums(rows: int, terms: int) -> int:

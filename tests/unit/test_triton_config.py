@@ -56,9 +56,10 @@ def test_the_projection_runs_as_one_wave(width: int) -> None:
     assert blocks * tile.splits <= 132 < blocks * (tile.splits + 1)
 
 
-def test_more_blocks_than_a_wave_holds_are_still_projected() -> None:
-    tile = config.project(4, 128 * 133, BF16)
-    assert tile.splits > 1 and filled(tile, 128 * 133, 132) > 0.95
+@pytest.mark.parametrize("width", [6144, 9216, 12288, 128 * 133])
+def test_the_projection_takes_more_waves_where_one_stays_empty(width: int) -> None:
+    tile = config.project(4, width, BF16)
+    assert tile.splits > 1 and filled(tile, width, 132) > 0.95
 
 
 def test_a_card_with_fewer_multiprocessors_has_its_own_shares(

@@ -83,7 +83,7 @@ else:
         dtype: torch.dtype, finish_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """One or two programs share the tokens, every tile or every other; `finish` has a quarter
-        of a tile of `project` a program, or a whole. The second block of channels is a stub."""
+        of a tile of `project` a program, or a whole. The last block of channels is a stub."""
         for kernel in ("project", "streams_backward", "phi_gradient"):
             tile = dataclasses.replace(getattr(config, kernel)(4, 168, dtype), splits=splits)
             assert splits * tile.tokens < 133
@@ -353,7 +353,7 @@ else:
         ]
         assert set(settings(operation, PAPER, 20)) <= set(ours)
 
-    def test_phi_gradient_in_more_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
         """Many tokens are added up in sums that stay short: 26 of them here, one of them a stub."""
         from megatron_mhc.kernels import triton_phi_gradient
 
@@ -369,6 +369,7 @@ else:
         sum_rows = triton_phi_gradient.sum_rows
         monkeypatch.setattr(triton_phi_gradient, "sum_rows", counted)
         monkeypatch.setattr(triton_phi_gradient, "LONGEST_SUM", 32)
+        monkeypatch.setattr(config, "phi_gradient", lambda *_: config.Tile(32, 128, 4))
         got = triton_phi_gradient.phi_gradient(y, d_z).double()
         wanted = d_z.double().t() @ y.double().flatten(1)
         assert counts == [26]
