@@ -148,10 +148,9 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
     T 8192, C 4096, 128 bytes 229, 256 bytes 218, 512 bytes 217.
     """
     roomy = shared_memory() >= 200_000
-    stages = 3
+    stages = 1 if n == 8 and not roomy else 3
     if n == 8:
         channels = 32 if dtype == torch.bfloat16 and roomy else 16
-        stages = 3 if roomy else 1
     elif dtype == torch.bfloat16:
         channels = 128 if roomy else 64
     else:

@@ -54,6 +54,18 @@ def test_the_projection_runs_as_one_wave(width: int) -> None:
     tile = config.project(4, width, BF16)
     blocks = -(-width // tile.channels)
     assert blocks * tile.splits <= 132 < blocks * (tile.splits + 1)
+    assert filled(tile, width, 132) > 0.8
+
+
+@pytest.mark.parametrize("count", [108, 114, 142, 148])
+@pytest.mark.parametrize("width", [*WIDTHS, 6144, 9216, 12288])
+def test_the_projection_fills_other_cards(
+    width: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An A100, a narrower H100, an L40S, a B200."""
+    monkeypatch.setattr(config, "multiprocessors", lambda: count)
+    forget()
+    assert filled(config.project(4, width, BF16), width, count) > 0.8
 
 
 @pytest.mark.parametrize("width", [6144, 9216, 12288, 128 * 133])

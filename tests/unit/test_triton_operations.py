@@ -38,6 +38,7 @@ else:
     from torch.utils._pytree import tree_map_only
 
     from megatron_mhc.kernels import triton_config as config
+    from megatron_mhc.kernels import triton_projection
     from tests.kernel_cases import (
         DEEPSEEK,
         LARGE_EPS,
@@ -89,7 +90,9 @@ else:
             assert splits * tile.tokens < 133
             monkeypatch.setattr(config, kernel, lambda *_, tile=tile: tile)
         monkeypatch.setattr(config, "finish", lambda *_: config.Tile(finish_tokens, 1, warps=1))
+        monkeypatch.setattr(triton_projection, "MOST_PROGRAMS", splits)
         check("combine_pre", 133, 4, 168, dtype, "cpu", iterations=2)
+        check("combine", 133, 4, 168, dtype, "cpu")
 
     @pytest.mark.parametrize("operation", OPERATIONS)
     def test_no_tokens(operation: str) -> None:
@@ -352,6 +355,20 @@ else:
             (p.name, p.default, p.kind) for p in theirs.values()
         ]
         assert set(settings(operation, PAPER, 20)) <= set(ours)
+
+    @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 24, 80])
+    def test_every_row_is_projected_with_all_of_phi(rows: int) -> None:
+        """All three bf16 terms of phi, each once: one left out or twice is 2e-6 or more off."""
+        n = {24: 4, 80: 8}.get(rows, min(rows, 2))
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(35, n, 40, generator=generator).bfloat16()
+        phi = torch.randn(rows, n * 40, generator=generator)
+        _, partial = triton_projection.project(x, phi, None)
+        got = partial.double().sum(1).transpose(1, 2).flatten(0, 1)[:35]
+        wide = x.double().flatten(1)
+        wanted = torch.cat((wide @ phi.double().t(), wide.square().sum(1, keepdim=True)), dim=1)
+        # fp32 sums of n*C terms
+        assert bool(((got - wanted).norm(dim=0) < 5e-7 * wanted.norm(dim=0)).all())
 
     def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
         """Many tokens are added up in sums that stay short: 26 of them here, one of them a stub."""
