@@ -1,12 +1,20 @@
 """No module of ours needs itself, imports inside functions counted."""
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import megatron_mhc
 
 FOLDER = Path(megatron_mhc.__file__).parent
+# what `pip install -e` adds to Python's search; without it this is `pip install .`
+NOT_EDITABLE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+"""
 
 
 def imported(module: Path) -> set[str]:
@@ -22,3 +30,15 @@ def test_modules_import_each_other_in_one_direction() -> None:
     needs = {path.stem: imported(path) for path in FOLDER.glob("[a-z]*.py")}
     assert "layer" in needs["wide"] and "accounting" in needs["activate"]
     TopologicalSorter(needs).prepare()  # a CycleError names the modules of a cycle
+
+
+def test_a_checkout_works_whatever_is_installed() -> None:
+    """Its folder `megatron_mhc` hides an installed package, which kernels/ and patches/ are in."""
+    program = NOT_EDITABLE + "import megatron_mhc.kernels, megatron_mhc.patches as p; print(p)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    root = FOLDER.parent
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert str(root / "patches") in run.stdout
