@@ -2,6 +2,9 @@
 
     benchmarks/multi_gpu.sh --out runs/multi_gpu
 
+`--ranks-per-gpu 4` gives every GPU several ranks, each a host of its own to NCCL, which then goes
+over sockets: on one GPU it shows what four stages do over NCCL, and nothing about time.
+
 Each run is a launch of its own with a time limit: one that fails is a line in the table and does
 not stop the others. What is timed runs last and alone, the rest `--jobs` launches at a time:
 
@@ -9,6 +12,8 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
   order, overlap and overlap with 2 in flight against each other, digit for digit (losses and
   gradient norms), also with timers on, and with late outputs (`late_ends.py`);
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
+* the paper's layers (MLA, mixture of experts, distributed optimizer with both overlaps), pipeline
+  and expert parallel: recompute and overlap against stock order, digit for digit;
 * save on several GPUs, resume on one, and back;
 * step time of a larger model: ordinary, mHC, with overlap, with recompute, and with both;
   NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler.
@@ -33,6 +38,7 @@ from typing import Any
 from spans import exposed
 
 ROOT = Path(__file__).parents[1]
+RUNNER = "megatron_mhc.run"
 COMMON = """
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
@@ -62,6 +68,26 @@ LARGE = """
     --num-layers 8 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
     --group-query-attention --num-query-groups 8 --seq-length 4096 --max-position-embeddings 4096
     --vocab-size 8191 --micro-batch-size 1 --global-batch-size 16
+"""
+PAPER = """
+    --num-layers 8 --hidden-size 2560 --ffn-hidden-size 12288 --num-attention-heads 32
+    --seq-length 4096 --max-position-embeddings 4096 --vocab-size 8191 --init-method-std 0.006
+    --multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64
+    --v-head-dim 128 --qk-layernorm --rope-type rope --no-rope-fusion
+    --num-experts 10 --moe-layer-freq ([0]*1+[1]*7) --moe-ffn-hidden-size 1536 --moe-router-topk 6
+    --moe-router-score-function sigmoid --moe-router-dtype fp32 --moe-router-enable-expert-bias
+    --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4
+    --moe-shared-expert-intermediate-size 3072 --moe-grouped-gemm --moe-permute-fusion
+    --moe-token-dispatcher-type alltoall
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --micro-batch-size 1 --global-batch-size 8
+"""
+"""`examples/moe/cluster.sh`'s layers, fewer, and fewer experts."""
+TINY_PAPER = """
+    --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 32 --kv-lora-rank 32
+    --max-position-embeddings 32 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16
+    --moe-ffn-hidden-size 96 --moe-shared-expert-intermediate-size 96 --vocab-size 127
+    --make-vocab-size-divisible-by 64 --num-experts 4 --moe-router-topk 2
 """
 MOE = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = "--mhc --mhc-overlap-p2p"
@@ -128,9 +154,11 @@ class Bench:
         folder = self.out / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        shared = self.options.ranks_per_gpu > 1
+        runner = ["--no-python", "benchmarks/shared_gpu.sh"] if shared else ["-m", RUNNER]
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(gpus), "-m", "megatron_mhc.run"),
+            *("--nproc-per-node", str(gpus), *runner),
             *(["--cpu"] if self.cpu else []),
             script,
             *COMMON.split(),
@@ -138,7 +166,8 @@ class Bench:
             *flags.split(),
             *("--train-iters", str(iterations), "--tensorboard-dir", str(folder / "tensorboard")),
         ]
-        visible = ",".join(str(first + index) for index in range(gpus))
+        cards = -(-gpus // self.options.ranks_per_gpu)
+        visible = ",".join(str((0 if shared else first) + index) for index in range(cards))
         extra = {"CUDA_VISIBLE_DEVICES": "" if self.cpu else visible, **environment}
         if self.cpu:
             extra |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -237,7 +266,7 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     """Losses of a pipeline against one GPU, and of the orders against each other."""
     size = starting(bench, "dense", f"{size} --mhc")
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)}"
-    steps = 5 if bench.cpu else 100
+    steps = 5 if bench.cpu else bench.options.steps
     virtual = f"{stages} --num-layers-per-virtual-pipeline-stage 1"
     few = min(steps, 20)
     timers = "--timing-log-level 2"  # the host waits for the device at every message
@@ -253,6 +282,9 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         "pp-late": (f"{stages} {OVERLAP}", few),
         "vpp-late": (f"{virtual} {OVERLAP}", few),
     }
+    # all streams of a GPU in one queue, as tensor parallelism wants it there
+    queue = {"pp-queue": "pp-overlap", "pp-queue-2": "pp-overlap-2", "vpp-queue": "vpp-overlap"}
+    runs |= {name: (runs[like][0], few) for name, like in queue.items()}
     if bench.cpu:  # nothing sleeps there
         del runs["pp-late"], runs["vpp-late"]
     launches = [
@@ -260,8 +292,10 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         partial(bench.train, "one-again", 1, size, few, first=1),
     ]
     for name, (flags, count) in runs.items():
-        late = {"script": "benchmarks/late_ends.py"} if name.endswith("late") else {}
-        launches.append(partial(bench.train, name, gpus, f"{size} {flags}", count, **late))
+        more = {"script": "benchmarks/late_ends.py"} if name.endswith("late") else {}
+        if name in queue:
+            more["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        launches.append(partial(bench.train, name, gpus, f"{size} {flags}", count, **more))
     checks = [
         partial(bench.alike, "one-again", "one", None),
         partial(bench.alike, "pp", "one", 1e-2),
@@ -323,6 +357,33 @@ def other_parallelism(bench: Bench, gpus: int, size: str) -> Part:
     return launches, checks
 
 
+def paper(bench: Bench, gpus: int, _: str) -> Part:
+    """The paper's layers: what changes nothing but the order of work changes no digit."""
+    size = PAPER + (TINY_PAPER if bench.cpu else "")
+    if gpus >= 2:
+        size += " --pipeline-model-parallel-size 2"
+    if gpus >= 4:
+        size += " --expert-model-parallel-size 2"
+    runs = {
+        "paper-ordinary": "",
+        "paper": "--mhc",
+        "paper-again": "--mhc",
+        "paper-recompute": "--mhc --mhc-recompute auto",
+        "paper-recompute-1": "--mhc --mhc-recompute 1",
+    }
+    if gpus >= 2:
+        runs |= {
+            "paper-overlap": OVERLAP,
+            "paper-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
+        }
+    steps = 5 if bench.cpu else min(bench.options.steps, 20)
+    launches = [
+        partial(bench.train, name, gpus, f"{size} {flags}", steps) for name, flags in runs.items()
+    ]
+    names = [name for name in runs if name not in ("paper", "paper-ordinary")]
+    return launches, [partial(bench.alike, name, "paper", None) for name in names]
+
+
 def resume(bench: Bench, gpus: int, size: str) -> Part:
     """Save on several GPUs, go on with one, and back on several."""
     stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
@@ -361,6 +422,7 @@ def resume(bench: Bench, gpus: int, size: str) -> Part:
 CORRECT = {
     "pipelines": pipelines,
     "other_parallelism": other_parallelism,
+    "paper": paper,
     "resume": resume,
 }
 """Parts whose launches may run side by side: nothing in them is timed."""
@@ -375,7 +437,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/multi_gpu"), help="logs and table")
     parser.add_argument("--cpu", action="store_true", help="rehearse on CPU processes, tiny")
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
+    parser.add_argument("--ranks-per-gpu", type=int, default=1, help="share each GPU (no times)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--steps", type=int, default=100, help="of a pipeline's longer runs")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs of the parts")
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
     parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
@@ -388,16 +452,16 @@ def main() -> int:
     else:
         import torch
 
-        gpus = options.gpus or torch.cuda.device_count()
-    if gpus < 2:
+        gpus = options.gpus or torch.cuda.device_count() * options.ranks_per_gpu
+    if gpus < 2 and options.parts != ["paper"]:
         sys.exit(f"multi_gpu.py: there is {gpus} GPU here and this needs 2; --cpu rehearses")
     small, large = (TINY, TINY) if options.cpu else (SMALL, LARGE)
-    if gpus >= 4:  # two virtual stages each
-        small = small.replace("--num-layers 4", "--num-layers 8")
+    if gpus > 2:  # two virtual stages each
+        small = small.replace("--num-layers 4", f"--num-layers {2 * min(gpus, 4)}")
     correct = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
     if options.only:
-        if not {*options.parts} <= {"pipelines", "other_parallelism", "step_times"}:
-            parser.error("--only goes with --parts pipelines, other_parallelism, step_times")
+        if "resume" in options.parts:
+            parser.error("--only does not go with --parts resume")
         # each launch is a partial of `train`, whose first argument is the run's name
         known = {launch.args[0] for launches, _ in correct for launch in launches}
         known |= {*TIMED} if "step_times" in options.parts else set()
@@ -409,12 +473,13 @@ def main() -> int:
     if launches:
         timed = "step_times" in options.parts and (not options.only or {*options.only} & {*TIMED})
         bench.reserved = options.timing if timed else 0.0
-        bench.side_by_side(
-            [
-                partial(save_start, bench, "dense", f"{small} --mhc"),
-                partial(save_start, bench, "moe", f"{small} {MOE} --mhc"),
-            ]
-        )
+        if options.parts != ["paper"]:
+            bench.side_by_side(
+                [
+                    partial(save_start, bench, "dense", f"{small} --mhc"),
+                    partial(save_start, bench, "moe", f"{small} {MOE} --mhc"),
+                ]
+            )
         bench.side_by_side(launches)
         for check in (check for _, checks in correct for check in checks):
             check()

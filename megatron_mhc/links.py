@@ -14,10 +14,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from .aside import Aside, lend
+from .deadline import Deadline
 from .pipeline import streams_of
 
 _backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -26,21 +28,39 @@ _backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 def two_directions(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommunicator]:
     """Communicators of a pipeline's ranks for its activations, and for its gradients.
 
-    The first call for a group is a collective over its ranks: it makes the second group, and
-    connects neighbours.
+    The first call for a group is a collective over all ranks of the job, those of other pipelines
+    included: it makes a second group for every pipeline, and connects neighbours.
 
     Args:
         group: the pipeline's process group.
         config: the model's configuration.
     """
     if group not in _backward_groups:
-        ranks = torch.distributed.get_process_group_ranks(group)
-        backend = torch.distributed.get_backend(group)
-        _backward_groups[group] = torch.distributed.new_group(
-            ranks, backend=backend, use_local_synchronization=True
-        )
-        _connect(*_communicators(group, config))
+        with Deadline(f"rank {dist.get_rank()}") as deadline:
+            _backward_groups[group] = _second_group(group, deadline)
+            _connect(*_communicators(group, config), deadline)
     return _communicators(group, config)
+
+
+def _second_group(group: Any, deadline: Deadline) -> Any:
+    """A process group of the same ranks.
+
+    PyTorch names a group by how many were made before it, so every rank makes every pipeline's, in
+    one order. A group that its own ranks make alone (`use_local_synchronization`) gets another name
+    on each of them where they are in different numbers of groups, as stages are: it never connects.
+    """
+    mine = dist.get_process_group_ranks(group)
+    deadline.waits_for(
+        "every rank of the job to begin its first step with --mhc-overlap-p2p, for the pipelines'"
+        " second process groups"
+    )
+    pipelines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, mine)
+    made = {
+        ranks: dist.new_group(ranks, backend=dist.get_backend(group))
+        for ranks in sorted({tuple(ranks) for ranks in pipelines})
+    }
+    return made[tuple(mine)]
 
 
 def _communicators(group: Any, config: Any) -> tuple[P2PCommunicator, P2PCommunicator]:
@@ -56,7 +76,7 @@ def _without_timers(config: Any) -> Any:
     return config
 
 
-def _connect(forward: P2PCommunicator, backward: P2PCommunicator) -> None:
+def _connect(forward: P2PCommunicator, backward: P2PCommunicator, deadline: Deadline) -> None:
     """Let a first small message go over each link, one after the other.
 
     NCCL connects two ranks at their first message, and their hosts wait for each other. In the
@@ -67,12 +87,24 @@ def _connect(forward: P2PCommunicator, backward: P2PCommunicator) -> None:
     width = streams_of(config) * config.hidden_size
     message = torch.zeros(1, 1, width, dtype=config.pipeline_dtype, device="cuda")
     first, last = forward.is_pp_first_stage, forward.is_pp_last_stage
+    stage, rank = forward.current_stage, dist.get_rank()
+
+    def link(what: str, neighbour: int, its_rank: Any) -> None:
+        deadline.waits_for(
+            f"the link between pipeline stages {stage} (rank {rank}) and {neighbour}"
+            f" (rank {its_rank}) to connect, for {what}"
+        )
+
     if not first:
+        link("activations", stage - 1, forward.prev_rank)
         forward.send_forward_recv_forward(None, True, shape)
     if not last:
+        link("activations", stage + 1, forward.next_rank)
         forward.send_forward_recv_forward(message, False, shape)
+        link("gradients", stage + 1, forward.next_rank)
         backward.send_backward_recv_backward(None, True, shape)
     if not first:
+        link("gradients", stage - 1, forward.prev_rank)
         backward.send_backward_recv_backward(message, False, shape)
     torch.cuda.synchronize()
 

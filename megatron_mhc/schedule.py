@@ -295,8 +295,11 @@ def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str,
         return original(**arguments)
     # a caller's own communicator has its own idea of what stands ready
     own = arguments.get("p2p_communicator") is not None
+    is_interleaved = name.endswith("_with_interleaving")
+    if not (own or is_interleaved):
+        two_directions(group, config)  # connected before the first step posts anything
     if not own and _first_over_nccl(chunks[0], group, arguments.get("forward_only", False)):
         return original(**arguments)
-    if name.endswith("_with_interleaving"):
+    if is_interleaved:
         return interleaved(original, **arguments)
     return one_forward_one_backward(**arguments)

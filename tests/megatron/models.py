@@ -4,6 +4,7 @@ Importing this readies Megatron for the CPU.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.patches import cpu
@@ -58,7 +60,12 @@ class Scenario:
         hold: count the bytes that a forward keeps for its backward (`worker.held_bytes`).
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
         decode: after training, read some tokens at once and token by token (`worker.decoded`).
+        generate: after training, let Megatron's static engine write on (`worker.generated`).
+        checkpoint: run the first and the third layer under a checkpoint that the configuration
+            does not know of: "reentrant" or "non-reentrant" (PyTorch's), or "full" (Megatron's,
+            all layers, turned on after the build).
         hosts_wait: every message between stages ends before its post returns (`rendezvous`).
+        silent: rank 1 keeps the others waiting: its "link", or the "rank" as a whole.
         unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
@@ -89,7 +96,10 @@ class Scenario:
     hold: bool = False
     rebuild_ahead: bool = False
     decode: bool = False
+    generate: bool = False
+    checkpoint: str | None = None
     hosts_wait: bool = False
+    silent: str | None = None
     unmarked: bool = False
 
 
@@ -240,7 +250,25 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
             layer.mlp_site.following = None
         if s.fuse == "none":
             layer.attention_site.following = None
+    if s.checkpoint is not None:
+        put_under_a_checkpoint(model, s.checkpoint)
     return model
+
+
+def put_under_a_checkpoint(model: GPTModel, kind: str) -> None:
+    """As `Scenario.checkpoint` says."""
+    if kind == "full":
+        config = model.config
+        config.recompute_granularity, config.recompute_method = "full", "block"
+        config.recompute_num_layers = 3
+        return
+    for layer in model.decoder.layers[::2]:
+        layer.forward = functools.partial(_under_a_checkpoint, kind, layer.forward)
+
+
+def _under_a_checkpoint(kind: str, forward: Any, hidden_states: Tensor, **named: Any) -> Any:
+    run = functools.partial(forward, **named)
+    return checkpoint(run, hidden_states, use_reentrant=kind == "reentrant")
 
 
 def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:

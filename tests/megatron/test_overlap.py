@@ -12,6 +12,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_mhc import links, schedule
+from megatron_mhc.deadline import Deadline
 from megatron_mhc.memory import microbatches_in_flight
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
@@ -147,6 +148,34 @@ def test_hosts_that_wait_for_every_message_do_not_lock(case: str) -> None:
     }
     for result in run_scenarios(processes, waiting).values():
         assert_same_training(result, results(case)["off"], bound=None)
+
+
+@pytest.mark.parametrize(
+    ("silent", "sentence"),
+    [
+        ("link", r"the link between pipeline stages 0 \(rank 0\) and 1 \(rank 1\) to connect"),
+        ("rank", "every rank of the job to begin its first step with --mhc-overlap-p2p"),
+    ],
+)
+def test_who_waits_for_ever_says_for_what(
+    monkeypatch: pytest.MonkeyPatch, silent: str, sentence: str
+) -> None:
+    monkeypatch.setenv("MEGATRON_MHC_CONNECT_SECONDS", "3")
+    with pytest.raises(AssertionError, match=f"rank 0 has waited 3 seconds for {sentence}"):
+        run_scenarios(2, {"silent": {**COMMON, "mhc": OVERLAP, "silent": silent}})
+
+
+def test_a_limit_that_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_MHC_CONNECT_SECONDS", "soon")
+    with pytest.raises(ValueError, match="is 'soon'; expected a number of seconds, above 0"):
+        Deadline("rank 0")
+
+
+def test_every_rank_makes_every_pipelines_group_in_one_order() -> None:
+    """PyTorch names a group by how many were made before it: where ranks differ, they lock."""
+    both = results("DP=2, overlapped")
+    for on, off in zip(both["on"]["groups"], both["off"]["groups"], strict=True):
+        assert on == [*off, [0, 2], [1, 3]]
 
 
 def test_gradients_are_reduced_when_the_schedule_says_so() -> None:

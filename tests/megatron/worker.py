@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,15 +25,27 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.engines import StaticInferenceEngine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from megatron_mhc import links, schedule
 from megatron_mhc.aside import Aside
 from megatron_mhc.connection import HyperConnection
+from megatron_mhc.deadline import Deadline
 from megatron_mhc.parameters import is_hyper_connection
 from megatron_mhc.recompute import rebuild_ahead
 from tests.megatron.models import SEQUENCE, VOCABULARY, Scenario
@@ -137,6 +150,47 @@ def decoded(model: GPTModel) -> dict[str, Tensor]:
     return {"whole": whole[:, -5:], "cached": torch.cat(parts, 1)[:, -5:]}
 
 
+class Letters:
+    """A tokenizer of Megatron's kind: a token is a letter's number."""
+
+    vocab_size, bos, eod = VOCABULARY, 1, VOCABULARY - 1
+
+    def tokenize(self, text: str) -> list[int]:
+        """The numbers of a text's letters."""
+        return [ord(letter) for letter in text]
+
+    def detokenize(self, tokens: list[int], **_: Any) -> str:
+        """The text of these numbers."""
+        return "".join(map(chr, tokens))
+
+
+def generated(model: GPTModel) -> dict[str, list[str]]:
+    """Texts that follow two prompts, greedily.
+
+    engine: from Megatron's static engine, which runs in inference mode; forward: from whole
+    forwards under `no_grad`, one for each letter.
+    """
+    prompts, letters, length = ["to be or", "not to be"], Letters(), 8
+    model.eval()
+    model.config.attention_backend = AttnBackend.local
+    texts = []
+    for prompt in prompts:
+        tokens = letters.tokenize(prompt)
+        for _ in range(length):
+            mask = torch.ones(1, 1, len(tokens), len(tokens), dtype=torch.bool).triu(1)
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], mask)
+            tokens.append(int(logits[0, -1].argmax()))
+        texts.append(letters.detokenize(tokens[len(prompt) :]))
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=SEQUENCE)
+    controller = TextGenerationController(GPTInferenceWrapper(model, context), letters)
+    engine = StaticInferenceEngine(controller, legacy=True)
+    sampling = SamplingParams(num_tokens_to_generate=length, top_k=1, return_log_probs=True)
+    requests = engine.generate(prompts=prompts, sampling_params=sampling)
+    InferenceMode.unset_active()  # of this process: other models of it train
+    return {"engine": [request.generated_text for request in requests], "forward": texts}
+
+
 def mean_loss(reduced: list[dict[str, Tensor]]) -> float:
     """A step's loss, from the last stages of all data-parallel ranks."""
     mine = [entry["loss"].item() for entry in reduced]
@@ -204,6 +258,23 @@ def most_in_flight() -> Iterator[list[int]]:
     dist.all_gather_object(found, most)
 
 
+@contextlib.contextmanager
+def groups_made() -> Iterator[list[list[int]]]:
+    """The ranks of every process group that this rank takes part in making, in order."""
+    made: list[list[int]] = []
+    original = dist.new_group
+
+    def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        made.append(list(ranks))
+        return original(ranks, *args, **kwargs)
+
+    dist.new_group = new_group
+    try:
+        yield made
+    finally:
+        dist.new_group = original
+
+
 MESSAGES = [
     *("recv_forward", "send_forward", "recv_backward", "send_backward"),
     *("send_forward_recv_backward", "send_backward_recv_forward"),
@@ -221,7 +292,8 @@ def run(s: Scenario) -> dict[str, Any]:
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
-        in_flight (`most_in_flight`), reduced (calls of its chunks' `start_grad_sync`, by rank).
+        in_flight (`most_in_flight`), reduced (calls of its chunks' `start_grad_sync`, by rank),
+        groups (`groups_made`, by rank).
     """
     waits = hosts_wait() if s.hosts_wait else contextlib.nullcontext()
     with (
@@ -230,16 +302,31 @@ def run(s: Scenario) -> dict[str, Any]:
         counted(Aside, "run", "open") as aside,
         counted(DistributedDataParallel, "start_grad_sync") as reduced,
         most_in_flight() as in_flight,
+        groups_made() as groups,
     ):
         result = train(s)
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, reduced["start_grad_sync"])
-    counts = {"messages": messages, "aside": aside, "in_flight": in_flight, "reduced": everywhere}
+    dist.all_gather_object(everywhere, (reduced["start_grad_sync"], groups))
+    counts = {"messages": messages, "aside": aside, "in_flight": in_flight}
+    counts["reduced"], counts["groups"] = map(list, zip(*everywhere, strict=True))
     return result | counts
+
+
+def fall_silent(what: str) -> None:
+    """This rank never connects its links, or never comes to its first step."""
+
+    def silence(*_: Any) -> None:
+        time.sleep(60)
+
+    Deadline._watch = silence  # type: ignore[method-assign]
+    module, name = {"link": (links, "_connect"), "rank": (schedule, "two_directions")}[what]
+    setattr(module, name, silence)
 
 
 def train(s: Scenario) -> dict[str, Any]:
     """`run`, but for what is counted there."""
+    if s.silent and dist.get_rank() == 1:
+        fall_silent(s.silent)
     parallel_state.initialize_model_parallel(**s.parallel)
     if s.mhc_by_rank is not None:
         s.mhc = s.mhc_by_rank[dist.get_rank()]
@@ -371,6 +458,7 @@ def train(s: Scenario) -> dict[str, Any]:
             if parameter in names
         },
         "decoded": decoded(cores[0]) if s.decode else None,
+        "generated": generated(cores[0]) if s.generate else None,
     }
     parallel_state.destroy_model_parallel()
     return result
