@@ -28,16 +28,29 @@ from .pipeline import mark_streams
 from .recompute import Block, Passed, are_unchanged
 
 
+def _autograd_region() -> tuple[bool, Any]:
+    """Whether a graph is recorded here, and the innermost hooks on what it saves.
+
+    A layer under a checkpoint is a region of its own: one without a graph, that is run again for
+    its gradient (reentrant), or one whose saved tensors are (hooks). What is computed in one region
+    and read in another loses its gradient, or is not there when the region runs again.
+    """
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 class _Ahead(NamedTuple):
     """What the site before has computed for this one: its streams [s, b, n*C] and its `pre`."""
 
     streams: Tensor
     version: int
+    region: tuple[bool, Any]
     begun: Begun
 
     def is_of(self, streams: Tensor) -> bool:
-        """Whether these are the same streams, unchanged (`self` keeps their memory from reuse)."""
-        return are_unchanged(streams, self.streams, self.version)
+        """Whether these are the same streams, unchanged (`self` keeps their memory from reuse),
+        read in the autograd region in which they were written."""
+        unchanged = are_unchanged(streams, self.streams, self.version)
+        return unchanged and self.region == _autograd_region()
 
 
 class _Pending(NamedTuple):
@@ -117,13 +130,20 @@ class Site:
             """(f, bias), the streams and F's dropout -> the next streams [s, b, n*C].
 
             Raises:
-                RuntimeError: the residual is not the streams that `read` saw.
+                RuntimeError: the residual is not the streams that `read` saw, or only F has a
+                    graph.
             """
             pending, self._pending = self._pending, None
             if pending is None or pending.streams is not residual:
                 raise RuntimeError(
                     "a residual slot got other streams than its norm slot read: something between"
                     " the two (a norm that returns its own residual, offloading) replaced them"
+                )
+            if output_with_bias[0].requires_grad and not pending.has_graph:
+                raise RuntimeError(
+                    "a norm slot ran without a graph and its sublayer with one: a checkpoint around"
+                    " the norm alone would lose the streams' gradient; put it around the sublayer,"
+                    " or around the whole layer"
                 )
             # Megatron turns gradients on around this slot even in evaluation, which wants no graph
             with torch.set_grad_enabled(pending.has_graph):
@@ -137,13 +157,14 @@ class Site:
             f = f if bias is None else f + bias
             f, bias = torch.nn.functional.dropout(f, dropout), None
         ended = Ended(f, h_post, h_res, bias)
-        if self.following is None:
+        # an inference tensor does not tell whether somebody has changed it before the next site
+        if self.following is None or torch.is_inference_mode_enabled():
             streams = self.aside.run(self._combine, x, *ended)
         else:
             # through the next connection's __call__: only then are its parameters sure to be there
             begun = self.following.connection(x, ended)
             streams = begun.x.flatten(-2)
-            self.following._ahead = _Ahead(streams, streams._version, begun)
+            self.following._ahead = _Ahead(streams, streams._version, _autograd_region(), begun)
         if self.block is not None and pending.has_graph and h_pre is not None:
             passed = Passed(x, u, h_pre, pending.norm, pending.normed, ended)
             self.block.passed(self, passed, streams)
