@@ -158,6 +158,20 @@ def _device_context(original: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
+def _generators(original: Any) -> Any:
+    """`torch.Generator`, which makes the CPU's; every generator is an instance of it still."""
+
+    class IsInstance(type(original)):  # type: ignore[misc]
+        def __instancecheck__(cls, value: Any) -> bool:
+            return isinstance(value, original)
+
+    class Generator(original, metaclass=IsInstance):  # type: ignore[misc]
+        def __new__(cls, device: Any = None) -> Any:
+            return original("cpu" if device is None else on_cpu(device))
+
+    return Generator
+
+
 def replacements() -> list[tuple[Any, str, Any]]:
     """Everything that changes: where, under which name, and what stands there inside."""
     cuda, tensor, distributed = torch.cuda, torch.Tensor, torch.distributed
@@ -199,6 +213,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (torch.nn.Module, "to", _moving(torch.nn.Module.to)),
         (torch.nn.Module, "cuda", _staying("cuda")),
         (torch, "load", _loading(torch.load)),
+        (torch, "Generator", _generators(torch.Generator)),
         (
             _BaseDataLoaderIter,
             "__init__",
