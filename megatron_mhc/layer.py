@@ -273,6 +273,11 @@ def _layer_before(layer: MHCLayer) -> MHCLayer | None:
     return before if is_before else None
 
 
+def is_any_built() -> bool:
+    """Whether this process has built a layer with sites, in whatever model."""
+    return _last_built is not None
+
+
 @functools.cache
 def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
     """The class `MHC<base>`: `base` with the sites of mHC.

@@ -71,7 +71,7 @@ def _have_sites(mine: list[tuple[int | str | None, ...] | None], group: Any) -> 
     flat = {chunk for stage in stages for chunk in stage}
     if None in flat and len(flat) > 1:
         raise ValueError(
-            "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
+            "a pipeline stage or model chunk has no layer with mHC, so no site, and mHC needs"
             " one on each (one of multi-token prediction does not count: it reads one stream). Give"
             " every stage a layer (fewer stages, another split)."
             f" ({EXCHANGED}) of each chunk: {described}"

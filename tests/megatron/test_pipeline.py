@@ -114,7 +114,7 @@ def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
 
 def test_a_stage_without_sites_is_refused() -> None:
     settings = {"config": {"pipeline_model_parallel_layout": "Etttt|L"}, "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="no Transformer layer, so no site"):
+    with pytest.raises(AssertionError, match="no layer with mHC, so no site"):
         run_scenarios(2, {"bad": settings})
 
 
