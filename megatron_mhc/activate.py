@@ -75,7 +75,7 @@ def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
     if not report.check_model(chunks, config, trained=trained) or seen.banner is not None:
         return
     counts = accounting.sites_and_parameters(
-        config, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
+        config, args.num_layers, args.hidden_size, accounting.distinct_mtp_layers(args)
     )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     plan = memory.plan_of(chunks)

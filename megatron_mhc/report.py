@@ -9,7 +9,7 @@ import torch
 from megatron_mhc import kernels
 from megatron_mhc.kernels import triton_config
 
-from .accounting import sites_and_parameters
+from .accounting import distinct_mtp_layers, sites_and_parameters
 from .config import MHCConfig
 from .memory import Plan
 
@@ -141,6 +141,6 @@ def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
         mhc,
         transformer_config.num_layers,
         transformer_config.hidden_size,
-        transformer_config.mtp_num_layers or 0,
+        distinct_mtp_layers(transformer_config),
     )
     print_banner(banner(mhc, source, *counts, device, transformer_config.params_dtype))
