@@ -1,5 +1,6 @@
 """n-wide streams between pipeline stages: every schedule trains as one process does."""
 
+import re
 from typing import Any
 
 import pytest
@@ -148,6 +149,16 @@ def test_stages_that_differ_in_their_messages_are_refused(message: dict[str, int
     said = str(bad.value).replace("\\", "")
     assert "stage 0: [(4, 64, 'torch.float32', 0, 32, None, 2)]" in said
     assert f"stage 1: [(4, 64, 'torch.float32', 0, 64, None, {micro})]" in said
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_stages_that_differ_in_evaluations_messages_alone_are_refused(virtual: bool) -> None:
+    settings = {"evaluation_by_rank": [{}, {"micro_batch_size": 1}], "steps": 1, "evaluate": True}
+    settings["parallel"] = VIRTUAL if virtual else stages(2)
+    with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange") as bad:
+        run_scenarios(2, {"bad": settings})
+    said = str(bad.value).replace("\\", "")
+    assert re.search(r"stage 0: \[\(.*, 2\).*\]; stage 1: \[\(.*, 1\).*\]", said)
 
 
 @pytest.mark.parametrize("send", ["send_forward", "send_backward"])

@@ -308,13 +308,15 @@ def train(s: Scenario) -> dict[str, Any]:
             model=model,
             num_microbatches=s.microbatches,
             forward_only=forward_only,
-            **message,
+            **(message | evaluation if forward_only else message),
         )
         return mean_loss(reduced)
 
     message = {"seq_length": SEQUENCE, "micro_batch_size": s.batch // s.microbatches // ranks}
     if s.message_by_rank is not None:
         message |= s.message_by_rank[dist.get_rank()]
+    by_rank = s.evaluation_by_rank
+    evaluation = {} if by_rank is None else by_rank[dist.get_rank()]
     calls: dict[str, int] = {}
 
     def count(name: str) -> Any:
