@@ -37,11 +37,11 @@ class Fp32Module(torch.nn.Module):
     def reset_parameters(self) -> None:
         """Give every parameter the value that it has before training."""
         for name, value in self._start().items():
-            self._parameters[name].copy_(value)  # type: ignore[union-attr]
+            self.get_parameter(name).copy_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast: `.bfloat16()` of a model around this one leaves it fp32."""
-        before = dict(self._parameters)
+        before = dict(self.named_parameters(recurse=False))
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -49,12 +49,11 @@ class Fp32Module(torch.nn.Module):
             return moved if same else tensor.to(moved.device)
 
         super()._apply(move, recurse)
-        for name, parameter in self._parameters.items():
+        after = dict(self.named_parameters(recurse=False))
+        for name, parameter in after.items():
             # from the meta device (`to_empty`) comes another object, with nothing in its memory
             if parameter is not before[name]:
                 vars(parameter).update(vars(before[name]))
-        if any(p.is_meta for p in before.values()) and not any(
-            p.is_meta for p in self.parameters()
-        ):
+        if any(p.is_meta for p in before.values()) and not any(p.is_meta for p in after.values()):
             self.reset_parameters()
         return self
