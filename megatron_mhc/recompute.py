@@ -142,6 +142,10 @@ class Block:
         """Add the sites of the next layer."""
         self._sites.extend(sites)
 
+    def forget(self) -> None:
+        """Let go of a forward that an exception ended in this block."""
+        self._passed, self._written = [], None
+
     def passed(self, site: object, passed: Passed, streams: Tensor) -> None:
         """A site has read and written; `streams` [s, b, n*C] is what it wrote.
 
@@ -149,7 +153,7 @@ class Block:
             RuntimeError: it read other streams than the site before it in the block wrote.
         """
         if site is self._sites[0]:
-            self._passed = []  # of a forward that an exception ended
+            self.forget()  # a forward that was given up between two layers
         elif self._written is None or not are_unchanged(passed.x, *self._written):
             raise RuntimeError(
                 "inside a recompute block a site read other streams than the site before wrote:"

@@ -5,9 +5,11 @@ torchrun --nproc-per-node N -m tests.megatron.worker SCENARIOS_AS_JSON RESULT_FI
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,8 +41,25 @@ from tests.megatron.models import SEQUENCE, VOCABULARY, Scenario
 from tests.megatron.rendezvous import hosts_wait
 
 
-def interrupted(s: Scenario, model: GPTModel) -> None:
-    """A step that an exception ends at the second layer's MLP: of its forward or its backward."""
+class Saved:
+    """A tensor that a graph keeps for its backward: there as long as the graph is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # its graph holds this, and must not be held by it
+
+
+def interrupted(s: Scenario, model: GPTModel) -> list[weakref.ref[Saved]]:
+    """A step that an exception ends at the second layer's MLP: of its forward or its backward.
+
+    Returns:
+        What its graph kept.
+    """
+    kept: list[weakref.ref[Saved]] = []
+
+    def keep(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.append(weakref.ref(saved))
+        return saved
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -51,12 +70,15 @@ def interrupted(s: Scenario, model: GPTModel) -> None:
     else:
         hook = mlp.register_forward_pre_hook(interrupt)
     try:
-        output, loss = forward_step(batches(s, 99), model)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+            output, loss = forward_step(batches(s, 99), model)
         loss(output)[0].backward()
     except KeyboardInterrupt:
         hook.remove()
     else:
         raise AssertionError(f"the {s.interrupt} was not interrupted")
+    assert kept
+    return kept
 
 
 def held_bytes(s: Scenario, model: GPTModel) -> dict[str, int]:
@@ -221,6 +243,7 @@ def run(s: Scenario) -> dict[str, Any]:
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
+        left (how many tensors of an interrupted step's graph are still there after it),
         in_flight (`most_in_flight`), reduced (calls of its chunks' `start_grad_sync`, by rank).
     """
     waits = hosts_wait() if s.hosts_wait else contextlib.nullcontext()
@@ -289,8 +312,11 @@ def train(s: Scenario) -> dict[str, Any]:
         optimizer.reload_model_params()
     if s.ddp.get("overlap_param_gather"):
         config.param_sync_func = model[0].start_param_sync
+    left = 0
     if s.interrupt:
-        interrupted(s, cores[0])
+        kept = interrupted(s, cores[0])
+        gc.collect()
+        left = sum(saved() is not None for saved in kept)
     held = held_bytes(s, cores[0]) if s.hold else None
     ranks = parallel_state.get_data_parallel_world_size()
 
@@ -359,6 +385,7 @@ def train(s: Scenario) -> dict[str, Any]:
         "mtp_losses": mtp_losses,
         "parameters": models.full_parameters(cores),
         "held": held,
+        "left": left,
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
         "calls": {name: calls[name] / (s.steps * s.microbatches) for name in calls},
         "linked": [
