@@ -9,7 +9,6 @@ trains N steps from the same start with both backends and prints both curves.
 """
 
 import argparse
-import json
 import os
 import statistics
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_mhc import MHCConfig, with_mhc
+from megatron_mhc import MHCConfig, strict_json, with_mhc
 
 VOCABULARY = 1024
 
@@ -196,7 +195,7 @@ def main() -> None:
             print(f"{name:16}{values}   {ratio:.4f}", flush=True)
     if options.json:
         asked = vars(options) | {"json": "", "png": ""}
-        options.json.write_text(json.dumps({"options": asked, **results}))
+        options.json.write_text(strict_json.written({"options": asked, **results}))
     dist.destroy_process_group()
 
 

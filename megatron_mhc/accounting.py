@@ -1,14 +1,29 @@
 """What mHC costs beside the ordinary model, by formula: parameters, FLOPs, activation bytes."""
 
 import argparse
+from typing import Any
 
 from .config import MHCConfig
+
+
+def distinct_mtp_layers(settings: Any) -> int:
+    """How many layers of multi-token prediction a model has, which may be fewer than its depths.
+
+    Args:
+        settings: a TransformerConfig, or Megatron's parsed arguments. With their
+            `mtp_use_repeated_layer` one layer runs at every depth.
+    """
+    depths = settings.mtp_num_layers or 0
+    return min(depths, 1) if getattr(settings, "mtp_use_repeated_layer", False) else depths
 
 
 def sites_and_parameters(
     mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_layers: int = 0
 ) -> tuple[int, int]:
-    """How many sites a model of these sizes has, and how many parameters mHC adds to it."""
+    """How many sites a model of these sizes has, and how many parameters mHC adds to it.
+
+    `mtp_layers` are those of `distinct_mtp_layers`.
+    """
     n, sites = mhc.num_streams, 2 * (num_layers + mtp_layers)
     rows = n * n + 2 * n
     projection = (n + 2) * hidden_size if mhc.variant == "hc" else rows * n * hidden_size
@@ -17,7 +32,7 @@ def sites_and_parameters(
 
 
 def forward_flops_a_token(
-    mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_layers: int = 0
+    mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_depths: int = 0
 ) -> int:
     """FLOPs a token of the forward: two for each product that runs over the channels.
 
@@ -29,7 +44,7 @@ def forward_flops_a_token(
     projection = (n + 2) * n * width if mhc.variant == "hc" else (n * n + 2 * n) * n * width
     site = n * width + projection + n * width + n * n * width + n * width
     head = n * width + n * n * width + n * width if mhc.learned_head else 0
-    return 2 * (2 * (num_layers + mtp_layers) * site + (1 + mtp_layers) * head)
+    return 2 * (2 * (num_layers + mtp_depths) * site + (1 + mtp_depths) * head)
 
 
 def training_flops_a_token(args: argparse.Namespace, mhc: MHCConfig) -> int:

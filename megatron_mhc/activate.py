@@ -45,13 +45,11 @@ class _Seen:
     Attributes:
         parser: Megatron's parser was asked for.
         asked: its arguments had --mhc.
-        spec: a spec with mHC was made.
         banner: what was printed of a model that was checked.
     """
 
     parser = False
     asked = False
-    spec = False
     banner: str | None = None
 
 
@@ -68,23 +66,21 @@ def _check_arguments(args: argparse.Namespace) -> None:
     arguments.check_arguments(args)
 
 
-def _check_built_model(chunks: list[torch.nn.Module]) -> None:
-    """Raise if mHC was asked for and is not there; print the banner once."""
-    from megatron.training.global_vars import get_args
-
-    if not getattr(get_args(), "mhc", False):
+def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
+    """Raise if mHC was asked for and is not there; print the banner once, where it is."""
+    args = arguments.megatron_arguments()
+    if not getattr(args, "mhc", False):
         return
     config, source = arguments.active_config()
-    report.check_model(chunks, config)
-    args = get_args()
+    if not report.check_model(chunks, config, trained=trained) or seen.banner is not None:
+        return
     counts = accounting.sites_and_parameters(
-        config, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
+        config, args.num_layers, args.hidden_size, accounting.distinct_mtp_layers(args)
     )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
-    if seen.banner is None:
-        plan = memory.plan_of(chunks)
-        seen.banner = report.banner(config, source, *counts, device, args.params_dtype, plan)
-        report.print_banner(seen.banner)
+    plan = memory.plan_of(chunks)
+    seen.banner = report.banner(config, source, *counts, device, args.params_dtype, plan)
+    report.print_banner(seen.banner)
 
 
 def _run_schedule(name: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -194,14 +194,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_transformer_config(args, config_from_arguments(args))
 
 
-def active_config() -> tuple[MHCConfig, str]:
-    """The settings of this process, and where they come from: "flags" or "environment"."""
+def megatron_arguments() -> argparse.Namespace:
+    """Megatron's parsed arguments; empty where it has parsed none: a library user's process."""
     from megatron.training.global_vars import get_args as megatron_args
 
     try:
-        args = megatron_args()
-    except AssertionError:  # Megatron's arguments are not initialised: a library user's process
-        args = argparse.Namespace()
+        return megatron_args()
+    except AssertionError:
+        return argparse.Namespace()
+
+
+def active_config() -> tuple[MHCConfig, str]:
+    """The settings of this process, and where they come from: "flags" or "environment"."""
+    args = megatron_arguments()
     if getattr(args, "mhc", False):
         return config_from_arguments(args), "flags"
     return config_from_environment(), "environment"
@@ -209,9 +214,4 @@ def active_config() -> tuple[MHCConfig, str]:
 
 def base_spec() -> list[str] | None:
     """The user's own `--spec MODULE NAME` that mHC goes around, or None."""
-    from megatron.training.global_vars import get_args as megatron_args
-
-    try:
-        return getattr(megatron_args(), "mhc_base_spec", None)
-    except AssertionError:
-        return None
+    return getattr(megatron_arguments(), "mhc_base_spec", None)

@@ -103,16 +103,16 @@ class HyperConnection(Fp32Module):
         super().__init__()
         self.mhc = mhc
         self.hidden_size = hidden_size
-        n = mhc.num_streams
-        projection = ("phi", torch.zeros(n * n + 2 * n, n * hidden_size))
-        if mhc.variant == "hc":
-            projection = ("theta", torch.zeros(n + 2, hidden_size))
-        for name, value in (
-            projection,
-            ("alpha", torch.full((3,), ALPHA_START)),
-            ("bias", initial_bias(mhc, site)),
-        ):
-            self._add_parameter(name, value, sequence_parallel=sequence_parallel)
+        self.site = site
+        self._add_parameters(sequence_parallel=sequence_parallel)
+
+    def _start(self) -> dict[str, Tensor]:
+        n, width = self.mhc.num_streams, self.hidden_size
+        projection = {"phi": torch.zeros(n * n + 2 * n, n * width)}
+        if self.mhc.variant == "hc":
+            projection = {"theta": torch.zeros(n + 2, width)}
+        alpha = torch.full((3,), ALPHA_START)
+        return {**projection, "alpha": alpha, "bias": initial_bias(self.mhc, self.site)}
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
@@ -168,14 +168,17 @@ class Head(Fp32Module):
     ) -> None:
         super().__init__()
         self.mhc = mhc
-        n = mhc.num_streams
+        self.hidden_size = hidden_size
+        self._add_parameters(sequence_parallel=sequence_parallel)
+
+    def _start(self) -> dict[str, Tensor]:
+        n = self.mhc.num_streams
         mean_logit = torch.logit(torch.tensor(1 / n)) if n > 1 else torch.tensor(ONE_STREAM_LOGIT)
-        for name, value in (
-            ("fn", torch.zeros(n, n * hidden_size)),
-            ("scale", torch.ones(1)),
-            ("base", mean_logit.expand(n).clone()),
-        ):
-            self._add_parameter(name, value, sequence_parallel=sequence_parallel)
+        return {
+            "fn": torch.zeros(n, n * self.hidden_size),
+            "scale": torch.ones(1),
+            "base": mean_logit.expand(n).clone(),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n, C] -> [..., C]."""

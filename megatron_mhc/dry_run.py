@@ -24,6 +24,7 @@ from megatron_mhc.patches.releases import is_installed
 
 from .accounting import (
     activation_bytes_a_token,
+    distinct_mtp_layers,
     forward_flops_a_token,
     full_recompute_bytes_a_token,
     sites_and_parameters,
@@ -255,7 +256,10 @@ def bytes_of_streams(
             kept, rebuilt = kept + inputs, max(rebuilt, block)
             # multi-token prediction starts from one stream, and "block" does not recompute it
             whole = [m for m in whole if m.is_mtp and args.recompute_method == "block"]
-        kept += activation_bytes_a_token(mhc, len(whole), *sizes)
+        # a layer of multi-token prediction may run at several depths
+        depths = (args.mtp_num_layers or 0) // max(distinct_mtp_layers(args), 1)
+        passes = sum(depths if layer.is_mtp else 1 for layer in whole)
+        kept += activation_bytes_a_token(mhc, passes, *sizes)
     unit = "microbatch" if in_flight == 1 else "microbatches"
     return kept * in_flight / len(chunks) + rebuilt, f"{in_flight} {unit} in flight"
 
@@ -264,9 +268,9 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     """The lines about mHC itself."""
     from megatron.training.training import num_floating_point_operations
 
-    mtp = args.mtp_num_layers or 0
-    sites, parameters = sites_and_parameters(mhc, args.num_layers, args.hidden_size, mtp)
-    forward = forward_flops_a_token(mhc, args.num_layers, args.hidden_size, mtp)
+    sizes = (args.num_layers, args.hidden_size)
+    sites, parameters = sites_and_parameters(mhc, *sizes, distinct_mtp_layers(args))
+    forward = forward_flops_a_token(mhc, *sizes, args.mtp_num_layers or 0)
     extra = training_flops_a_token(args, mhc)
     # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
     whole = num_floating_point_operations(args, 1) / args.seq_length

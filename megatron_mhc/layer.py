@@ -111,6 +111,14 @@ class Site:
         if pending is not None and is_tensor and output.data_ptr() != pending.begun.u.data_ptr():
             self._pending = pending._replace(normed=output)
 
+    def forget(self) -> None:
+        """Let go of a forward that an exception ended: its graph would live until the next one."""
+        self._pending = self._ahead = None
+        if self.following is not None:
+            self.following._ahead = None
+        if self.block is not None:
+            self.block.forget()
+
     def _pre(self, streams: Tensor) -> Begun:
         """What this site's connection makes of streams that nobody has read for it."""
         n, width = self.connection.mhc.num_streams, self.connection.hidden_size
@@ -256,7 +264,13 @@ class MHCLayer(TransformerLayer):
             )
         if self.is_entry:
             hidden_states = hidden_states.repeat(1, 1, n)
-        streams, context = super().forward(hidden_states, *args, **kwargs)
+        try:
+            streams, context = super().forward(hidden_states, *args, **kwargs)
+        except BaseException:
+            for site in (self.attention_site, self.mlp_site):
+                site.forget()
+            self.mlp_norm_manager = None  # where Megatron (0.19) keeps what its MLP's norm reads
+            raise
         if not self.is_exit:
             return streams, context
         x = streams.unflatten(-1, (n, -1))
@@ -292,6 +306,11 @@ def _layer_before(layer: MHCLayer) -> MHCLayer | None:
         and before.layer_number == layer.layer_number - 1
     )
     return before if is_before else None
+
+
+def is_any_built() -> bool:
+    """Whether this process has built a layer with sites, in whatever model."""
+    return _last_built is not None
 
 
 @functools.cache

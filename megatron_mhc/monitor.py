@@ -1,7 +1,6 @@
 """When a training run records mHC's metrics, where they go, and what the guard does with them."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,14 @@ from typing import Any
 from megatron_mhc.patches.metrics import PATCH_ID
 from megatron_mhc.patches.registry import ENVIRONMENT_VARIABLE, turned_off
 
-from . import guard
+from . import guard, strict_json
 from .report import print_banner
 
 METRICS_FILE = "mhc_metrics.jsonl"
-"""Below --tensorboard-dir, a line a logged step: what `recorder.Recorder.summary` returned."""
+"""Below --tensorboard-dir, a line a logged step: what `recorder.Recorder.summary` returned.
+
+A number that is not finite, as in a step that fp16's loss scaling skips, is `null` there.
+"""
 
 
 def add_monitor_arguments(group: Any) -> None:
@@ -99,11 +101,17 @@ def observe(
     if not interval or (step != 1 and step % interval):
         return forward_backward
 
+    is_recorded = False
+
     def recorded(*positional: Any, **named: Any) -> Any:
         from .recorder import Recorder
 
+        nonlocal is_recorded
+        if is_recorded:  # Megatron runs a step again to validate it (--rerun-mode)
+            return forward_backward(*positional, **named)
         with Recorder(model) as recorder:
             result = forward_backward(*positional, **named)
+        is_recorded = True
         metrics = recorder.summary(step, optimizer)
         write(metrics, args)
         watch(metrics, args)
@@ -145,7 +153,7 @@ def write(metrics: dict[str, Any], args: argparse.Namespace) -> None:
         file = Path(args.tensorboard_dir, METRICS_FILE)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as lines:
-            lines.write(json.dumps(metrics) + "\n")
+            lines.write(strict_json.written(metrics) + "\n")
     gains = ", ".join(
         f"{way} {named[f'mhc/gain_{way}_mean']:.4f} (largest {named[f'mhc/gain_{way}_max']:.4f})"
         for way in ("forward", "backward")

@@ -5,7 +5,7 @@ import html
 from pathlib import Path
 
 from .pictures import pictures
-from .runs import Run, read_run
+from .runs import Run, largest, read_run
 
 
 def _table(runs: list[Run]) -> str:
@@ -17,7 +17,7 @@ def _table(runs: list[Run]) -> str:
             for name in ("gain_forward_mean", "gain_forward_max", "gain_backward_mean"):
                 cells.append(f"{run.over_steps(name).values[-1]:.4g}")
             errors = run.logged[-1]["site"]["row_error"]
-            cells.append(f"{max(errors):.1e}" if run.logged[-1]["variant"] == "mhc" else "–")
+            cells.append(f"{largest(errors):.1e}" if run.logged[-1]["variant"] == "mhc" else "–")
         cells += ["–"] * (7 - len(cells))
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return "\n".join(rows)

@@ -142,6 +142,10 @@ class Block:
         """Add the sites of the next layer."""
         self._sites.extend(sites)
 
+    def forget(self) -> None:
+        """Let go of a forward that an exception ended in this block."""
+        self._passed, self._written = [], None
+
     def passed(self, site: object, passed: Passed, streams: Tensor) -> None:
         """A site has read and written; `streams` [s, b, n*C] is what it wrote.
 
@@ -149,7 +153,7 @@ class Block:
             RuntimeError: it read other streams than the site before it in the block wrote.
         """
         if site is self._sites[0]:
-            self._passed = []  # of a forward that an exception ended
+            self.forget()  # a forward that was given up between two layers
         elif self._written is None or not are_unchanged(passed.x, *self._written):
             raise RuntimeError(
                 "inside a recompute block a site read other streams than the site before wrote:"
@@ -186,6 +190,19 @@ class Block:
         return dropped is not None
 
 
+_LAST_BLOCK = "mhc_last_block"
+
+
+def _last_block(chunk: torch.nn.Module) -> Block | None:
+    """The block whose backward comes first; its module is looked for once and known by name."""
+    kept = vars(chunk)
+    if _LAST_BLOCK not in kept:
+        names = [n for n, m in chunk.named_modules() if getattr(m, "recompute_block", None)]
+        kept[_LAST_BLOCK] = names[-1] if names else None
+    name = kept[_LAST_BLOCK]
+    return None if name is None else getattr(chunk.get_submodule(name), "recompute_block", None)
+
+
 def rebuild_ahead(chunk: torch.nn.Module) -> bool:
     """Rebuild the last block of a model chunk for the microbatch whose backward comes next.
 
@@ -198,6 +215,5 @@ def rebuild_ahead(chunk: torch.nn.Module) -> bool:
     Returns:
         Whether there was something to rebuild (not without recompute, nor when done already).
     """
-    blocks = [getattr(module, "recompute_block", None) for module in chunk.modules()]
-    last = next((block for block in reversed(blocks) if block is not None), None)
-    return isinstance(last, Block) and last.rebuild_oldest()
+    last = _last_block(chunk)
+    return last is not None and last.rebuild_oldest()

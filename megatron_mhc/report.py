@@ -9,13 +9,13 @@ import torch
 from megatron_mhc import kernels
 from megatron_mhc.kernels import triton_config
 
-from .accounting import sites_and_parameters
+from .accounting import distinct_mtp_layers, sites_and_parameters
 from .config import MHCConfig
 from .memory import Plan
 
 
 class DenseModelError(RuntimeError):
-    """mHC was asked for and a layer of the model came out with ordinary residual connections."""
+    """mHC was asked for and a model came out with ordinary residual connections."""
 
 
 def _recompute(mhc: MHCConfig, plan: Plan | None, reference: bool, dtype: torch.dtype) -> str:
@@ -67,36 +67,63 @@ def banner(
     )
 
 
-def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig) -> None:
-    """Check that every Transformer layer of the model has its two sites.
+def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: bool) -> bool:
+    """Check that nobody trains an ordinary model in the belief that it has mHC.
+
+    A process may hold several models: a student and its teacher, an actor and a reward model; and a
+    model several networks: a decoder and a vision tower. What got no spec with mHC stays as it is.
+
+    1. Layers that share a TransformerConfig are one network. It has sites on all layers or on none.
+    2. A model that is trained has sites somewhere, unless this process has built another that has.
+       So a run whose script ignores `args.spec` stops, and a critic beside an actor does not.
+
+    A model that is built and never given an optimizer may be ordinary at any time.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.
         mhc: the settings that were asked for.
+        trained: whether the model is the run's own, or gets an optimizer.
+
+    Returns:
+        Whether the model has sites on this rank.
 
     Raises:
-        DenseModelError: a layer without sites, or no layer at all.
+        DenseModelError: what is said above does not hold.
         ValueError: the backend cannot run on the device that the model is on.
     """
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-    from .layer import MHCLayer
+    from .layer import MHCLayer, is_any_built
 
     modules = [(name, m) for chunk in chunks for name, m in chunk.named_modules()]
     layers = [(name, m) for name, m in modules if isinstance(m, BaseTransformerLayer)]
-    dense = [name for name, layer in layers if not isinstance(layer, MHCLayer)]
+    wide = [layer for _, layer in layers if isinstance(layer, MHCLayer)]
+    dense = {name: layer for name, layer in layers if not isinstance(layer, MHCLayer)}
+    networks = {id(layer.config) for layer in wide}
+    if left_out := [name for name, layer in dense.items() if id(layer.config) in networks]:
+        raise DenseModelError(
+            f"mHC was asked for, but in a network that has it these layers have none:"
+            f" {', '.join(left_out)}. Put with_mhc around the whole spec; a network that is to stay"
+            " ordinary needs a TransformerConfig of its own"
+        )
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if trained else 1
     # a pipeline stage without layers is `stages.check_stages`'s to refuse, on all ranks at once
-    if dense or (not layers and parallel_state.get_pipeline_model_parallel_world_size() == 1):
+    if trained and not wide and not is_any_built() and (dense or stages == 1):
         raise DenseModelError(
             "mHC was asked for, but "
             + (f"these layers have none: {', '.join(dense)}" if dense else "no layer has a site")
-            + ". The script builds its model without args.spec: use a GPT script that honours"
-            " --spec, or put with_mhc around the spec where the script makes it"
+            + ", and no other model of this process has it. The script builds its model without"
+            " args.spec: use a GPT script that honours --spec, or put with_mhc around the spec"
+            " where the script makes it. If an ordinary model is to be trained too, build the one"
+            " with mHC first"
+            + "; and give each pipeline stage a layer of its decoder"
+            * (stages > 1)
         )
-    for _, layer in layers[:1]:
+    for layer in wide[:1]:
         device = next(layer.parameters()).device
         kernels.resolve_backend(mhc.backend, mhc.num_streams, device)
+    return bool(wide)
 
 
 def print_banner(line: str) -> None:
@@ -114,6 +141,6 @@ def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
         mhc,
         transformer_config.num_layers,
         transformer_config.hidden_size,
-        transformer_config.mtp_num_layers or 0,
+        distinct_mtp_layers(transformer_config),
     )
     print_banner(banner(mhc, source, *counts, device, transformer_config.params_dtype))

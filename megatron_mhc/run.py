@@ -25,7 +25,7 @@ Without --mhc the script runs as it always does."""
 
 
 class NotMegatronError(RuntimeError):
-    """The script ended without ever asking Megatron for its arguments, or for a spec with mHC."""
+    """The script ended without asking Megatron for its arguments, or without a layer with mHC."""
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -106,9 +106,13 @@ def _last_word(script: str) -> None:
             " (megatron.training.arguments.add_megatron_arguments): no mHC was in it. Give a script"
             " that calls megatron.training, or use with_mhc in the script itself"
         )
-    if seen.asked and not seen.spec:
+    if not seen.asked:
+        return
+    from .layer import is_any_built
+
+    if not is_any_built():
         raise NotMegatronError(
-            f"{script} got --mhc and ended without a spec with mHC: what it trained had none. Give"
+            f"{script} got --mhc and ended without a layer with mHC: what it trained had none. Give"
             " a script whose model megatron.training builds, or use with_mhc in the script itself"
         )
 

@@ -1,10 +1,12 @@
 """What training runs left behind: Megatron's TensorBoard events and mHC's metrics file."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import strict_json
 from .monitor import METRICS_FILE
 
 LOSS_TAG, GRADIENT_TAG = "lm loss", "grad-norm"
@@ -41,6 +43,11 @@ class Run:
             return Curve(steps, [line[name] for line in self.logged])
         end = -1 if "forward" in name else 0
         return Curve(steps, [line["site"][f"depth_{name}"][end] for line in self.logged])
+
+
+def largest(values: list[float]) -> float:
+    """The largest value; NaN where one of them is (`max` goes by their order)."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def curves(folder: Path, *tags: str) -> dict[str, Curve]:
@@ -99,7 +106,7 @@ def read_run(text: str, color: str = "C0") -> Run:
     for file in sorted(folder.rglob(METRICS_FILE), key=lambda f: f.stat().st_mtime):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
-                metrics = json.loads(line)
+                metrics = strict_json.read(line)
                 by_step[metrics["step"]] = metrics
             except (json.JSONDecodeError, TypeError, KeyError) as error:
                 raise SystemExit(f"plot: {file}, line {number}: {error!r}") from error

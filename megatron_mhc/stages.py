@@ -20,8 +20,9 @@ def check_stages(
 ) -> None:
     """Check that all stages have sites and agree, or none has and no streams are exchanged.
 
-    A model's first call is a collective over the pipeline's ranks; the later ones look at what it
-    found. It runs for an ordinary model too: a stage without sites cannot know what others have.
+    A model's first training step and its first evaluation, which may have other lengths and another
+    micro-batch, are a collective over the pipeline's ranks each; later ones look at what it found.
+    It runs for an ordinary model too: a stage without sites cannot know what others have.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.
@@ -34,10 +35,11 @@ def check_stages(
             differ in what is EXCHANGED; a model without sites whose TransformerConfig a model with
             sites was built with.
     """
-    kept = vars(chunks[0])
-    if _HAS_SITES not in kept:
-        kept[_HAS_SITES] = _have_sites([_of_chunk(chunk, arguments) for chunk in chunks], group)
-    if is_marked(config) and not kept[_HAS_SITES]:
+    found = vars(chunks[0]).setdefault(_HAS_SITES, {})
+    kind = bool(arguments.get("forward_only"))
+    if kind not in found:
+        found[kind] = _have_sites([_of_chunk(chunk, arguments) for chunk in chunks], group)
+    if is_marked(config) and not found[kind]:
         raise ValueError(
             "this model has no mHC, but its TransformerConfig has served to build one that does,"
             " and its pipeline stages would exchange streams: give each model its own"
@@ -71,7 +73,7 @@ def _have_sites(mine: list[tuple[int | str | None, ...] | None], group: Any) -> 
     flat = {chunk for stage in stages for chunk in stage}
     if None in flat and len(flat) > 1:
         raise ValueError(
-            "a pipeline stage or model chunk has no Transformer layer, so no site, and mHC needs"
+            "a pipeline stage or model chunk has no layer with mHC, so no site, and mHC needs"
             " one on each (one of multi-token prediction does not count: it reads one stream). Give"
             " every stage a layer (fewer stages, another split)."
             f" ({EXCHANGED}) of each chunk: {described}"

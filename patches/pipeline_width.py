@@ -18,11 +18,12 @@ def pipeline_width_patch(streams_of: Callable[[Any], int]) -> Patch:
         @functools.wraps(original)
         def _communicate(self: Any, *, tensor_shape: Any, **kwargs: Any) -> Any:
             n = streams_of(self.config)
-            # without a shape, or where stages tell each other theirs, there is nothing to widen
-            if n > 1 and tensor_shape and not self.config.variable_seq_lengths:
-                tensor_shape = (*tensor_shape[:-1], n * tensor_shape[-1])
+            # where stages tell each other their shapes, there is nothing to widen
+            if n > 1 and not self.config.variable_seq_lengths:
+                if tensor_shape:
+                    tensor_shape = (*tensor_shape[:-1], n * tensor_shape[-1])
                 for name in ("tensor_send_next", "tensor_send_prev"):
-                    _check_sent(name, kwargs.get(name), tensor_shape)
+                    _check_sent(name, kwargs.get(name), tensor_shape, n * self.config.hidden_size)
             return original(self, tensor_shape=tensor_shape, **kwargs)
 
         return _communicate
@@ -35,13 +36,21 @@ def pipeline_width_patch(streams_of: Callable[[Any], int]) -> Patch:
     )
 
 
-def _check_sent(name: str, tensor: Any, wanted: tuple[int, ...]) -> None:
+def _check_sent(name: str, tensor: Any, wanted: Any, width: int) -> None:
     """Backends compare bytes, not shapes: another shape would arrive as nonsense, or hang.
+
+    Args:
+        name, tensor: the argument of `_communicate`; None if nothing is sent.
+        wanted: the shape that is received in return, which a plain send has none of (None).
+        width: of all streams together.
 
     Raises:
         ValueError: the tensor to send has another shape than the receiver makes room for.
     """
-    if tensor is not None and tuple(tensor.shape) != wanted:
+    if tensor is None:
+        return
+    wanted = wanted or (*tensor.shape[:-1], width)
+    if tuple(tensor.shape) != wanted:
         raise ValueError(
             f"a pipeline stage is about to send {name} of shape {tuple(tensor.shape)} and the next"
             f" one expects {wanted}: sequence, micro-batch, streams times hidden size"

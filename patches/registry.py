@@ -99,7 +99,7 @@ class Registry:
                     new.append(patch.id)
         except PatchError:
             if new:
-                self.undo(*reversed(new))
+                self.undo(*new)
             raise
 
     def _apply_one(self, patch: Patch) -> bool:
@@ -130,11 +130,22 @@ class Registry:
         return True
 
     def undo(self, *ids: str) -> None:
-        """Put the originals back: of these patches, or of all, the last applied first."""
-        for patch_id in ids or tuple(reversed(self._applied)):
-            if patch_id in self._applied:
-                _, owner, name, original = self._applied.pop(patch_id)
-                setattr(owner, name, original)
+        """Put the originals back: of these patches, or of all; in whatever order they are named.
+
+        Patches of one symbol stand on each other: those that stay are made anew, without the ones
+        that go.
+        """
+        gone = self._applied.keys() & set(ids or self._applied)
+        for owner, name in {self._applied[patch_id][1:3] for patch_id in gone}:
+            stack = [one for one in self._applied.values() if one[1:3] == (owner, name)]
+            current = stack[0][3]
+            for patch, *_ in stack:
+                if patch.id in gone:
+                    del self._applied[patch.id]
+                else:
+                    self._applied[patch.id] = (patch, owner, name, current)
+                    current = patch.replace(current)
+            setattr(owner, name, current)
 
     def status(self, *patches: Patch) -> list[PatchStatus]:
         """What became of each of these patches."""

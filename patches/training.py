@@ -51,14 +51,17 @@ def validation_patch(
     )
 
 
-def built_model_patches(check: Callable[[list[Any]], None]) -> tuple[Patch, ...]:
-    """`check(model_chunks)` runs once a model stands, by whichever way the script builds it."""
+def built_model_patches(check: Callable[[list[Any], bool], None]) -> tuple[Patch, ...]:
+    """`check(model_chunks, trained)` runs once a model stands, by whichever way it is built.
+
+    `trained` is true of the run's own model and of whatever gets one of Megatron's optimizers.
+    """
 
     def setup(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            check(result[0])
+            check(result[0], True)
             return result
 
         return setup_model_and_optimizer
@@ -67,13 +70,29 @@ def built_model_patches(check: Callable[[list[Any]], None]) -> tuple[Patch, ...]
         @functools.wraps(original)
         def get_model(*args: Any, **kwargs: Any) -> Any:
             model = original(*args, **kwargs)
-            check(model)
+            check(model, False)
             return model
 
         return get_model
 
-    why = "checks that every layer has its sites and prints the banner"
+    def optimize(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _get_param_groups(chunks: Any, *args: Any, **kwargs: Any) -> Any:
+            check(chunks, True)
+            return original(chunks, *args, **kwargs)
+
+        return _get_param_groups
+
+    training = "megatron.training.training"
+    why = "checks that mHC is where it was asked for and prints the banner"
     return (
-        Patch("built-model", "megatron.training.training:setup_model_and_optimizer", setup, why),
-        Patch("built-model-direct", "megatron.training.training:get_model", build, why),
+        Patch("built-model", f"{training}:setup_model_and_optimizer", setup, why),
+        Patch("built-model-direct", f"{training}:get_model", build, why),
+        # scripts import get_megatron_optimizer by name; this they all come through
+        Patch(
+            "built-model-optimizer",
+            "megatron.core.optimizer:_get_param_groups",
+            optimize,
+            "checks that no ordinary model is trained where mHC was asked for",
+        ),
     )

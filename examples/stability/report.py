@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_mhc.runs import Curve, Run, read_run
+from megatron_mhc.runs import Curve, Run, largest, read_run
 
 WINDOW = 10
 """Steps in a mean of the loss."""
@@ -104,7 +104,7 @@ def runs_table(rows: list[Row]) -> str:
         line += [f"{row.loss:.3f}", f"{row.surge:.3f}", f"{max(run.gradient_norm.values):.3g}"]
         for way in ("forward", "backward") if run.logged else ():
             gain = run.over_steps(f"gain_{way}_mean").values
-            line.append(f"{gain[0]:.4g}, {gain[-1]:.4g}, {max(gain):.4g}")
+            line.append(f"{gain[0]:.4g}, {gain[-1]:.4g}, {largest(gain):.4g}")
         if run.logged:
             ends = (run.logged[0]["site"]["to_identity"], run.logged[-1]["site"]["to_identity"])
             line.append(", ".join(f"{sum(values) / len(values):.3g}" for values in ends))

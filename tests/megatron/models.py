@@ -40,6 +40,7 @@ class Scenario:
         mhc: settings of MHCConfig, or None for the ordinary model.
         mhc_by_rank, hidden_by_rank: these instead, one for each rank; hidden sizes too.
         message_by_rank: arguments that each rank calls its schedule with, beside its own.
+        evaluation_by_rank: the same, for evaluation alone.
         config: settings of TransformerConfig beyond the tiny defaults.
         share_config: build a model with mHC first, with the same TransformerConfig.
         parallel: keyword arguments of initialize_model_parallel.
@@ -74,6 +75,7 @@ class Scenario:
     mhc_by_rank: list[dict[str, Any]] | None = None
     hidden_by_rank: list[int] | None = None
     message_by_rank: list[dict[str, int]] | None = None
+    evaluation_by_rank: list[dict[str, int]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     share_config: bool = False
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -111,6 +111,18 @@ def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
     assert float(whole[-1]) < float(whole[0]) - 0.1, "it does not train"
 
 
+def test_a_model_built_on_the_meta_device_resumes_exactly(tmp_path: Path) -> None:
+    """Megatron's weights have no values there but the checkpoint's; ours keep their marks too.
+
+    Without them mHC's parameters would be in the optimizer's groups of others, and be decayed.
+    """
+    save = ["--save", str(tmp_path), "--save-interval", "3"]
+    whole, printed = train(1, save)
+    assert len(whole) == 7, printed[-3000:]
+    meta = [*save, "--init-model-with-meta-device"]
+    assert resume(1, tmp_path, meta) == [whole[3], *whole[5:]]
+
+
 RESHARD = [
     *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"),
     # a norm, and the two gradients of a tied weight, are summed in another order elsewhere

@@ -12,8 +12,8 @@ import pytest
 from megatron_mhc.arguments import add_mhc_arguments, prepare_arguments
 from megatron_mhc.guard import site_name, violations
 from megatron_mhc.monitor import METRICS_FILE
-from tests.megatron.launch import torchrun
-from tests.megatron.test_plugin import RUN, TINY, losses, python
+from tests.megatron.launch import forked_run, torchrun
+from tests.megatron.test_plugin import RUN, SCRIPT, TINY, losses, python
 
 COUNTING = """
 import sys
@@ -107,6 +107,19 @@ def test_what_is_written(logged: Logged) -> None:
     assert start["depth_gain_forward_mean"][-1] == pytest.approx(1, abs=8e-7)
     assert start["stream_cosine"][0] == pytest.approx(1, abs=3e-7)
     assert len(re.findall(r"^> mHC at step \d: composite gain forward 1\.", printed, re.M)) == 2
+
+
+INJECTED = ["--error-injection-rate", "1", "--error-injection-type", "transient_error"]
+
+
+def test_a_step_that_megatron_runs_twice_is_written_once(tmp_path: Path) -> None:
+    """Its rerun state machine does to validate a result, and then ends the run (status 17)."""
+    flags = ["--mhc", "--mhc-log-interval", "2", "--tensorboard-dir", str(tmp_path)]
+    status, printed = forked_run(1, SCRIPT, *TINY, *flags, *INJECTED)
+    assert status == 17 and "Need to rerun step to check reproducibility" in printed
+    lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert re.findall(r"^> mHC at step (\d)", printed, re.M) == ["1", "2"]
 
 
 HC = ["--mhc", "--mhc-variant", "hc", "--mhc-log-interval", "1", "--mhc-guard-gain", "1"]

@@ -1,9 +1,18 @@
 """n-wide streams between pipeline stages: every schedule trains as one process does."""
 
+import re
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer import TransformerConfig
 
+from megatron_mhc import MHCConfig
+from megatron_mhc.patches import registry
+from megatron_mhc.patches.pipeline_width import pipeline_width_patch
+from megatron_mhc.pipeline import mark_streams, streams_of
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_training import SGD, SUMMATION_ORDER, UNCLIPPED
 
@@ -114,7 +123,7 @@ def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
 
 def test_a_stage_without_sites_is_refused() -> None:
     settings = {"config": {"pipeline_model_parallel_layout": "Etttt|L"}, "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="no Transformer layer, so no site"):
+    with pytest.raises(AssertionError, match="no layer with mHC, so no site"):
         run_scenarios(2, {"bad": settings})
 
 
@@ -140,6 +149,34 @@ def test_stages_that_differ_in_their_messages_are_refused(message: dict[str, int
     said = str(bad.value).replace("\\", "")
     assert "stage 0: [(4, 64, 'torch.float32', 0, 32, None, 2)]" in said
     assert f"stage 1: [(4, 64, 'torch.float32', 0, 64, None, {micro})]" in said
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_stages_that_differ_in_evaluations_messages_alone_are_refused(virtual: bool) -> None:
+    settings = {"evaluation_by_rank": [{}, {"micro_batch_size": 1}], "steps": 1, "evaluate": True}
+    settings["parallel"] = VIRTUAL if virtual else stages(2)
+    with pytest.raises(AssertionError, match="pipeline stages differ in what they exchange") as bad:
+        run_scenarios(2, {"bad": settings})
+    said = str(bad.value).replace("\\", "")
+    assert re.search(r"stage 0: \[\(.*, 2\).*\]; stage 1: \[\(.*, 1\).*\]", said)
+
+
+@pytest.mark.parametrize("send", ["send_forward", "send_backward"])
+def test_a_plain_send_of_another_width_is_refused(send: str) -> None:
+    """1F1B's warm-up and cool-down, which receive nothing in the same call."""
+    config = TransformerConfig(
+        num_layers=2, hidden_size=8, num_attention_heads=1, pipeline_dtype=torch.float32
+    )
+    mark_streams(config, MHCConfig(num_streams=4))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    registry.apply(pipeline_width_patch(streams_of))
+    try:
+        plain_send = getattr(P2PCommunicator(dist.group.WORLD, config), send)
+        with pytest.raises(ValueError, match=r"of shape \(16, 2, 8\).*expects \(16, 2, 32\)"):
+            plain_send(torch.empty(16, 2, 8), False)
+    finally:
+        registry.undo("pipeline-width")
+        dist.destroy_process_group()
 
 
 def test_interleaved_stages_that_differ_in_length_beside_the_decoders_are_refused() -> None:

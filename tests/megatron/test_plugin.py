@@ -333,7 +333,7 @@ def test_a_script_that_builds_its_own_model(end: str, tmp_path: Path) -> None:
     )
     result = python("-m", "megatron_mhc.run", "--cpu", str(script), *TINY, "--mhc")
     assert result.returncode != 0 and "trained" in result.stdout
-    assert "own.py got --mhc and ended without a spec with mHC" in result.stdout
+    assert "own.py got --mhc and ended without a layer with mHC" in result.stdout
 
 
 def test_the_runner_without_a_gpu_names_the_flag() -> None:

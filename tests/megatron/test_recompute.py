@@ -123,6 +123,20 @@ def test_trains_as_without_bit_for_bit(case: str) -> None:
             assert mine[name].equal(theirs[name]), f"{name} of step {step}"
 
 
+INTERRUPTED = {"interrupt": "forward", "steps": 1}
+LEFT: dict[str, dict[str, Any]] = {
+    "kept": INTERRUPTED,
+    "boundaries apart": {**INTERRUPTED, "fuse": "none"},
+    "recomputed": {**INTERRUPTED, "mhc": {"recompute": 2}},
+    "in a block of its own": {**INTERRUPTED, "mhc": {"recompute": 1}},
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_forward_that_an_exception_ends_leaves_no_graph(case: str) -> None:
+    assert run_scenarios(1, LEFT)[case]["left"] == 0
+
+
 def test_no_streams_are_read_twice() -> None:
     """The sites' operations run once: what the backward does is a rebuild."""
     for name, (size, _, _) in CASES.items():

@@ -5,10 +5,12 @@ torchrun --nproc-per-node N -m tests.megatron.worker SCENARIOS_AS_JSON RESULT_FI
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +54,25 @@ from tests.megatron.models import SEQUENCE, VOCABULARY, Scenario
 from tests.megatron.rendezvous import hosts_wait
 
 
-def interrupted(s: Scenario, model: GPTModel) -> None:
-    """A step that an exception ends at the second layer's MLP: of its forward or its backward."""
+class Saved:
+    """A tensor that a graph keeps for its backward: there as long as the graph is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # its graph holds this, and must not be held by it
+
+
+def interrupted(s: Scenario, model: GPTModel) -> list[weakref.ref[Saved]]:
+    """A step that an exception ends at the second layer's MLP: of its forward or its backward.
+
+    Returns:
+        What its graph kept.
+    """
+    kept: list[weakref.ref[Saved]] = []
+
+    def keep(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.append(weakref.ref(saved))
+        return saved
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -64,12 +83,15 @@ def interrupted(s: Scenario, model: GPTModel) -> None:
     else:
         hook = mlp.register_forward_pre_hook(interrupt)
     try:
-        output, loss = forward_step(batches(s, 99), model)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+            output, loss = forward_step(batches(s, 99), model)
         loss(output)[0].backward()
     except KeyboardInterrupt:
         hook.remove()
     else:
         raise AssertionError(f"the {s.interrupt} was not interrupted")
+    assert kept
+    return kept
 
 
 def held_bytes(s: Scenario, model: GPTModel) -> dict[str, int]:
@@ -292,6 +314,7 @@ def run(s: Scenario) -> dict[str, Any]:
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
         messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
+        left (how many tensors of an interrupted step's graph are still there after it),
         in_flight (`most_in_flight`), reduced (calls of its chunks' `start_grad_sync`, by rank),
         groups (`groups_made`, by rank).
     """
@@ -376,8 +399,11 @@ def train(s: Scenario) -> dict[str, Any]:
         optimizer.reload_model_params()
     if s.ddp.get("overlap_param_gather"):
         config.param_sync_func = model[0].start_param_sync
+    left = 0
     if s.interrupt:
-        interrupted(s, cores[0])
+        kept = interrupted(s, cores[0])
+        gc.collect()
+        left = sum(saved() is not None for saved in kept)
     held = held_bytes(s, cores[0]) if s.hold else None
     ranks = parallel_state.get_data_parallel_world_size()
 
@@ -395,13 +421,15 @@ def train(s: Scenario) -> dict[str, Any]:
             model=model,
             num_microbatches=s.microbatches,
             forward_only=forward_only,
-            **message,
+            **(message | evaluation if forward_only else message),
         )
         return mean_loss(reduced)
 
     message = {"seq_length": SEQUENCE, "micro_batch_size": s.batch // s.microbatches // ranks}
     if s.message_by_rank is not None:
         message |= s.message_by_rank[dist.get_rank()]
+    by_rank = s.evaluation_by_rank
+    evaluation = {} if by_rank is None else by_rank[dist.get_rank()]
     calls: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -444,6 +472,7 @@ def train(s: Scenario) -> dict[str, Any]:
         "mtp_losses": mtp_losses,
         "parameters": models.full_parameters(cores),
         "held": held,
+        "left": left,
         "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
         "calls": {name: calls[name] / (s.steps * s.microbatches) for name in calls},
         "linked": [

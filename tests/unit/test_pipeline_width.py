@@ -21,7 +21,7 @@ def communicate(config: Any, shape: tuple[int, ...], **sent: torch.Tensor | None
 
 def config_with(mhc: MHCConfig | None, variable: bool = False) -> SimpleNamespace:
     """What is read of a TransformerConfig."""
-    config = SimpleNamespace(variable_seq_lengths=variable)
+    config = SimpleNamespace(variable_seq_lengths=variable, hidden_size=8)
     if mhc is not None:
         mark_streams(config, mhc)
     return config

@@ -1,7 +1,7 @@
 """`python -m megatron_mhc plot`: what is drawn is what the runs hold, and the page holds it all."""
 
 import base64
-import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_mhc import strict_json
 from megatron_mhc.metrics import residual_metrics
 from megatron_mhc.monitor import METRICS_FILE
 from megatron_mhc.pictures import Picture, pictures
 from megatron_mhc.plot import write_plots
-from megatron_mhc.runs import read_run
+from megatron_mhc.runs import largest, read_run
 
 STEPS = [1, 5, 10]
 
@@ -37,7 +38,7 @@ def write_run(folder: Path, lines: list[dict[str, Any]], offset: float = 0.0) ->
             writer.add_scalar("lm loss", offset + 1 / step, step)
             writer.add_scalar("grad-norm", 2.0 * step, step)
     if lines:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(strict_json.written(line) + "\n" for line in lines)
         (folder / "tensorboard" / METRICS_FILE).write_text(text)
     return folder
 
@@ -148,3 +149,14 @@ def test_runs_that_cannot_be_drawn(texts: list[str], message: str, tmp_path: Pat
         file.write('{"step": 2')
     with pytest.raises(SystemExit, match=message):
         write_plots([text.format(tmp_path) for text in texts], tmp_path / "out")
+
+
+def test_what_is_no_number_is_null_and_comes_back() -> None:
+    """Standard JSON has neither NaN nor infinities."""
+    values = {"a": [1.5, float("nan"), [float("-inf"), 2]], "b": "text", "c": (0.0, True)}
+    text = strict_json.written(values)
+    assert text == '{"a": [1.5, null, [null, 2]], "b": "text", "c": [0.0, true]}'
+    back = strict_json.read(text)
+    assert math.isnan(back["a"][1]) and math.isnan(back["a"][2][0])
+    assert (back["a"][0], back["a"][2][1], back["b"], back["c"]) == (1.5, 2, "text", [0.0, True])
+    assert math.isnan(largest([1.0, float("nan"), 2.0])) and largest([1.0, 2.0]) == 2

@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +119,28 @@ def test_without_recompute_there_is_nothing_to_rebuild() -> None:
     layers = Layers(recompute=False)
     layers(batch(0))
     assert not rebuild_ahead(layers)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_block_to_rebuild_is_looked_for_once(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk over a deep model's modules would cost every backward milliseconds."""
+    chunk = torch.nn.Sequential(Layers(False), Layers(recompute), torch.nn.Identity())
+    walks, walk = [], torch.nn.Module.named_modules
+
+    def counted(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        walks.extend([module] * (module is chunk))
+        return walk(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)  # `modules` goes over it too
+    for layers in (chunk[1], Layers(recompute)):
+        chunk[1] = layers  # found by its place, so what stood there before is let go
+        for seed in range(3):
+            output = chunk(batch(seed))
+            assert rebuild_ahead(chunk) == recompute and not rebuild_ahead(chunk)
+            output.sum().backward()
+    assert len(walks) == 1
 
 
 def test_streams_replaced_inside_a_block_are_refused() -> None:

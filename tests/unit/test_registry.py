@@ -70,6 +70,25 @@ def test_two_patches_of_one_symbol_unwind(target: types.ModuleType) -> None:
     assert target.function is original
 
 
+@pytest.mark.parametrize("order", [("twice", "again"), ("again", "twice")])
+def test_two_patches_of_one_symbol_go_in_either_order(
+    target: types.ModuleType, order: tuple[str, str]
+) -> None:
+    for apart in (False, True):
+        registry, original = Registry(), target.function
+        registry.apply(patch(), patch(id="again", replace=lambda f: lambda x: 3 + f(x)))
+        assert target.function(1) == 3 + 2 * 2
+        if apart:
+            registry.undo(order[0])
+            assert target.function(1) == (3 + 2 if order[0] == "twice" else 2 * 2)
+            states = {s.patch.id: s.state for s in registry.status(patch(), patch(id="again"))}
+            assert states == {order[0]: "not asked for", order[1]: "applied"}
+            registry.undo(order[1])
+        else:
+            registry.undo(*order)
+        assert target.function is original
+
+
 def test_a_missing_target_names_everything_and_leaves_nothing(target: types.ModuleType) -> None:
     registry, original = Registry(), target.function
     with pytest.raises(PatchError) as error:
