@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.patches import Patch, PatchError, registry
-from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
+from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch, state_load_patch
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.metrics import metrics_patch
@@ -114,6 +114,7 @@ def model_patches() -> tuple[Patch, ...]:
         *parameter_group_patches(parameters.MARK),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(checkpoint.check_load),
+        state_load_patch(checkpoint.check_state),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),

@@ -80,3 +80,57 @@ def test_a_converted_checkpoint_resumes(conversion: str, tmp_path: Path) -> None
     _, printed = train(2, ["--mhc", *flags, "--load", str(tmp_path), *convert])
     assert "> converted checkpoint:" in printed, printed[-3000:]
     assert_resumes(2, [*flags, "--ckpt-format", after], tmp_path / "new" / after, losses)
+
+
+OTHERS: dict[str, tuple[list[str], list[str], str]] = {
+    "mhc without": (
+        ["--mhc", "--mhc-num-streams", "2"],
+        [],
+        "the checkpoint is of a model with mHC and this model has none: add --mhc"
+        " --mhc-num-streams 2 --mhc-sinkhorn-iterations 20 --mhc-convention paper",
+    ),
+    "ordinary with": ([], ["--mhc"], "the checkpoint has no mHC in it and the model has"),
+    "fewer streams": (
+        ["--mhc"],
+        ["--mhc", "--mhc-num-streams", "2"],
+        "num_streams is 4 there and 2 here. Give the checkpoint's: --mhc-num-streams 4",
+    ),
+    "fewer iterations": (
+        ["--mhc"],
+        ["--mhc", "--mhc-sinkhorn-iterations", "3"],
+        "sinkhorn_iterations is 20 there and 3 here",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [["--load"], ["--no-load-optim", "--load"], ["--pretrained-checkpoint"]],
+    ids=["load", "model alone", "pretrained"],
+)
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_settings_are_refused(other: str, load: list[str], folder: Path) -> None:
+    before, after, message = OTHERS[other]
+    source = folder / "-".join(["saved", *before])
+    if not source.exists():
+        save = ["--save", str(source), "--save-interval", "1", "--exit-interval", "1"]
+        losses, printed = train(1, [*LEGACY, *before, *save])
+        assert len(losses) == 1, printed[-3000:]
+    losses, printed = train(1, [*LEGACY, *after, *load, str(source)])
+    assert not losses and "CheckpointSettingsError: the checkpoint" in printed, printed[-3000:]
+    assert message in printed
+
+
+def test_other_settings_are_refused_in_a_non_persistent_checkpoint(tmp_path: Path) -> None:
+    every = ["--non-persistent-ckpt-type", "global", "--non-persistent-save-interval", "1"]
+    save = ["--save", str(tmp_path), "--save-interval", "100", "--load", str(tmp_path)]
+    losses, printed = train(1, ["--mhc", *every, *save, "--train-iters", "2"])
+    assert len(losses) == 2, printed[-3000:]
+    losses, printed = train(1, [*every, *save, "--no-load-optim"])
+    assert not losses and "is of a model with mHC and this model has none" in printed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints are that are refused."""
+    return tmp_path_factory.mktemp("legacy")
