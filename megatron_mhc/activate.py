@@ -23,6 +23,7 @@ from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
+    checkpoint_arguments_patch,
     validation_patch,
 )
 
@@ -126,6 +127,7 @@ def plugin_patches() -> tuple[Patch, ...]:
     """Every patch that `activate` applies, in order."""
     return (
         arguments_patch(_add_arguments),
+        checkpoint_arguments_patch(arguments.take_from_checkpoint),
         validation_patch(arguments.prepare_arguments, _check_arguments),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),

@@ -2,9 +2,8 @@
 
 `Float16OptimizerWithFloat16Params.sharded_state_dict` numbers the bf16 parameters alone, while the
 optimizer's state numbers the fp32 ones among them: states swap places, or the shapes do not fit
-and it stops (Megatron-LM issue 5835). The distributed optimizer numbers them rightly, but two of its
-formats (its default one, and the legacy one) load into fp32 parameters themselves, which autograd
-refuses.
+and it stops (Megatron-LM issue 5835). The distributed optimizer numbers them rightly, but loads its
+default format and the legacy one into fp32 parameters themselves, which autograd refuses.
 """
 
 import functools
