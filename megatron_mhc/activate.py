@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.patches import Patch, PatchError, registry
-from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch
+from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch, state_load_patch
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.metrics import metrics_patch
@@ -23,6 +23,7 @@ from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
     arguments_patch,
     built_model_patches,
+    checkpoint_arguments_patch,
     validation_patch,
 )
 
@@ -110,6 +111,7 @@ def model_patches() -> tuple[Patch, ...]:
         *parameter_group_patches(parameters.MARK),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(checkpoint.check_load),
+        state_load_patch(checkpoint.check_state),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
@@ -121,6 +123,7 @@ def plugin_patches() -> tuple[Patch, ...]:
     """Every patch that `activate` applies, in order."""
     return (
         arguments_patch(_add_arguments),
+        checkpoint_arguments_patch(arguments.take_from_checkpoint),
         validation_patch(arguments.prepare_arguments, _check_arguments),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),

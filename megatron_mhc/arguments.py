@@ -1,6 +1,7 @@
 """The `--mhc*` flags and MHC_* environment variables, and MHCConfig from either."""
 
 import argparse
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +9,7 @@ from typing import Any, get_args
 
 from megatron_mhc.kernels.backend import BACKENDS
 
+from .checkpoint import FUNCTION_FIELDS
 from .compatibility import check_transformer_config
 from .config import Convention, Init, MHCConfig, Variant
 from .monitor import add_monitor_arguments
@@ -163,6 +165,28 @@ def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfi
     return MHCConfig(**values)
 
 
+def take_from_checkpoint(
+    args: argparse.Namespace, spec: list[str] | None, stored: argparse.Namespace
+) -> None:
+    """What `--use-checkpoint-args` takes of a model with mHC: all that makes its function.
+
+    As Megatron does it: the checkpoint's spec wins over the command line's, and a setting that was
+    given stays (and is refused when the checkpoint is loaded, if it is another one).
+
+    Args:
+        args: Megatron's, into which it has taken the checkpoint's by now.
+        spec: the command line's `--spec`.
+        stored: the checkpoint's arguments.
+    """
+    if list(getattr(stored, "spec", None) or []) != SPEC:
+        return
+    given = spec if list(spec or []) != SPEC else getattr(args, "mhc_base_spec", None)
+    args.mhc_base_spec = getattr(stored, "mhc_base_spec", None) or given
+    for name in FUNCTION_FIELDS:
+        if getattr(args, f"mhc_{name}", None) is None:
+            setattr(args, f"mhc_{name}", getattr(stored, f"mhc_{name}", None))
+
+
 def prepare_arguments(args: argparse.Namespace) -> None:
     """Before Megatron validates its arguments: point `--spec` at mHC where `--mhc` asks for it.
 
@@ -214,4 +238,19 @@ def active_config() -> tuple[MHCConfig, str]:
 
 def base_spec() -> list[str] | None:
     """The user's own `--spec MODULE NAME` that mHC goes around, or None."""
-    return getattr(megatron_arguments(), "mhc_base_spec", None)
+    args = megatron_arguments()
+    if not hasattr(args, "mhc") and getattr(args, "use_checkpoint_args", False):
+        # `--spec` came from the checkpoint, and no patch of ours took what belongs to it
+        return _base_spec_in_checkpoint(args)
+    return getattr(args, "mhc_base_spec", None)
+
+
+def _base_spec_in_checkpoint(args: argparse.Namespace) -> list[str] | None:
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    args = copy.copy(args)
+    for folder in ("pretrained_checkpoint", "load"):
+        result = load_args_from_checkpoint(args, load_arg=folder)
+        if isinstance(result, tuple):
+            take_from_checkpoint(args, None, result[1])
+    return getattr(args, "mhc_base_spec", None)

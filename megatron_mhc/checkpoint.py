@@ -1,8 +1,9 @@
 """The settings of mHC in a checkpoint, and the check of them when it is loaded.
 
 Every layer with sites keeps its settings as torch's extra state: every way to save a model stores
-them, a flag or no flag, and every way to load one compares them. A distributed checkpoint is also
-looked at before any of its tensors are (`check_load`): else a wrong width would be the first error.
+them, a flag or no flag, and every way to load one compares them. Before any tensor is loaded, a
+distributed checkpoint is looked at (`check_load`), and so is a model's state dict (`check_state`):
+else a wrong width would be the first error, and where one of the two has no mHC there is none.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -98,19 +99,38 @@ def check_load(
     """
     stored = next((key for key in stored_keys if f"{SETTINGS_KEY}/" in key), None)
     mine = next((value for key, value in asked.items() if key.endswith(SETTINGS_KEY)), None)
+    if mine is None and stored is not None:
+        layers = stored[: stored.index(SETTINGS_KEY)]
+        if not any(key.startswith(layers) for key in asked):
+            return  # something else than the model
+    _check(None if stored is None else read(stored), mine, f"the checkpoint {checkpoint}")
+
+
+def check_state(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Check a state dict against the model that is about to load all of it.
+
+    Raises:
+        CheckpointSettingsError: the settings differ, or one of the two has no mHC.
+    """
+    stored = next((value for key, value in state.items() if key.endswith(SETTINGS_KEY)), None)
+    found = (m.get_extra_state() for m in model.modules() if isinstance(m, StoredSettings))
+    _check(stored, next(found, None), "the checkpoint")
+
+
+def _check(
+    stored: Mapping[str, Any] | None, mine: Mapping[str, Any] | None, checkpoint: str
+) -> None:
+    """Compare the settings in a checkpoint with a model's; None for either without mHC."""
     if stored is not None and mine is not None:
-        check_settings(read(stored), mine, f"the checkpoint {checkpoint}")
+        check_settings(stored, mine, checkpoint)
     elif mine is not None:
         raise CheckpointSettingsError(
-            f"the checkpoint {checkpoint} has no mHC in it and the model has. To start from an"
-            " ordinary model's checkpoint, convert it: python -m megatron_mhc convert SOURCE TARGET"
+            f"{checkpoint} has no mHC in it and the model has. To start from an ordinary model's"
+            " checkpoint, convert it: python -m megatron_mhc convert SOURCE TARGET"
         )
     elif stored is not None:
-        layers = stored[: stored.index(SETTINGS_KEY)]
-        if any(key.startswith(layers) for key in asked):
-            settings = read(stored)
-            flags = " ".join(_flag(name, value) for name, value in settings.items())
-            raise CheckpointSettingsError(
-                f"the checkpoint {checkpoint} is of a model with mHC and this model has none: add"
-                f" --mhc {flags}, or load another checkpoint"
-            )
+        flags = " ".join(_flag(name, value) for name, value in stored.items())
+        raise CheckpointSettingsError(
+            f"{checkpoint} is of a model with mHC and this model has none: add --mhc {flags}, or"
+            " load another checkpoint"
+        )

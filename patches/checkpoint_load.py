@@ -1,7 +1,8 @@
-"""A patch of Megatron's distributed checkpoints: a look at one before it is loaded."""
+"""Patches that look at a checkpoint before it is loaded: at a distributed one, at a state dict."""
 
 import functools
 import io
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -56,4 +57,32 @@ def checkpoint_load_patch(
         target="megatron.core.dist_checkpointing:load",
         replace=replace,
         why="compares the mHC settings in a checkpoint with the model's before it is loaded",
+    )
+
+
+def state_load_patch(check: Callable[[torch.nn.Module, Mapping[str, Any]], None]) -> Patch:
+    """`check(model, state_dict)` runs before a language model loads a state dict of all of itself.
+
+    Every format and every loader ends there; legacy checkpoints and local ones have no look at them
+    before. A caller who says `strict=False` knows that something is missing.
+    """
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load_state_dict(
+            self: Any, state_dict: Any, strict: bool = True, *rest: Any, **kwargs: Any
+        ) -> Any:
+            # Megatron catches every error and loads once more without strict: that has to fail too
+            if strict or sys.exception() is not None:
+                check(self, state_dict)
+            return original(self, state_dict, strict, *rest, **kwargs)
+
+        return load_state_dict
+
+    return Patch(
+        id="state-load",
+        target="megatron.core.models.common.language_module.language_module:"
+        "LanguageModule.load_state_dict",
+        replace=replace,
+        why="compares the mHC settings in a state dict with the model's before it is loaded",
     )

@@ -3,7 +3,7 @@
 `Float16OptimizerWithFloat16Params.sharded_state_dict` numbers the bf16 parameters alone, while the
 optimizer's state numbers the fp32 ones among them: states swap places, or the shapes do not fit
 and it stops (Megatron-LM issue 5835). The distributed optimizer numbers them rightly, but loads its
-default format into fp32 parameters themselves, which autograd refuses.
+default format and the legacy one into fp32 parameters themselves, which autograd refuses.
 """
 
 import functools
@@ -116,9 +116,10 @@ _PATCHES = (
     Patch(
         id="optimizer-checkpoint-fp32",
         target="megatron.core.optimizer.distrib_optimizer:"
-        "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        # what the loader of every format ends in
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
         replace=_without_autograd,
-        why="the distributed optimizer's default format loads into fp32 parameters themselves",
+        why="the distributed optimizer loads into fp32 parameters themselves",
     ),
 )
 _GROUPS = Patch(

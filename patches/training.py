@@ -51,6 +51,33 @@ def validation_patch(
     )
 
 
+def checkpoint_arguments_patch(
+    take: Callable[[argparse.Namespace, Any, argparse.Namespace], None],
+) -> Patch:
+    """`take(args, spec, stored)` runs after Megatron has taken arguments from a checkpoint.
+
+    `spec` is what `args.spec` was before, `stored` are the checkpoint's arguments.
+    """
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load_args_from_checkpoint(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+            spec = args.spec
+            result = original(args, *rest, **kwargs)
+            if isinstance(result, tuple):  # else there was nothing to take
+                take(args, spec, result[1])
+            return result
+
+        return load_args_from_checkpoint
+
+    return Patch(
+        id="checkpoint-arguments",
+        target="megatron.training.checkpointing:load_args_from_checkpoint",
+        replace=replace,
+        why="takes mHC's settings and the spec around which it is from a checkpoint",
+    )
+
+
 def built_model_patches(check: Callable[[list[Any], bool], None]) -> tuple[Patch, ...]:
     """`check(model_chunks, trained)` runs once a model stands, by whichever way it is built.
 
