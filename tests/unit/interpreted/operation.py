@@ -5,6 +5,8 @@ All compare with the reference in float64.
 
 import contextlib
 import inspect
+import re
+import sys
 from typing import Any
 
 import pytest
@@ -13,8 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megatron_mhc import kernels
-from megatron_mhc.kernels import reference, triton_operations
-from tests.kernel_cases import DEEPSEEK, LARGE_EPS, PAPER, check, inputs, run, settings
+from megatron_mhc.kernels import reference, triton_launch, triton_operations
+from tests.kernel_cases import (
+    CANCELLING,
+    DEEPSEEK,
+    LARGE_EPS,
+    PAPER,
+    SMALL,
+    check,
+    inputs,
+    relative,
+    run,
+    settings,
+)
 
 CASES = (
     # tokens, n, width, convention, iterations: an odd width, several tiles, every n
@@ -143,6 +156,88 @@ class Operation:
             found.append([*out, *(argument.grad for argument in arguments.values())])
         for direct, traced in zip(*found, strict=True):
             assert torch.equal(direct, traced)
+
+    def test_whole_numbers_are_taken_as_floats(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU's launch refuses an int where a kernel has a float: eps=0 stopped there."""
+        handed: set[tuple[str, str, type]] = set()
+
+        def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+            named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+            for name, value in named.items():
+                if re.fullmatch("(.*_)?eps", name.lower()):
+                    handed.add((kernel.__name__, name, type(value)))
+            triton_launch.launch(kernel, grid, *arguments, **constants)
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith("megatron_mhc.kernels.triton_") and module is not triton_launch:
+                monkeypatch.setattr(module, "launch", launch, raising=False)
+        eps = {n: 1 for n in settings(self.operation, PAPER, 20) if n.endswith("eps")}
+        for function in (self.operation, f"{self.operation}_with_h_pre"):
+            if hasattr(kernels, function):
+                arguments = inputs(self.operation, 3, 4, 24, torch.float32, "cpu")
+                out = run(getattr(kernels, function), arguments, backend="triton", **eps)
+                wanted = [result for result in out if result.requires_grad]
+                torch.autograd.backward(wanted, [torch.ones_like(result) for result in wanted])
+        assert bool(handed) == bool(eps)
+        assert {kind for _, _, kind in handed} <= {float}, handed
+
+    @pytest.mark.parametrize("named", [True, False], ids=["all arguments", "all but the first"])
+    def test_torch_func_differentiates(self, named: bool) -> None:
+        """grad and vjp, whose function is called when the transform is over: the reference's."""
+        given = {
+            k: v.detach() for k, v in inputs(self.operation, 3, 4, 24, torch.float32, "cpu").items()
+        }
+        fixed = {} if named else dict([next(iter(given.items()))])
+        free = {name: tensor for name, tensor in given.items() if name not in fixed}
+        if not free:
+            return  # the operation has one argument
+
+        def loss(free: dict[str, torch.Tensor], backend: str = "triton") -> torch.Tensor:
+            wide = {k: v.to(next(iter(free.values())).dtype) for k, v in fixed.items()}
+            out = run(getattr(kernels, self.operation), {**wide, **free}, backend=backend)
+            return sum(result.square().sum() for result in out)
+
+        exact = torch.func.grad(loss)({k: v.double() for k, v in free.items()}, "torch")
+        _, derive = torch.func.vjp(loss, free)
+        for gradients in (torch.func.grad(loss)(free), *derive(torch.ones(()))):
+            for name, wanted in exact.items():
+                bound = CANCELLING if name in ("alpha", "scale") else SMALL[torch.float32]
+                assert relative(gradients[name], wanted) <= bound, name
+
+    def test_torch_func_has_no_second_gradient_and_no_vmap(self) -> None:
+        """Refused in whatever way it is asked for: what autograd cannot see would be zero."""
+        given = {
+            k: v.detach() for k, v in inputs(self.operation, 3, 4, 24, torch.float32, "cpu").items()
+        }
+        name, tensor = next(iter(given.items()))
+
+        def loss(tensor: torch.Tensor) -> torch.Tensor:
+            out = run(getattr(kernels, self.operation), given | {name: tensor}, backend="triton")
+            return sum(result.square().sum() for result in out)
+
+        def of_gradient(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.func.grad(loss)(tensor).square().sum()
+
+        with pytest.raises(RuntimeError, match="no gradient of its own; the reference's has"):
+            torch.func.grad(of_gradient)(tensor)
+        with pytest.raises(RuntimeError, match="no gradient of its own; the reference's has"):
+            of_gradient(tensor.clone().requires_grad_()).backward()
+        _, derive = torch.func.vjp(loss, tensor.clone().requires_grad_())
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            derive(torch.ones(()))[0].square().sum().backward()
+        with pytest.raises(RuntimeError, match="take any leading dimensions as they are"):
+            torch.func.vmap(loss)(torch.stack([tensor, tensor]))
+
+    def test_inference_mode(self) -> None:
+        """Tensors from outside it, and tensors made in it, which count no versions."""
+        outside = inputs(self.operation, 5, 4, 24, torch.bfloat16, "cpu")
+        wanted = run(getattr(kernels, self.operation), outside, backend="triton")
+        with torch.inference_mode():
+            inside = {name: tensor.detach().clone() for name, tensor in outside.items()}
+            assert all(tensor.is_inference() for tensor in inside.values())
+            for arguments in (outside, inside):
+                got = run(getattr(kernels, self.operation), arguments, backend="triton")
+                assert all(map(torch.equal, got, wanted))
 
     def test_keywords_are_the_references(self) -> None:
         theirs = inspect.signature(getattr(reference, self.operation)).parameters
