@@ -52,8 +52,33 @@ def why_not_triton(
         return f"there is no Triton kernel for {num_streams} streams (there is for {served})"
     if dtype == torch.float64:
         return "there is no Triton kernel for torch.float64 (the reference computes it)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
         return f"Triton needs a CUDA device and the tensors are on {device.type!r}"
+    if device.index not in _cards:
+        _cards[device.index] = _why_not_card(device)
+    return _cards[device.index]
+
+
+_cards: dict[int | None, str | None] = {}
+"""The answers of `_why_not_card`, asked for at every operation. (torch.compile guards on a dictionary
+and looks through functools.cache, with a warning.)"""
+
+
+def _why_not_card(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device of type "cuda"; None where there is no such card
+    to ask."""
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA's GPUs and this PyTorch is one for ROCm"
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(device)  # torch.compile knows this function
+    if card.major < 8:
+        return (
+            f"the kernels need a GPU of compute capability 8.0 or higher and the {card.name} has"
+            f" {card.major}.{card.minor}"
+        )
     return None
 
 

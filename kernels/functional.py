@@ -23,6 +23,8 @@ from .checks import (
     check_tokens,
 )
 
+EPS = {"eps", "norm_eps", "pre_eps", "sinkhorn_eps"}
+
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast would round the reference's products to 16 bits; "meta" tensors know of none."""
@@ -33,6 +35,8 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
     """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
+    for name in EPS & kw.keys():
+        kw[name] = float(kw[name])  # an int is a value to compile a kernel for
     if resolve(backend, n, x.device, x.dtype) == "torch":
         with _without_autocast(x):
             return getattr(reference, operation)(x, *args, **kw)
@@ -69,7 +73,7 @@ def sinkhorn(
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., n, n]")
     check_dtype("logits", logits)
     check_iterations(iterations)
-    return _run("sinkhorn", backend, logits.shape[-1], logits, iterations, eps)
+    return _run("sinkhorn", backend, logits.shape[-1], logits, iterations, eps=eps)
 
 
 def coefficients(

@@ -1,8 +1,9 @@
-"""An operation as PyTorch knows it: a custom operator, and a shorter way around it.
+"""An operation as PyTorch knows it: a custom operator, and two shorter ways around it.
 
 torch.compile and whatever else traces needs operators. A training step needs none, and they cost
 its host 0.2 ms a site (both ways, measured on a CPU without launches): it calls the same functions
-under an autograd.Function.
+under an autograd.Function. The transforms of torch.func want such a Function in another style,
+which costs its host more.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import once_differentiable
 
 
@@ -25,6 +27,7 @@ class Operator:
         self._name = f"megatron_mhc::{name}"
         self._direct = function
         self._traced = torch.library.custom_op(self._name, function, mutates_args=())
+        self._transformed = self._for_transforms(_refuse, lambda *_: None)
         self.register_fake = self._traced.register_fake
 
     def register_autograd(
@@ -35,6 +38,7 @@ class Operator:
         Either way the gradient has none of its own: asking for it raises a RuntimeError.
         """
         self._traced.register_autograd(backward, setup_context=setup_context)
+        self._transformed = self._for_transforms(backward, setup_context)
         function = self._direct
 
         def forward(ctx: Any, *inputs: Any) -> Any:
@@ -42,19 +46,67 @@ class Operator:
             setup_context(ctx, inputs, output)
             return output
 
-        # the profiler shows the name
-        members = {
-            "forward": staticmethod(forward),
-            "backward": staticmethod(once_differentiable(backward)),
-        }
-        around: Any = type(self._name, (torch.autograd.Function,), members)
-        self._direct = around.apply
+        self._direct = self._function(forward=forward, backward=once_differentiable(backward))
+
+    def _for_transforms(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> Callable[..., Any]:
+        """The operator under an autograd.Function that torch.func transforms, level by level."""
+        once = once_differentiable(backward)
+
+        def any_level(ctx: Any, *gradients: Any) -> Any:
+            # inside a transform the operators that this calls refuse a gradient of their own
+            derive = backward if _transformed() else once
+            return derive(_Alive(ctx), *gradients)
+
+        return self._function(
+            forward=self._traced, setup_context=setup_context, backward=any_level, vmap=_no_vmap
+        )
+
+    def _function(self, **members: Callable[..., Any]) -> Callable[..., Any]:
+        """`apply` of an autograd.Function with these members; the profiler shows its name."""
+        static = {name: staticmethod(member) for name, member in members.items()}
+        function: Any = type(self._name, (torch.autograd.Function,), static)
+        return function.apply
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it: the operator where something traces, else the function itself."""
-        if torch.compiler.is_compiling() or type(arguments[0]) not in PLAIN or _watched():
+        if torch.compiler.is_compiling() or type(arguments[0]) not in PLAIN:
+            return self._traced(*arguments)
+        if _transformed():
+            return self._transformed(*arguments)
+        if _watched():
             return self._traced(*arguments)
         return self._direct(*arguments)
+
+
+class _Alive:
+    """A ctx whose tensors have left the transforms that are over, as those of torch.func.vjp are
+    when the function that it returned is called."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        return unwrap_dead_wrappers(self._ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "the gradient of mHC's Triton kernels has no gradient of its own; the reference's has"
+        " (backend='torch')"
+    )
+
+
+def _no_vmap(*_: Any) -> Any:
+    raise RuntimeError(
+        "mHC's Triton kernels have no rule for torch.func.vmap; they take any leading dimensions"
+        " as they are, and the reference can be vmapped (backend='torch')"
+    )
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -64,6 +116,11 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def _watched() -> bool:
     """Whether a TorchDispatchMode is to see every operator."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is on its way."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mhc import kernels
+from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.kernels import backend
+from megatron_mhc.report import banner
 from tests.kernel_cases import check_rebuild
 
 X = torch.randn(2, 3, 4, 8)
@@ -138,6 +139,66 @@ def test_auto_takes_triton_on_a_gpu_where_there_is_a_kernel() -> None:
     assert [backend.resolve("auto", n, cuda) for n in (1, 2, 3, 4, 8)] == [
         *("triton", "triton", "torch", "triton", "triton")
     ]
+
+
+class Card:
+    """What a device says of itself; counts how often it is asked."""
+
+    name = "RTX 8000"
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.major, self.minor, self.asked = major, minor, 0
+
+    def __call__(self, device: torch.device) -> "Card":
+        self.asked += 1
+        return self
+
+
+@pytest.fixture
+def no_card_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_cards", {}, raising=False)
+
+
+@pytest.mark.usefixtures("no_card_is_known")
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        (
+            (7, 5),
+            None,
+            "the kernels need a GPU of compute capability 8.0 or higher and the RTX 8000 has 7.5",
+        ),
+        (
+            (9, 4),
+            "6.2.41133",
+            "the kernels are written for NVIDIA's GPUs and this PyTorch is one for ROCm",
+        ),
+        ((8, 0), None, None),
+        ((12, 0), None, None),
+    ],
+)
+def test_cards_that_the_kernels_do_not_run_on(
+    capability: tuple[int, int],
+    hip: str | None,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card, cuda = Card(*capability), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
+    assert backend.resolve("auto", 4, cuda) == ("torch" if reason else "triton")
+    assert backend.resolve("torch", 4, cuda) == "torch"
+    line = banner(MHCConfig(), "flags", 24, 1000, cuda, torch.bfloat16)
+    if reason is None:
+        assert backend.resolve("triton", 4, cuda) == "triton"
+        assert "backend triton;" in line
+    else:
+        assert f"backend torch, because {reason}" in line
+        with pytest.raises(ValueError, match=f"{reason}.*; use 'auto' or 'torch'"):
+            backend.resolve("triton", 4, cuda)
+    assert card.asked <= 1, "a device is asked once, not at every operation"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

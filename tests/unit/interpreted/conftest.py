@@ -1,0 +1,65 @@
+"""The kernels under Triton's interpreter, on the CPU: every file in a process of its own.
+
+The interpreter is chosen when triton is imported, and the tests outside want the compiler. So each
+file here is one test of an ordinary run: a process with TRITON_INTERPRET=1 that runs it. To choose
+among its tests, set that variable yourself:
+
+    TRITON_INTERPRET=1 python -m pytest tests/unit/interpreted/test_pre.py -k no_tokens
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Process(pytest.Item):
+    """A file's tests, in a process that imports triton with the interpreter."""
+
+    def runtest(self) -> None:
+        """Run them, and fail with what they print."""
+        pytest.importorskip("triton")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.path)],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            pytest.fail(done.stdout[-5000:] + done.stderr[-2000:], pytrace=False)
+        print(*done.stdout.splitlines()[-1:])  # how many there were, for -rA
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """As pytest names it where it fails."""
+        return self.path, 0, f"{self.path.name} under the interpreter"
+
+
+class File(pytest.File):
+    """A file that this process does not import."""
+
+    def collect(self) -> Iterator[Process]:
+        """Its one test."""
+        yield Process.from_parent(self, name="in_an_interpreted_process")
+
+
+if INTERPRETED:
+
+    @pytest.fixture(autouse=True)
+    def poisoned_memory() -> Iterator[None]:
+        """New tensors are full of NaN, so that a value nobody wrote shows."""
+        torch.use_deterministic_algorithms(True)
+        assert bool(torch.empty(1).isnan())
+        yield
+        torch.use_deterministic_algorithms(False)
+
+else:
+
+    def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> File:
+        """A process in place of the module."""
+        return File.from_parent(parent, path=module_path)

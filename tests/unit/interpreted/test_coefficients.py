@@ -1,0 +1,9 @@
+"""`coefficients` under Triton's interpreter."""
+
+from tests.unit.interpreted.operation import Projecting
+
+
+class TestCoefficients(Projecting):
+    """What holds for every operation that projects."""
+
+    operation = "coefficients"

@@ -1,0 +1,9 @@
+"""`combine` under Triton's interpreter."""
+
+from tests.unit.interpreted.operation import Operation
+
+
+class TestCombine(Operation):
+    """What holds for every operation."""
+
+    operation = "combine"

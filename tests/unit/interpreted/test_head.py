@@ -1,0 +1,9 @@
+"""`head` under Triton's interpreter."""
+
+from tests.unit.interpreted.operation import Projecting
+
+
+class TestHead(Projecting):
+    """What holds for every operation that projects."""
+
+    operation = "head"

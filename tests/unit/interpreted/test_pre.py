@@ -1,0 +1,9 @@
+"""`pre` under Triton's interpreter."""
+
+from tests.unit.interpreted.operation import Projecting
+
+
+class TestPre(Projecting):
+    """What holds for every operation that projects."""
+
+    operation = "pre"

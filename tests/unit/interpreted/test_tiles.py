@@ -1,0 +1,66 @@
+"""The kernels' loops and sums under Triton's interpreter, with tiles that small inputs fill."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_mhc.kernels import triton_config as config
+from megatron_mhc.kernels import triton_phi_gradient, triton_projection
+from tests.kernel_cases import check
+
+
+@pytest.mark.parametrize(
+    ("dtype", "finish_tokens", "splits"),
+    [(torch.bfloat16, 8, 1), (torch.float32, 8, 2), (torch.bfloat16, 64, 2)],
+)
+def test_a_program_goes_through_several_tiles(
+    dtype: torch.dtype, finish_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One or two programs share the tokens, every tile or every other; `finish` has a quarter
+    of a tile of `project` a program, or a whole. The last block of channels is a stub."""
+    for kernel in ("project", "streams_backward", "phi_gradient"):
+        tile = dataclasses.replace(getattr(config, kernel)(4, 168, dtype), splits=splits)
+        assert splits * tile.tokens < 133
+        monkeypatch.setattr(config, kernel, lambda *_, tile=tile: tile)
+    monkeypatch.setattr(config, "finish", lambda *_: config.Tile(finish_tokens, 1, warps=1))
+    monkeypatch.setattr(triton_projection, "MOST_PROGRAMS", splits)
+    check("combine_pre", 133, 4, 168, dtype, "cpu", iterations=2)
+    check("combine", 133, 4, 168, dtype, "cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 24, 80])
+def test_every_row_is_projected_with_all_of_phi(rows: int) -> None:
+    """All three bf16 terms of phi, each once: one left out or twice is 2e-6 or more off."""
+    n = {24: 4, 80: 8}.get(rows, min(rows, 2))
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(35, n, 40, generator=generator).bfloat16()
+    phi = torch.randn(rows, n * 40, generator=generator)
+    _, partial = triton_projection.project(x, phi, None)
+    got = partial.double().sum(1).transpose(1, 2).flatten(0, 1)[:35]
+    wide = x.double().flatten(1)
+    wanted = torch.cat((wide @ phi.double().t(), wide.square().sum(1, keepdim=True)), dim=1)
+    # fp32 sums of n*C terms
+    assert bool(((got - wanted).norm(dim=0) < 5e-7 * wanted.norm(dim=0)).all())
+
+
+def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens are added up in sums that stay short: 26 of them here, one of them a stub."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(805, 4, 8, generator=generator).bfloat16()
+    d_z = torch.randn(805, 24, generator=generator)
+    counts = []
+
+    def counted(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        counts.append(len(partial))
+        return sum_rows(partial, out)
+
+    sum_rows = triton_phi_gradient.sum_rows
+    monkeypatch.setattr(triton_phi_gradient, "sum_rows", counted)
+    monkeypatch.setattr(triton_phi_gradient, "LONGEST_SUM", 32)
+    monkeypatch.setattr(config, "phi_gradient", lambda *_: config.Tile(32, 128, 4))
+    got = triton_phi_gradient.phi_gradient(y, d_z).double()
+    wanted = d_z.double().t() @ y.double().flatten(1)
+    assert counts == [26]
+    # fp32 sums of 805 terms
+    assert (got - wanted).norm() < 1e-6 * wanted.norm()
