@@ -1,6 +1,7 @@
 """What all parameters of mHC have in common: fp32 always, marked, on no weight-decay list."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,9 @@ def is_hyper_connection(parameter: Tensor) -> bool:
 class Fp32Module(torch.nn.Module):
     """A module whose parameters stay fp32 where Megatron's Float16Module casts a model to bf16.
 
-    Built on the meta device, they get their marks and their start back where they get memory.
+    They keep their marks where PyTorch puts others in their place: when a model leaves the meta
+    device, and when a state dict is assigned.
     """
-
-    def _start(self) -> dict[str, Tensor]:
-        """Every parameter's value before training, by name."""
-        raise NotImplementedError
 
     def _add_parameters(self, *, sequence_parallel: bool) -> None:
         for name, value in self._start().items():
@@ -33,27 +31,42 @@ class Fp32Module(torch.nn.Module):
             parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
+    def _start(self) -> dict[str, Tensor]:
+        """Every parameter's value at the start of training, by name."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give every parameter the value that it has before training."""
+        """Set every parameter to its value at the start."""
         for name, value in self._start().items():
             self.get_parameter(name).copy_(value)
 
+    @contextlib.contextmanager
+    def _keeping_marks(self) -> Iterator[None]:
+        kept = {name: dict(vars(parameter)) for name, parameter in self._parameters.items()}
+        yield
+        for name, marks in kept.items():
+            vars(self._parameters[name]).update(marks)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never cast: `.bfloat16()` of a model around this one leaves it fp32."""
-        before = dict(self.named_parameters(recurse=False))
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             same = moved.dtype == tensor.dtype or not moved.is_floating_point()
             return moved if same else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
-        after = dict(self.named_parameters(recurse=False))
-        for name, parameter in after.items():
-            # from the meta device (`to_empty`) comes another object, with nothing in its memory
-            if parameter is not before[name]:
-                vars(parameter).update(vars(before[name]))
-        if any(p.is_meta for p in before.values()) and not any(p.is_meta for p in after.values()):
+        def is_meta() -> bool:
+            return any(parameter.is_meta for parameter in self.parameters(recurse=False))
+
+        was_meta = is_meta()
+        with self._keeping_marks():
+            super()._apply(move, recurse)
+        if was_meta and not is_meta():
+            # memory without values; unlike a matrix of Megatron's, ours have one start, not a draw
             self.reset_parameters()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._keeping_marks():
+            super()._load_from_state_dict(*args)

@@ -14,6 +14,10 @@ ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
 """Turns single patches off: comma-separated ids with a minus in front, `-metrics,-throughput`."""
 
 
+_INHERITED = object()
+"""Stands for the original of an attribute that the patched object only inherits."""
+
+
 class PatchError(RuntimeError):
     """A patch cannot be applied: names the patch, its target and the versions involved."""
 
@@ -123,29 +127,38 @@ class Registry:
                 f"patch {patch.id!r} ({patch.why}) did not find its target {patch.target} in"
                 f" Megatron-Core {installed} (it knows {patch.versions}): {error}"
             ) from error
-        # vars() keeps a staticmethod or classmethod wrapped; getattr would unwrap it
-        original = vars(owner).get(name, getattr(owner, name))
-        setattr(owner, name, patch.replace(original))
-        self._applied[patch.id] = (patch, owner, name, original)
+        self._put(patch, owner, name)
         return True
 
-    def undo(self, *ids: str) -> None:
-        """Put the originals back: of these patches, or of all; in whatever order they are named.
+    def _put(self, patch: Patch, owner: Any, name: str) -> None:
+        # vars() keeps a staticmethod or classmethod wrapped; getattr would unwrap it
+        original = vars(owner).get(name, _INHERITED)
+        held = getattr(owner, name) if original is _INHERITED else original
+        setattr(owner, name, patch.replace(held))
+        self._applied[patch.id] = (patch, owner, name, original)
 
-        Patches of one symbol stand on each other: those that stay are made anew, without the ones
-        that go.
+    def undo(self, *ids: str) -> None:
+        """Put the originals back: of these patches, in any order, or of all.
+
+        A patch that stays and went around one of them goes around what is there now.
         """
-        gone = self._applied.keys() & set(ids or self._applied)
-        for owner, name in {self._applied[patch_id][1:3] for patch_id in gone}:
-            stack = [one for one in self._applied.values() if one[1:3] == (owner, name)]
-            current = stack[0][3]
-            for patch, *_ in stack:
-                if patch.id in gone:
-                    del self._applied[patch.id]
-                else:
-                    self._applied[patch.id] = (patch, owner, name, current)
-                    current = patch.replace(current)
-            setattr(owner, name, current)
+        for patch_id in ids or tuple(reversed(self._applied)):
+            if patch_id in self._applied:
+                self._undo_one(patch_id)
+
+    def _undo_one(self, patch_id: str) -> None:
+        later = list(self._applied)[list(self._applied).index(patch_id) + 1 :]
+        _, owner, name, original = self._applied.pop(patch_id)
+        if original is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+        # what was put around it holds it still: it is made anew, in the same order
+        for other in later:
+            patch, its_owner, its_name, _ = self._applied[other]
+            if its_owner is owner and its_name == name:
+                del self._applied[other]
+                self._put(patch, owner, name)
 
     def status(self, *patches: Patch) -> list[PatchStatus]:
         """What became of each of these patches."""

@@ -1,5 +1,6 @@
-"""mHC's parameters where a model is built on the meta device and gets its memory later."""
+"""What mHC's parameters carry survives what PyTorch may do to a module's parameters."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -7,43 +8,84 @@ import torch
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.connection import Head, HyperConnection
-from megatron_mhc.parameters import is_hyper_connection
+from megatron_mhc.parameters import Fp32Module, is_hyper_connection
 
-MODULES: dict[str, Callable[[], torch.nn.Module]] = {
-    "mhc": lambda: HyperConnection(MHCConfig(), 8, 3, sequence_parallel=True),
-    "zero": lambda: HyperConnection(MHCConfig(init="zero"), 8, 3, sequence_parallel=True),
-    "one stream": lambda: HyperConnection(MHCConfig(num_streams=1), 8, 3, sequence_parallel=True),
-    "hc": lambda: HyperConnection(MHCConfig(variant="hc"), 8, 3, sequence_parallel=True),
-    "head": lambda: Head(MHCConfig(convention="deepseek_v4"), 8, sequence_parallel=True),
-}
+WIDTH = 8
 
 
-@pytest.mark.parametrize("kind", MODULES)
-def test_from_the_meta_device_come_the_start_and_the_marks(kind: str) -> None:
-    usual = MODULES[kind]()
+def connection() -> Fp32Module:
+    """The third site of a model, under sequence parallelism."""
+    return HyperConnection(MHCConfig(), WIDTH, 2, sequence_parallel=True)
+
+
+def unconstrained() -> Fp32Module:
+    """The same of variant hc."""
+    return HyperConnection(MHCConfig(variant="hc"), WIDTH, 2, sequence_parallel=True)
+
+
+def head() -> Fp32Module:
+    """A learned head, under sequence parallelism."""
+    return Head(MHCConfig(convention="deepseek_v4"), WIDTH, sequence_parallel=True)
+
+
+KINDS = pytest.mark.parametrize("build", [connection, unconstrained, head])
+
+
+def assert_marked(module: Fp32Module) -> None:
+    """Every parameter has its marks, Megatron's own among them."""
+    for name, parameter in module.named_parameters():
+        assert is_hyper_connection(parameter), name
+        assert parameter.sequence_parallel, name  # type: ignore[attr-defined]
+        assert parameter.tensor_model_parallel is False, name  # type: ignore[attr-defined]
+        assert parameter.dtype == torch.float32 and parameter.requires_grad, name
+
+
+def marked(module: Fp32Module) -> Fp32Module:
+    """`module` with an attribute that Megatron sets on every parameter of a model that it built."""
+    for parameter in module.parameters():
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+    return module
+
+
+@KINDS
+@pytest.mark.parametrize("swap", [False, True])
+def test_leaving_the_meta_device_keeps_marks_and_brings_the_start(
+    build: Callable[[], Fp32Module], swap: bool
+) -> None:
     with torch.device("meta"):
-        model = torch.nn.Sequential(MODULES[kind]())
-    for parameter in model.parameters():
-        parameter.set_by_megatron = "before it materializes"
-    # Float16Module casts before, and is no reason to cast ours
-    model = model.bfloat16().to_empty(device="cpu")
-    parameters = dict(model[0].named_parameters())
-    assert parameters.keys() == dict(usual.named_parameters()).keys()
-    for name, want in usual.named_parameters():
-        got = parameters[name]
-        assert got.dtype == torch.float32 and torch.equal(got, want), name
-        assert is_hyper_connection(got) and got.sequence_parallel
-        assert got.set_by_megatron == "before it materializes"
+        module = marked(build())
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        module.bfloat16().to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert_marked(module)
+    for name, value in build().state_dict().items():
+        assert torch.equal(module.get_parameter(name), value), name
 
 
-@torch.no_grad()
-def test_moving_changes_no_value_and_resetting_gives_the_start() -> None:
-    usual, moved = MODULES["mhc"](), MODULES["mhc"]()
-    for parameter in moved.parameters():
-        parameter.add_(1)
-    moved.to(torch.bfloat16).cpu()
-    for name, parameter in moved.named_parameters():
-        assert torch.equal(parameter, usual.get_parameter(name) + 1)
-    moved.reset_parameters()
-    for name, parameter in moved.named_parameters():
-        assert torch.equal(parameter, usual.get_parameter(name)) and is_hyper_connection(parameter)
+@KINDS
+def test_an_assigned_state_keeps_the_marks(build: Callable[[], Fp32Module]) -> None:
+    with torch.device("meta"):
+        module = marked(build())
+    trained = {name: value + 1 for name, value in build().state_dict().items()}
+    module.load_state_dict(copy.deepcopy(trained), assign=True)
+    assert_marked(module)
+    for name, value in trained.items():
+        assert torch.equal(module.get_parameter(name), value), name
+
+
+@KINDS
+def test_a_move_changes_no_value(build: Callable[[], Fp32Module]) -> None:
+    module = marked(build())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1
+    values = copy.deepcopy(module.state_dict())
+    module.bfloat16().to("cpu")
+    assert_marked(module)
+    assert all(torch.equal(module.get_parameter(name), value) for name, value in values.items())
+    module.reset_parameters()
+    for name, value in build().state_dict().items():
+        assert torch.equal(module.get_parameter(name), value), name

@@ -70,23 +70,42 @@ def test_two_patches_of_one_symbol_unwind(target: types.ModuleType) -> None:
     assert target.function is original
 
 
-@pytest.mark.parametrize("order", [("twice", "again"), ("again", "twice")])
-def test_two_patches_of_one_symbol_go_in_either_order(
-    target: types.ModuleType, order: tuple[str, str]
+@pytest.mark.parametrize("first, second", [("twice", "plus"), ("plus", "twice")])
+def test_two_patches_of_one_symbol_go_one_by_one_in_any_order(
+    target: types.ModuleType, first: str, second: str
 ) -> None:
-    for apart in (False, True):
-        registry, original = Registry(), target.function
-        registry.apply(patch(), patch(id="again", replace=lambda f: lambda x: 3 + f(x)))
-        assert target.function(1) == 3 + 2 * 2
-        if apart:
-            registry.undo(order[0])
-            assert target.function(1) == (3 + 2 if order[0] == "twice" else 2 * 2)
-            states = {s.patch.id: s.state for s in registry.status(patch(), patch(id="again"))}
-            assert states == {order[0]: "not asked for", order[1]: "applied"}
-            registry.undo(order[1])
-        else:
-            registry.undo(*order)
-        assert target.function is original
+    registry, original = Registry(), target.function
+
+    def plus(held):
+        return lambda x: held(x) + 10
+
+    registry.apply(patch(), patch(id="plus", replace=plus), patch(id="last"))
+    assert target.function(1) == 28
+    registry.undo(first)
+    assert target.function(1) == {"twice": 24, "plus": 8}[first]
+    assert [s.state for s in registry.status(patch(id="last"), patch(id=first))] == [
+        "applied",
+        "not asked for",
+    ]
+    registry.undo(second, "last")
+    assert target.function is original
+    registry.apply(patch(), patch(id="plus", replace=plus))
+    registry.undo(first, second)
+    assert target.function is original
+
+
+def test_what_is_only_inherited_is_inherited_again(target: types.ModuleType) -> None:
+    class Heir(target.Thing):
+        pass
+
+    target.Heir, registry = Heir, Registry()
+    patches = [patch(id=name, target="patch_target:Heir.make") for name in ("one", "two")]
+    registry.apply(*patches)
+    assert Heir.make(1) == 12
+    registry.undo("one")
+    assert Heir.make(1) == 6
+    registry.undo("two")
+    assert "make" not in vars(Heir) and Heir.make(1) == 3
 
 
 def test_a_missing_target_names_everything_and_leaves_nothing(target: types.ModuleType) -> None:
