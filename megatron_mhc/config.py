@@ -1,6 +1,7 @@
 """MHCConfig: every setting of mHC once, with its check."""
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from megatron_mhc.kernels.backend import Backend, check_backend
@@ -108,3 +109,15 @@ class MHCConfig:
     def learned_head(self) -> bool:
         """Whether a learned head ends the model; else the mean of the streams does."""
         return self.convention == "deepseek_v4"
+
+
+with contextlib.suppress(ImportError):
+    import yaml  # type: ignore[import-untyped]
+
+    # Megatron's yaml of its configurations writes an object that it does not know without fields
+    yaml.SafeDumper.add_representer(
+        MHCConfig,
+        lambda dumper, config: dumper.represent_data(
+            {"_target_": f"{MHCConfig.__module__}.{MHCConfig.__qualname__}", **asdict(config)}
+        ),
+    )

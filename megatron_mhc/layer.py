@@ -8,6 +8,7 @@ them in front of its norm (`Site.read`) and writes to them where the residual wa
 """
 
 import functools
+import pkgutil
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -324,4 +325,25 @@ def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
         raise ValueError(f"mHC needs a TransformerLayer and the spec has {base!r}")
     if issubclass(base, MHCLayer):
         raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
-    return type(f"MHC{base.__name__}", (MHCLayer, base), {"__module__": __name__})
+    name = f"of.{base.__module__}.{base.__qualname__}"
+    names = {"__module__": __name__, "__qualname__": name}
+    return type(f"MHC{base.__name__}", (MHCLayer, base), names)
+
+
+class _Path:
+    """`of.package.module.Class` is `mhc_layer(Class)`: so pickle and Megatron's yaml find it."""
+
+    def __init__(self, path: str = "") -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._path}.{name}".lstrip(".")
+        try:
+            found = pkgutil.resolve_name(path)
+        except (ImportError, ValueError) as error:
+            raise AttributeError(f"there is no {path}") from error
+        is_layer = isinstance(found, type) and issubclass(found, TransformerLayer)
+        return mhc_layer(found) if is_layer else _Path(path)
+
+
+of = _Path()
