@@ -25,6 +25,7 @@ from megatron_mhc.patches.training import (
     built_model_patches,
     checkpoint_arguments_patch,
     validation_patch,
+    yaml_patch,
 )
 
 from . import (
@@ -125,6 +126,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         arguments_patch(_add_arguments),
         checkpoint_arguments_patch(arguments.take_from_checkpoint),
         validation_patch(arguments.prepare_arguments, _check_arguments),
+        yaml_patch(arguments.refuse_yaml),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
         *spec_function_patches(),

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
@@ -206,6 +207,27 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         setattr(args, f"mhc_{name}", value)
     if list(args.spec or []) != SPEC:
         args.mhc_base_spec, args.spec = args.spec, list(SPEC)
+
+
+def refuse_yaml(args: Any) -> None:
+    """Refuse mHC beside `--yaml-cfg`, whose arguments our checks do not understand.
+
+    Args:
+        args: what stands in the file; Megatron has forgotten the command line.
+
+    Raises:
+        ValueError: the command line or the file asks for mHC.
+    """
+    flags = [word for word in sys.argv[1:] if word == "--mhc" or word.startswith("--mhc-")]
+    flags += [f"{name} in the file" for name in vars(args) if name.split("_")[0] == "mhc"]
+    if list(getattr(args, "spec", None) or []) == SPEC:
+        flags.append("spec in the file")
+    if flags:
+        raise ValueError(
+            f"{', '.join(flags)} beside --yaml-cfg {args.yaml_cfg}: Megatron takes its settings"
+            " from that file alone, and neither the flags nor a check of them reach the model."
+            " Give Megatron's settings as flags, without --yaml-cfg"
+        )
 
 
 def check_arguments(args: argparse.Namespace) -> None:

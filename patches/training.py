@@ -78,6 +78,26 @@ def checkpoint_arguments_patch(
     )
 
 
+def yaml_patch(check: Callable[[Any], None]) -> Patch:
+    """`check(args)` runs with the arguments that `--yaml-cfg` brings instead of the flags."""
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load_yaml(*args: Any, **kwargs: Any) -> Any:
+            loaded = original(*args, **kwargs)
+            check(loaded)
+            return loaded
+
+        return load_yaml
+
+    return Patch(
+        id="yaml",
+        target="megatron.training.yaml_arguments:load_yaml",
+        replace=replace,
+        why="refuses --mhc beside --yaml-cfg, which ignores every flag",
+    )
+
+
 def built_model_patches(check: Callable[[list[Any], bool], None]) -> tuple[Patch, ...]:
     """`check(model_chunks, trained)` runs once a model stands, by whichever way it is built.
 
