@@ -112,6 +112,11 @@ CONFLICTS = (
         "it replaces the residual between the slots; drop the flag",
     ),
     Conflict(
+        "--inference-fuse-tp-communication",
+        _is_set("inference_fuse_tp_communication"),
+        "it adds the residual inside the attention and leaves the residual slots out; drop the flag",
+    ),
+    Conflict(
         "--overlap-moe-expert-parallel-comm",
         _is_set("overlap_moe_expert_parallel_comm"),
         "its schedule splits a layer in a way not tried yet; drop the flag",

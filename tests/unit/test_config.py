@@ -186,6 +186,7 @@ GIVEN = {
     },
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
+    "--inference-fuse-tp-communication": {"inference_fuse_tp_communication": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--use-megatron-fsdp": {"use_megatron_fsdp": True},
     "--use-torch-fsdp2": {"use_torch_fsdp2": True},
