@@ -114,7 +114,7 @@ CONFLICTS = (
     Conflict(
         "--inference-fuse-tp-communication",
         _is_set("inference_fuse_tp_communication"),
-        "it adds the residual inside the attention and leaves the residual slots out; drop the flag",
+        "it adds the residual inside its linears and leaves mHC's slots out; drop the flag",
     ),
     Conflict(
         "--overlap-moe-expert-parallel-comm",
