@@ -134,6 +134,11 @@ class Block:
         # held by the graphs alone: a graph that is gone takes its microbatch off this list
         self._microbatches: list[weakref.ref[Dropped]] = []
 
+    @property
+    def sites(self) -> tuple[object, ...]:
+        """The sites that have joined, in their order."""
+        return tuple(self._sites)
+
     def has_room(self) -> bool:
         """Whether another layer may join."""
         return len(self._sites) < 2 * self._layers

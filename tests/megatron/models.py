@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
+from megatron_mhc.connection import initial_bias  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
@@ -59,6 +60,7 @@ class Scenario:
         rebuild_ahead: rebuild the chunk's last block between every forward and its backward.
         decode: after training, read some tokens at once and token by token (`worker.decoded`).
         hosts_wait: every message between stages ends before its post returns (`rendezvous`).
+        drop: layers (from 0, of the whole model) that are taken out once the model is built.
         unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
@@ -90,6 +92,7 @@ class Scenario:
     rebuild_ahead: bool = False
     decode: bool = False
     hosts_wait: bool = False
+    drop: list[int] = dataclasses.field(default_factory=list)
     unmarked: bool = False
 
 
@@ -231,6 +234,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         vp_stage=chunk,
         mtp_block_spec=mtp,
     )
+    drop_layers(s, model)
     seed_weights(model, s.perturb)
     for parameter in model.parameters():
         if s.unmarked and is_hyper_connection(parameter):
@@ -241,6 +245,21 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         if s.fuse == "none":
             layer.attention_site.following = None
     return model
+
+
+def drop_layers(s: Scenario, model: GPTModel) -> None:
+    """Shorten a built model as tools for compression do; sites start as in one built so short."""
+    kept = [number for number in range(1, model.config.num_layers + 1) if number - 1 not in s.drop]
+    layers = [layer for layer in model.decoder.layers if layer.layer_number in kept]
+    if not s.drop:
+        return
+    for layer in layers:
+        layer.layer_number = kept.index(layer.layer_number) + 1
+        for site, part in enumerate((layer.attention_connection, layer.mlp_connection)):
+            part.bias.data.copy_(initial_bias(layer.mhc, 2 * (layer.layer_number - 1) + site))
+    model.decoder.layers = torch.nn.ModuleList(layers)
+    model.decoder.num_layers_per_pipeline_rank = len(layers)  # full recompute counts by it
+    model.config.num_layers = len(kept)
 
 
 def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:
