@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.patches import Patch, PatchError, registry
+from megatron_mhc.patches.block_forward import block_forward_patch
 from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch, state_load_patch
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
@@ -106,6 +107,13 @@ def _like_decoder(decoder: Any, mtp: Any) -> Any:
     return like_decoder(decoder, mtp)
 
 
+def _arrange(block: Any) -> None:
+    """`arrange.arrange`, imported when there is a model to run."""
+    from .arrange import arrange
+
+    arrange(block)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
@@ -116,6 +124,7 @@ def model_patches() -> tuple[Patch, ...]:
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
+        block_forward_patch(_arrange),
         *fsdp_patches(compatibility.refuse_fsdp),
     )
 

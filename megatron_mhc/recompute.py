@@ -13,6 +13,7 @@ tensors whole, one after it leaves a graph that frees itself. What one microbatc
 to its own graph alone.
 """
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -134,6 +135,11 @@ class Block:
         # held by the graphs alone: a graph that is gone takes its microbatch off this list
         self._microbatches: list[weakref.ref[Dropped]] = []
 
+    @property
+    def sites(self) -> tuple[object, ...]:
+        """The sites that have joined, in their order."""
+        return tuple(self._sites)
+
     def has_room(self) -> bool:
         """Whether another layer may join."""
         return len(self._sites) < 2 * self._layers
@@ -196,11 +202,14 @@ _LAST_BLOCK = "mhc_last_block"
 def _last_block(chunk: torch.nn.Module) -> Block | None:
     """The block whose backward comes first; its module is looked for once and known by name."""
     kept = vars(chunk)
-    if _LAST_BLOCK not in kept:
-        names = [n for n, m in chunk.named_modules() if getattr(m, "recompute_block", None)]
-        kept[_LAST_BLOCK] = names[-1] if names else None
-    name = kept[_LAST_BLOCK]
-    return None if name is None else getattr(chunk.get_submodule(name), "recompute_block", None)
+    if _LAST_BLOCK in kept:
+        if kept[_LAST_BLOCK] is None:
+            return None
+        with contextlib.suppress(AttributeError):  # a layer that was dropped from the model
+            return getattr(chunk.get_submodule(kept[_LAST_BLOCK]), "recompute_block", None)
+    names = [n for n, m in chunk.named_modules() if getattr(m, "recompute_block", None)]
+    kept[_LAST_BLOCK] = names[-1] if names else None
+    return _last_block(chunk)
 
 
 def rebuild_ahead(chunk: torch.nn.Module) -> bool:

@@ -32,9 +32,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from .arrange import arrange
 from .aside import INLINE, Aside, Inline
 from .layer import MHCLayer
 from .links import AsideCommunicator, Links, two_directions
@@ -51,6 +53,9 @@ def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
     The first site of the model reads the embedding and the last one feeds the head: both of them
     have no link, and stay on the compute stream.
     """
+    for module in chunk.modules():
+        if isinstance(module, TransformerBlock):
+            arrange(module)  # before it is asked which layers are the ends
     layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
     if not layers[0].is_entry:
         layers[0].attention_site.aside = aside

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
+from megatron_mhc.connection import initial_bias  # noqa: E402
 from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
@@ -67,6 +68,7 @@ class Scenario:
             all layers, turned on after the build).
         hosts_wait: every message between stages ends before its post returns (`rendezvous`).
         silent: rank 1 keeps the others waiting: its "link", or the "rank" as a whole.
+        drop: layers (from 0, of the whole model) that are taken out once the model is built.
         unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
@@ -102,6 +104,7 @@ class Scenario:
     checkpoint: str | None = None
     hosts_wait: bool = False
     silent: str | None = None
+    drop: list[int] = dataclasses.field(default_factory=list)
     unmarked: bool = False
 
 
@@ -243,6 +246,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         vp_stage=chunk,
         mtp_block_spec=mtp,
     )
+    drop_layers(s, model)
     seed_weights(model, s.perturb)
     for parameter in model.parameters():
         if s.unmarked and is_hyper_connection(parameter):
@@ -271,6 +275,21 @@ def put_under_a_checkpoint(model: GPTModel, kind: str) -> None:
 def _under_a_checkpoint(kind: str, forward: Any, hidden_states: Tensor, **named: Any) -> Any:
     run = functools.partial(forward, **named)
     return checkpoint(run, hidden_states, use_reentrant=kind == "reentrant")
+
+
+def drop_layers(s: Scenario, model: GPTModel) -> None:
+    """Shorten a built model as tools for compression do; sites start as in one built so short."""
+    kept = [number for number in range(1, model.config.num_layers + 1) if number - 1 not in s.drop]
+    layers = [layer for layer in model.decoder.layers if layer.layer_number in kept]
+    if not s.drop:
+        return
+    for layer in layers:
+        layer.layer_number = kept.index(layer.layer_number) + 1
+        for site, part in enumerate((layer.attention_connection, layer.mlp_connection)):
+            part.bias.data.copy_(initial_bias(layer.mhc, 2 * (layer.layer_number - 1) + site))
+    model.decoder.layers = torch.nn.ModuleList(layers)
+    model.decoder.num_layers_per_pipeline_rank = len(layers)  # full recompute counts by it
+    model.config.num_layers = len(kept)
 
 
 def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:
