@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := megatron_mhc kernels patches examples benchmarks tests
 
-.PHONY: help env train test test-matrix lint style types wheel clean
+.PHONY: help env train test test-cards test-matrix lint style types wheel clean
 
 help:  ## List the commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -30,6 +30,9 @@ train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the
 
 test: env  ## Run the tests (those that need a GPU are skipped where there is none)
 	$(BIN)/python -m pytest $(WORKERS) $(TESTS)
+
+test-cards: env  ## Compile every kernel for every card, for what shared memory it takes (an hour)
+	ALL_CARDS=1 $(BIN)/python -m pytest -n 2 tests/unit/test_triton_cards.py
 
 test-matrix: SHELL := bash -o pipefail
 test-matrix:  ## Run the tests with every supported Megatron-Core, each in an environment of its own

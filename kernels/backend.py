@@ -63,7 +63,7 @@ def why_not_triton(
 
 _cards: dict[int | None, str | None] = {}
 """The answers of `_why_not_card`, asked for at every operation. (torch.compile guards on a
-dictionary and looks through functools.cache, with a warning.)"""
+dictionary, and looks through functools.cache with a warning.)"""
 
 
 def _why_not_card(device: torch.device) -> str | None:

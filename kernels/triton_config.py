@@ -191,6 +191,15 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(8, 64, shares(-(-width // 64), 4 * multiprocessors()), warps=2, stages=1)
 
 
+def streams_backward_rows(rows: int) -> int:
+    """Rows of phi that a product of `streams_kernel` takes.
+
+    All in one, filled up with zeros to a power of two: at n = 8, 128 for 80, which want up to
+    155,648 bytes of shared memory (fp32). Where a card has less, 16 at a time (93,184 bytes).
+    """
+    return padded(rows) if rows <= 64 or shared_memory() >= 155_648 else 16
+
+
 @tunable
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, every so-many-th tile."""

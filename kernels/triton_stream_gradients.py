@@ -83,6 +83,7 @@ def streams_kernel(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
+    PART: tl.constexpr,
     TERMS: tl.constexpr,
     PROJECT: tl.constexpr,
     HAS_DY: tl.constexpr,
@@ -97,24 +98,27 @@ def streams_kernel(
     dx = H_res^T dY.
 
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, R, N*C]. Partial sums: d_mixing
-    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [programs a block, C].
+    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [programs a block, C]. A product
+    with phi takes PART of its rows.
     """
+    PARTS: tl.constexpr = (ROWS + PART - 1) // PART
     block = tl.program_id(0)
     part = tl.program_id(1)
     c = block * BC + tl.arange(0, BC)
     c_mask = c < C
-    row = tl.arange(0, R)
+    row = tl.arange(0, PART)
     first = part * BT
     jump = tl.num_programs(1) * BT
 
     weights = ()
     if PROJECT:
         for i in tl.static_range(N):
-            w = weights_ptr + row[:, None] * (N * C) + (i * C + c)[None, :]  # [R, BC]
-            weights = weights + (tl.trans(tl.load(w, c_mask[None, :], 0.0)),)
-            if TERMS > 1:
-                low = tl.load(w + R * N * C, c_mask[None, :], 0.0)
-                weights = weights + (tl.trans(low),)
+            for p in tl.static_range(PARTS):
+                w = weights_ptr + (p * PART + row)[:, None] * (N * C) + (i * C + c)[None, :]
+                weights = weights + (tl.trans(tl.load(w, c_mask[None, :], 0.0)),)  # [BC, PART]
+                if TERMS > 1:
+                    low = tl.load(w + R * N * C, c_mask[None, :], 0.0)
+                    weights = weights + (tl.trans(low),)
     d_f_bias = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
@@ -153,22 +157,33 @@ def streams_kernel(
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
         if PROJECT:
             # [BC, BT]: the channels are M, and dY keeps the layout of its load
-            z_mask = t_mask[:, None] & (row < ROWS)[None, :]
-            d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + row[None, :], z_mask, 0.0)  # [BT, R]
-            if TERMS > 1:
-                d_z_high = d_z.to(tl.bfloat16)
-                d_z_low = (d_z - d_z_high.to(tl.float32)).to(tl.bfloat16)
+            d_zs = ()
+            for p in tl.static_range(PARTS):
+                z_row = (p * PART + row)[None, :]
+                z_mask = t_mask[:, None] & (z_row < ROWS)
+                d_z = tl.load(d_z_ptr + t64[:, None] * ROWS + z_row, z_mask, 0.0)  # [BT, PART]
+                if TERMS == 1:
+                    d_zs = d_zs + (d_z,)
+                else:
+                    high = d_z.to(tl.bfloat16)
+                    d_zs = d_zs + (high, (d_z - high.to(tl.float32)).to(tl.bfloat16))
             through = ()
             for i in tl.static_range(N):
                 projected = tl.zeros((BC, BT), tl.float32)
-                if TERMS == 1:
-                    projected = tl.dot(
-                        weights[i], tl.trans(d_z), projected, input_precision="tf32x3"
-                    )
-                else:  # two bf16 terms a factor; low times low is below fp32's last bits
-                    projected = product(weights[2 * i], tl.trans(d_z_high), projected)
-                    projected = product(weights[2 * i], tl.trans(d_z_low), projected)
-                    projected = product(weights[2 * i + 1], tl.trans(d_z_high), projected)
+                for p in tl.static_range(PARTS):
+                    if TERMS == 1:
+                        projected = tl.dot(
+                            weights[i * PARTS + p],
+                            tl.trans(d_zs[p]),
+                            projected,
+                            input_precision="tf32x3",
+                        )
+                    else:  # two bf16 terms a factor; low times low is below fp32's last bits
+                        w_high = weights[2 * (i * PARTS + p)]
+                        w_low = weights[2 * (i * PARTS + p) + 1]
+                        projected = product(w_high, tl.trans(d_zs[2 * p]), projected)
+                        projected = product(w_high, tl.trans(d_zs[2 * p + 1]), projected)
+                        projected = product(w_low, tl.trans(d_zs[2 * p]), projected)
                 through = through + (projected,)
 
         # the next tiles, while this one is worked on; loads that follow the products decide the
@@ -318,6 +333,7 @@ def streams_gradients(
         C=width,
         ROWS=rows,
         R=config.padded(rows),
+        PART=config.streams_backward_rows(rows),
         TERMS=1 if weights is None else weights.shape[0],
         PROJECT=phi is not None,
         HAS_DY=dy is not None,

@@ -95,6 +95,12 @@ def test_a_card_with_less_shared_memory_has_smaller_tiles(
     assert less.channels * less.stages < of_an_h100.channels * of_an_h100.stages
 
 
+def test_eighty_rows_are_a_product_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [config.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 128]
+    monkeypatch.setattr(config, "shared_memory", lambda: 101_376)  # an L40S
+    assert [config.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 16]
+
+
 def use(file: Path, tiles: object) -> None:
     file.write_text(json.dumps(tiles))
     forget()

@@ -1,8 +1,6 @@
 """`launch` gives the driver what Triton itself gives it, at every place that calls it."""
 
 import ast
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,26 +10,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import GPUDriver
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_mhc import kernels
 from megatron_mhc.kernels import triton_launch
+from tests.triton_driver import Driver, active, launched, modules
 
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 FLOATS = {"norm_eps", "pre_eps"}
 """Triton compiles a kernel for a float once, whatever its value."""
-
-
-def modules() -> dict[str, Any]:
-    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
-    return {
-        name: importlib.import_module(f"megatron_mhc.kernels.{name}")
-        for name in names
-        if name.startswith("triton_")
-    }
 
 
 def calls() -> Iterator[tuple[JITFunction, ast.Call]]:
@@ -70,58 +56,6 @@ def test_what_triton_would_compile_anew_is_refused(arguments: tuple[Any, ...]) -
         triton_launch._constants(KERNEL, arguments, GIVEN)
 
 
-launched: list[Any] = []
-"""What was given to the driver below."""
-
-
-class Launcher:
-    """Where Triton's C code would launch."""
-
-    def __init__(self, src: Any, metadata: Any) -> None:
-        self.name = metadata.name
-
-    def __call__(self, *arguments: Any) -> None:
-        launched.append((self.name, *arguments))
-
-
-class Utilities:
-    """What a compiled kernel asks of the driver before its first launch."""
-
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        return 1, 2, 0, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}
-
-    def unload_module(self, module: int) -> None:
-        pass
-
-
-class Driver(GPUDriver):
-    """An H100's compiler, without an H100."""
-
-    def __init__(self) -> None:
-        self.utils, self.launcher_cls = Utilities(), Launcher
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 7
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
-
-    get_device_interface = get_benchmarker = clear_cache = None
-    get_empty_cache_for_benchmark = None
-
-
 def comparable(value: Any) -> Any:
     """Equal for what is the same to a driver: tensors by address, hooks' lazy data by content."""
     if isinstance(value, torch.Tensor):
@@ -149,7 +83,7 @@ def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in modules().values():
         if hasattr(module, "launch"):
             monkeypatch.setattr(module, "launch", both)
-    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(*active(), Driver())
     operations = modules()["triton_operations"]
     logits = torch.zeros(5, 4, 4)
     operations.sinkhorn(logits, 3, 0.0)

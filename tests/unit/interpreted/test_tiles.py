@@ -29,6 +29,14 @@ def test_a_program_goes_through_several_tiles(
     check("combine", 133, 4, 168, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_phi_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a card has too little shared memory for all 80 rows of n = 8 at once."""
+    monkeypatch.setattr(config, "streams_backward_rows", lambda rows: 16)
+    check("combine_pre", 5, 8, 40, dtype, "cpu", iterations=2)
+    check("pre", 19, 4, 40, dtype, "cpu", iterations=2)  # the second part of 24 rows is a stub
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 24, 80])
 def test_every_row_is_projected_with_all_of_phi(rows: int) -> None:
     """All three bf16 terms of phi, each once: one left out or twice is 2e-6 or more off."""

@@ -1,0 +1,90 @@
+"""A GPU's driver without a GPU: what Triton compiles for a card, and what it would launch."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import GPUDriver
+from triton.runtime import driver
+
+from megatron_mhc import kernels
+
+
+def modules() -> dict[str, Any]:
+    """The modules of `kernels` that have Triton in them, by name."""
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    return {
+        name: importlib.import_module(f"megatron_mhc.kernels.{name}")
+        for name in names
+        if name.startswith("triton_")
+    }
+
+
+launched: list[Any] = []
+"""What was given to the driver below."""
+
+
+class Launcher:
+    """Where Triton's C code would launch."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.name = metadata.name
+
+    def __call__(self, *arguments: Any) -> None:
+        """Keep them."""
+        launched.append((self.name, *arguments))
+
+
+class Utilities:
+    """What a compiled kernel asks of the driver before its first launch."""
+
+    def __init__(self, shared_memory: int) -> None:
+        self.shared_memory = shared_memory
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        """Module, function, registers, spills, threads."""
+        return 1, 2, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Triton refuses a kernel that wants more."""
+        return {"max_shared_mem": self.shared_memory}
+
+    def unload_module(self, module: int) -> None:
+        """There is none."""
+
+
+class Driver(GPUDriver):
+    """The compiler of a card, an H100 where nothing else is said."""
+
+    def __init__(self, capability: int = 90, shared_memory: int = 232_448) -> None:
+        self.capability = capability
+        self.utils, self.launcher_cls = Utilities(shared_memory), Launcher
+        self.get_current_device = lambda: capability  # Triton keeps a device's target
+        self.get_current_stream = lambda device: 7
+
+    def get_current_target(self) -> GPUTarget:
+        """What it compiles for."""
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where tensors are."""
+        return torch.device("cpu")
+
+    @staticmethod
+    def is_active() -> bool:
+        """Always."""
+        return True
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        """Asked for by the launcher in C."""
+        return name
+
+    get_device_interface = get_benchmarker = clear_cache = None
+    get_empty_cache_for_benchmark = None
+
+
+def active() -> tuple[Any, str]:
+    """Where Triton keeps its driver: an object and the attribute's name (`active` up to 3.3)."""
+    return driver, "_active" if hasattr(driver, "_active") else "active"

@@ -1,0 +1,131 @@
+"""Every kernel fits every card: compiled without it, as far as its shared memory is known.
+
+What is compiled is what the operations launch, with the tiles that the card gets. All of it takes
+more than half an hour of one core (`make test-cards`); an ordinary run has what is largest.
+"""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.nvidia.compiler import CUDABackend
+
+from megatron_mhc.kernels import triton_config as config
+from megatron_mhc.kernels import triton_launch
+from tests.kernel_cases import OPERATIONS, inputs, run
+from tests.triton_driver import Driver, active, modules
+
+CARDS = {
+    # compute capability, bytes of shared memory a program, multiprocessors
+    "A100": (80, 166_912, 108),
+    "L40S": (89, 101_376, 142),
+    "H100": (90, 232_448, 132),
+    "B200": (100, 232_448, 148),
+    "RTX5090": (120, 101_376, 170),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ALL = tuple(itertools.product(CARDS, (1, 2, 4, 8), DTYPES, (*OPERATIONS, "rebuild")))
+LARGEST = (
+    # combine_pre has all kernels but sinkhorn's and rebuild's, pre the same in less time
+    *((card, 8, dtype, "pre") for card in ("L40S", "RTX5090") for dtype in ("bf16", "fp32")),
+    ("A100", 8, "fp32", "pre"),
+    ("A100", 4, "bf16", "combine_pre"),
+    ("L40S", 4, "bf16", "combine_pre"),
+    ("B200", 4, "bf16", "pre"),
+)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The names of the kernels that are compiled, as far as LLVM's code of them."""
+    names: list[str] = []
+    stages_of = CUDABackend.add_stages
+
+    def add_stages(self: CUDABackend, stages: dict[str, Any], *arguments: Any) -> None:
+        def no_ptx(_: Any, metadata: dict[str, Any]) -> str:
+            metadata["name"] = "not assembled"
+            return ""
+
+        stages_of(self, stages, *arguments)
+        stages.update(ptx=no_ptx, cubin=lambda *_: b"")
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        triton_launch.launch_here(0, kernel, grid, arguments, constants)
+        names.append(kernel.__name__)
+
+    monkeypatch.setattr(CUDABackend, "add_stages", add_stages)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nobody else is to find these
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    for module in modules().values():
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", launch)
+    return names
+
+
+def use_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the tiles and the compiler of this card."""
+    capability, shared_memory, multiprocessors = CARDS[name]
+    monkeypatch.setattr(config, "architecture", lambda: f"sm_{capability}")
+    monkeypatch.setattr(config, "shared_memory", lambda: shared_memory)
+    monkeypatch.setattr(config, "multiprocessors", lambda: multiprocessors)
+    for tile in config.TUNABLE:
+        # without what is kept of another card
+        monkeypatch.setattr(config, tile, config.TUNABLE[tile].__wrapped__)
+    monkeypatch.setattr(*active(), Driver(capability, shared_memory))
+
+
+def call(operation: str, n: int, dtype: torch.dtype) -> None:
+    """Launch all that an operation launches, forward and backward, for one token."""
+    given = inputs("combine_pre" if operation == "rebuild" else operation, 1, n, 4096, dtype, "cpu")
+    function = getattr(modules()["triton_operations"], operation)
+    if operation == "rebuild":
+        x, f, h_post, h_res = (given[name].detach() for name in ("x", "f", "h_post", "h_res"))
+        function(x, [h_post] * 6, [(f, h_post, h_res, f[0])] * 5)
+        return
+    for name in ("f_bias", None):
+        out = run(function, given)
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        if given.pop(name, None) is None:
+            return
+
+
+def case(values: tuple[Any, ...]) -> Any:
+    """With a name that says all."""
+    return pytest.param(*values, id="-".join(map(str, values)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
+@pytest.mark.parametrize(
+    ("card", "n", "dtype", "operation"), map(case, ALL if os.environ.get("ALL_CARDS") else LARGEST)
+)
+def test_fits(
+    card: str,
+    n: int,
+    dtype: str,
+    operation: str,
+    compiled: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton refuses what wants more shared memory than the driver says there is."""
+    use_card(card, monkeypatch)
+    call(operation, n, DTYPES[dtype])
+    assert compiled
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
+def test_the_operations_have_all_kernels(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_card("L40S", monkeypatch)
+    for operation in (*OPERATIONS, "rebuild"):
+        call(operation, 1, torch.bfloat16)
+    of_modules = {
+        name for module in modules().values() for name in vars(module) if name.endswith("_kernel")
+    }
+    assert set(compiled) == of_modules
