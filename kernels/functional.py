@@ -23,7 +23,7 @@ from .checks import (
     check_tokens,
 )
 
-EPS = {"eps", "norm_eps", "pre_eps", "sinkhorn_eps"}
+EPS = ("eps", "norm_eps", "pre_eps", "sinkhorn_eps")
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -35,8 +35,9 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
     """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
-    for name in EPS & kw.keys():
-        kw[name] = float(kw[name])  # an int is a value to compile a kernel for
+    for name in EPS:
+        if name in kw:
+            kw[name] = float(kw[name])  # an int is a value to compile a kernel for
     if resolve(backend, n, x.device, x.dtype) == "torch":
         with _without_autocast(x):
             return getattr(reference, operation)(x, *args, **kw)

@@ -225,3 +225,19 @@ def test_the_reference_keeps_fp32_under_autocast(operation: str) -> None:
         got = getattr(kernels, operation)(*arguments)
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_the_operations_are_traced_as_one_graph() -> None:
+    """What stands in front of the kernels breaks no graph: on a CPU, with the reference behind it.
+
+    The backend "eager" runs what was traced, so the arithmetic is the same.
+    """
+
+    def site(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kept = kernels.combine_pre(x, F, POST, RES, PHI, ALPHA, BIAS, norm_eps=0, backend="torch")
+        return *kept, kernels.sinkhorn(RES, 3, eps=0, backend="torch")
+
+    torch.compiler.reset()
+    traced = torch.compile(site, fullgraph=True, backend="eager")(X)
+    for got, want in zip(traced, site(X), strict=True):
+        assert torch.equal(got, want)
