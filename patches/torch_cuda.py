@@ -161,7 +161,7 @@ def _device_context(original: Callable[..., Any]) -> Callable[..., Any]:
 def _generators(original: Any) -> Any:
     """`torch.Generator`, which makes the CPU's; every generator is an instance of it still."""
 
-    class IsInstance(type(original)):  # type: ignore[misc]
+    class IsInstance(type(original)):
         def __instancecheck__(cls, value: Any) -> bool:
             return isinstance(value, original)
 
