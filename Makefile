@@ -7,12 +7,14 @@ WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON ?= $(shell for p in python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
+lowest = $(shell sed -nE 's/^ *"$(1)>=([0-9.]+)[",;].*/\1/p' pyproject.toml)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := megatron_mhc kernels patches examples benchmarks tests
 
-.PHONY: help env train test test-cards test-matrix lint style types wheel clean
+.PHONY: help env train test test-cards test-lowest test-matrix lint style types wheel clean
 
 help:  ## List the commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -22,7 +24,8 @@ env: $(STAMP)  ## Make the environment in .venv (Python 3.12; PYTHON=... names a
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 found; name one with PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --progress-bar off -e '.[test]' $(MEGATRON_CORE:%='megatron-core==%')
+	$(PIP) install --quiet --progress-bar off -e '.[test]' $(MEGATRON_CORE:%='megatron-core==%') \
+		$(TORCH:%='torch==%')
 	@touch $@
 
 train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the ordinary model)
@@ -45,6 +48,11 @@ test-matrix:  ## Run the tests with every supported Megatron-Core, each in an en
 		echo "Megatron-Core $$release: $$(tail -n 1 $(VENV)-$$release/tests.log)"; \
 	done; exit $$status
 
+test-lowest:  ## Run the tests with the lowest PyTorch, Triton and Megatron-Core that pyproject.toml allows
+	$(MAKE) --no-print-directory env VENV=$(VENV)-lowest TORCH=$(call lowest,torch) \
+		MEGATRON_CORE=$(call lowest,megatron-core)
+	$(VENV)-lowest/bin/python -m pytest $(WORKERS) $(TESTS)
+
 lint: style types  ## Check style and types
 
 style: env
@@ -66,5 +74,5 @@ wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it 
 	@ls dist/*.whl
 
 clean:  ## Remove what was built and trained, and the environment
-	rm -rf $(VENV) $(MATRIX:%=$(VENV)-%) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(MATRIX:%=$(VENV)-%) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -exec rm -rf {} +

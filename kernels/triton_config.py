@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,8 +66,8 @@ def shared_memory() -> int:
     """Bytes that a program may have on the current CUDA device; an H100's where there is none."""
     if not torch.cuda.is_available():
         return 232_448
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return getattr(properties, "shared_memory_per_block_optin", 101_376)  # PyTorch 2.6 does not say
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.shared_memory_per_block_optin
 
 
 @functools.cache

@@ -179,11 +179,15 @@ def streams_kernel(
                             input_precision="tf32x3",
                         )
                     else:  # two bf16 terms a factor; low times low is below fp32's last bits
-                        w_high = weights[2 * (i * PARTS + p)]
-                        w_low = weights[2 * (i * PARTS + p) + 1]
-                        projected = product(w_high, tl.trans(d_zs[2 * p]), projected)
-                        projected = product(w_high, tl.trans(d_zs[2 * p + 1]), projected)
-                        projected = product(w_low, tl.trans(d_zs[2 * p]), projected)
+                        projected = product(
+                            weights[2 * (i * PARTS + p)], tl.trans(d_zs[2 * p]), projected
+                        )
+                        projected = product(
+                            weights[2 * (i * PARTS + p)], tl.trans(d_zs[2 * p + 1]), projected
+                        )
+                        projected = product(
+                            weights[2 * (i * PARTS + p) + 1], tl.trans(d_zs[2 * p]), projected
+                        )
                 through = through + (projected,)
 
         # the next tiles, while this one is worked on; loads that follow the products decide the

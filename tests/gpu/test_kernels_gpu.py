@@ -55,6 +55,23 @@ def test_large_eps(operation: str) -> None:
     check(operation, 66, 4, 520, BF16, "cuda", LARGE_EPS, iterations=4)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_whole_numbers_as_eps(operation: str) -> None:
+    check(operation, 66, 4, 520, BF16, "cuda", dict.fromkeys(PAPER, 1), iterations=4)
+
+
+def test_torch_func_differentiates() -> None:
+    given = {k: v.detach() for k, v in inputs("combine_pre", 66, 4, 520, BF16, "cuda").items()}
+
+    def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(t.float().sum() for t in kernels.combine_pre(**tensors, backend="triton"))
+
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    loss(leaves).backward()
+    for name, gradient in torch.func.grad(loss)(given).items():
+        assert torch.equal(gradient, leaves[name].grad), name
+
+
 @pytest.mark.parametrize("n", [1, 2, 8])
 @pytest.mark.parametrize("operation", ["pre", "combine_pre", "head"])
 def test_other_stream_counts(operation: str, n: int) -> None:
