@@ -1,6 +1,7 @@
 """Turning mHC on in a training script: the plugin's patches, composed and applied."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,10 @@ import torch
 
 from megatron_mhc.patches import Patch, PatchError, registry
 from megatron_mhc.patches.block_forward import block_forward_patch
-from megatron_mhc.patches.checkpoint_load import checkpoint_load_patch, state_load_patch
+from megatron_mhc.patches.checkpoint_load import (
+    checkpoint_load_patch,
+    state_dict_load_patches,
+)
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.metrics import metrics_patch
@@ -120,13 +124,19 @@ def model_patches() -> tuple[Patch, ...]:
         *parameter_group_patches(parameters.MARK),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(checkpoint.check_load),
-        state_load_patch(checkpoint.check_state),
         pipeline_width_patch(pipeline.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
         block_forward_patch(_arrange),
         *fsdp_patches(compatibility.refuse_fsdp),
     )
+
+
+def loader_patches() -> tuple[Patch, ...]:
+    """For Megatron's own loader of checkpoints; none where a library user has not imported it."""
+    if "megatron.training.training" not in sys.modules:
+        return ()
+    return state_dict_load_patches(checkpoint.check_state_dict)
 
 
 def plugin_patches() -> tuple[Patch, ...]:
@@ -141,6 +151,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         *spec_function_patches(),
         throughput_patch(_extra_flops_a_token),
         *model_patches(),
+        *state_dict_load_patches(checkpoint.check_state_dict),
         SHIPPED_HELPERS,
     )
 

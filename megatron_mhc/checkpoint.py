@@ -1,9 +1,9 @@
 """The settings of mHC in a checkpoint, and the check of them when it is loaded.
 
 Every layer with sites keeps its settings as torch's extra state: every way to save a model stores
-them, a flag or no flag, and every way to load one compares them. Before any tensor is loaded, a
-distributed checkpoint is looked at (`check_load`), and so is a model's state dict (`check_state`):
-else a wrong width would be the first error, and where one of the two has no mHC there is none.
+them, a flag or no flag, and every way to load one compares them. A distributed checkpoint is also
+looked at before any of its tensors are (`check_load`): else a wrong width would be the first error;
+and so is the state dict of every other one (`check_state_dict`): Megatron forgives what is missing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -99,38 +99,52 @@ def check_load(
     """
     stored = next((key for key in stored_keys if f"{SETTINGS_KEY}/" in key), None)
     mine = next((value for key, value in asked.items() if key.endswith(SETTINGS_KEY)), None)
-    if mine is None and stored is not None:
-        layers = stored[: stored.index(SETTINGS_KEY)]
-        if not any(key.startswith(layers) for key in asked):
-            return  # something else than the model
-    _check(None if stored is None else read(stored), mine, f"the checkpoint {checkpoint}")
+    if stored is None:
+        _check(None, mine, checkpoint)
+    elif mine is not None or _is_of(stored, asked):
+        _check(read(stored), mine, checkpoint)
 
 
-def check_state(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Check a state dict against the model that is about to load all of it.
+def check_state_dict(chunk: torch.nn.Module, state: Mapping[str, Any], checkpoint: str) -> None:
+    """Check a chunk's state dict against the chunk of a model that is about to load it.
+
+    Args:
+        chunk: without the wrappers of data parallelism and bf16.
+        state: what the checkpoint has for it.
+        checkpoint: its file, for the message.
 
     Raises:
         CheckpointSettingsError: the settings differ, or one of the two has no mHC.
     """
-    stored = next((value for key, value in state.items() if key.endswith(SETTINGS_KEY)), None)
-    found = (m.get_extra_state() for m in model.modules() if isinstance(m, StoredSettings))
-    _check(stored, next(found, None), "the checkpoint")
+    stored = next((key for key in state if key.endswith(SETTINGS_KEY)), None)
+    own = (module for module in chunk.modules() if isinstance(module, StoredSettings))
+    mine = next((module.get_extra_state() for module in own), None)
+    if stored is None:
+        _check(None, mine, checkpoint)
+    elif mine is not None or _is_of(stored, dict(chunk.named_parameters())):
+        _check(state[stored], mine, checkpoint)
 
 
-def _check(
-    stored: Mapping[str, Any] | None, mine: Mapping[str, Any] | None, checkpoint: str
-) -> None:
-    """Compare the settings in a checkpoint with a model's; None for either without mHC."""
+def _is_of(stored: str, names: Iterable[str]) -> bool:
+    """Whether the settings under this key are of a model that has layers by these names."""
+    layers = stored[: stored.index(SETTINGS_KEY)]
+    return any(name.startswith(layers) for name in names)
+
+
+def _check(stored: Mapping[str, Any] | None, mine: Mapping[str, Any] | None, where: str) -> None:
+    """Compare a checkpoint's settings with a model's; None is one without mHC."""
+    where = f"the checkpoint {where}"
     if stored is not None and mine is not None:
-        check_settings(stored, mine, checkpoint)
+        check_settings(stored, mine, where)
     elif mine is not None:
         raise CheckpointSettingsError(
-            f"{checkpoint} has no mHC in it and the model has. To start from an ordinary model's"
-            " checkpoint, convert it: python -m megatron_mhc convert SOURCE TARGET"
+            f"{where} has no mHC in it and the model has. To start from an ordinary model's"
+            " checkpoint, convert it: python -m megatron_mhc convert SOURCE TARGET (from the legacy"
+            " format to torch_dist first, with Megatron's --ckpt-convert-format torch_dist)"
         )
     elif stored is not None:
         flags = " ".join(_flag(name, value) for name, value in stored.items())
         raise CheckpointSettingsError(
-            f"{checkpoint} is of a model with mHC and this model has none: add --mhc {flags}, or"
-            " load another checkpoint"
+            f"{where} is of a model with mHC and this model has none: add --mhc {flags}, or load"
+            " another checkpoint"
         )

@@ -20,7 +20,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from .activate import check_turned_off, model_patches
+from .activate import check_turned_off, loader_patches, model_patches
 from .arguments import active_config, base_spec
 from .config import MHCConfig
 from .report import announce_spec
@@ -56,7 +56,7 @@ def with_mhc[
             MEGATRON_MHC_PATCHES.
     """
     check_turned_off()
-    registry.apply(*model_patches())
+    registry.apply(*model_patches(), *loader_patches())
     return widened(spec, MHCConfig() if config is None else config)
 
 

@@ -1,15 +1,17 @@
-"""Patches that look at a checkpoint before it is loaded: at a distributed one, at a state dict."""
+"""Patches of Megatron's loaders of checkpoints: a look at one before it is loaded."""
 
 import functools
 import io
-import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.distributed import checkpoint
 
 from .registry import Patch
+
+_model: ContextVar[list[Any] | None] = ContextVar("model_to_load", default=None)
 
 
 def checkpoint_load_patch(
@@ -60,29 +62,49 @@ def checkpoint_load_patch(
     )
 
 
-def state_load_patch(check: Callable[[torch.nn.Module, Mapping[str, Any]], None]) -> Patch:
-    """`check(model, state_dict)` runs before a language model loads a state dict of all of itself.
+def state_dict_load_patches(
+    check: Callable[[Any, Mapping[str, Any], str], None],
+) -> tuple[Patch, ...]:
+    """`check(chunk, state, folder)` runs for each chunk of a model that is about to be loaded.
 
-    Every format and every loader ends there; legacy checkpoints and local ones have no look at them
-    before. A caller who says `strict=False` knows that something is missing.
+    For what does not go through `dist_checkpointing.load`: the legacy format and local checkpoints.
+    Not where the state is loaded: Megatron tries again there without what does not fit.
     """
 
-    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def note(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def load_state_dict(
-            self: Any, state_dict: Any, strict: bool = True, *rest: Any, **kwargs: Any
+        def load_checkpoint(ddp_model: list[Any], *rest: Any, **kwargs: Any) -> Any:
+            token = _model.set(ddp_model)
+            try:
+                return original(ddp_model, *rest, **kwargs)
+            finally:
+                _model.reset(token)
+
+        return load_checkpoint
+
+    def look(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _load_base_checkpoint(
+            load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any
         ) -> Any:
-            # Megatron catches every error and loads once more without strict: that has to fail too
-            if strict or sys.exception() is not None:
-                check(self, state_dict)
-            return original(self, state_dict, strict, *rest, **kwargs)
+            from megatron.core.utils import unwrap_model
 
-        return load_state_dict
+            loaded = original(load_dir, args, rank0, *rest, **kwargs)
+            state, name, *_ = loaded
+            if not rank0 and state is not None:
+                chunks = unwrap_model(_model.get() or [])
+                for index, chunk in enumerate(chunks):
+                    key = "model" if len(chunks) == 1 else f"model{index}"
+                    if key in state:
+                        check(chunk, state[key], str(name))
+            return loaded
 
-    return Patch(
-        id="state-load",
-        target="megatron.core.models.common.language_module.language_module:"
-        "LanguageModule.load_state_dict",
-        replace=replace,
-        why="compares the mHC settings in a state dict with the model's before it is loaded",
+        return _load_base_checkpoint
+
+    module = "megatron.training.checkpointing"
+    why = "compares the mHC settings in a legacy or local checkpoint with the model's"
+    return (
+        Patch("checkpoint-load-state", f"{module}:_load_base_checkpoint", look, why),
+        Patch("checkpoint-load-model", f"{module}:load_checkpoint", note, why),
+        Patch("checkpoint-load-training", "megatron.training.training:load_checkpoint", note, why),
     )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.launch import forked_run
+from tests.megatron.launch import ROOT, forked_run
 from tests.megatron.test_checkpoint import DISTRIBUTED as OVERLAPPED
 from tests.megatron.test_checkpoint import FLAGS, MOE
 
+SCRIPT = "examples/pretrain_gpt.py"
 PLAIN = [flag for flag in FLAGS if flag not in ("--bf16", "--mhc")]
 LEGACY = ["--ckpt-format", "torch"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
@@ -42,7 +43,7 @@ CONVERSIONS: dict[str, tuple[list[str], str]] = {
 
 def train(processes: int, flags: list[str]) -> tuple[list[str], str]:
     """Run the example's script with mHC if a flag says so: the losses and all that it prints."""
-    _, printed = forked_run(processes, "examples/pretrain_gpt.py", *PLAIN, *flags)
+    _, printed = forked_run(processes, SCRIPT, *PLAIN, *flags)
     return re.findall(r"iteration +\d+/.*lm loss: (\S+)", printed), printed
 
 
@@ -86,10 +87,10 @@ OTHERS: dict[str, tuple[list[str], list[str], str]] = {
     "mhc without": (
         ["--mhc", "--mhc-num-streams", "2"],
         [],
-        "the checkpoint is of a model with mHC and this model has none: add --mhc"
+        "is of a model with mHC and this model has none: add --mhc"
         " --mhc-num-streams 2 --mhc-sinkhorn-iterations 20 --mhc-convention paper",
     ),
-    "ordinary with": ([], ["--mhc"], "the checkpoint has no mHC in it and the model has"),
+    "ordinary with": ([], ["--mhc"], "has no mHC in it and the model has"),
     "fewer streams": (
         ["--mhc"],
         ["--mhc", "--mhc-num-streams", "2"],
@@ -117,8 +118,62 @@ def test_other_settings_are_refused(other: str, load: list[str], folder: Path) -
         losses, printed = train(1, [*LEGACY, *before, *save])
         assert len(losses) == 1, printed[-3000:]
     losses, printed = train(1, [*LEGACY, *after, *load, str(source)])
-    assert not losses and "CheckpointSettingsError: the checkpoint" in printed, printed[-3000:]
+    assert not losses and "CheckpointSettingsError: the checkpoint " in printed, printed[-3000:]
     assert message in printed
+
+
+# what inference scripts do: Megatron then swallows whatever the model says of the state
+FORGIVING = f"""
+{(ROOT / SCRIPT).read_text().split("if __name__")[0]}
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training import training
+
+args = parse_and_validate_args()
+from megatron.training.initialize import initialize_megatron
+initialize_megatron()
+config, provider = describe_model(args)
+if provider is None:
+    from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = [GPTModelBuilder(gpt_config_from_args(args)).build_model(groups)]
+else:
+    model = training.get_model(provider, wrap_with_ddp=False)
+load_checkpoint(ddp_model=model, optimizer=None, opt_param_scheduler=None, strict=False)
+print("loaded it")
+"""
+ALONE = "from megatron_mhc.patches import cpu\ncpu.enter()\n"
+"""In front of a script that runs without the runner."""
+
+
+def saved(folder: Path, *flags: str) -> str:
+    """The folder of a legacy checkpoint after one iteration."""
+    save = ["--save", str(folder), "--save-interval", "1", "--exit-interval", "1"]
+    losses, printed = train(1, [*LEGACY, *flags, *save])
+    assert len(losses) == 1, printed[-3000:]
+    return str(folder)
+
+
+def test_a_forgiving_load_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sample.py").write_text(FORGIVING)
+    load = [str(tmp_path / "sample.py"), *PLAIN, *LEGACY, "--load"]
+    load += [saved(tmp_path / "saved", "--mhc"), "--mhc"]
+    status, printed = forked_run(1, *load, "--mhc-num-streams", "2")
+    assert status == 1 and "num_streams is 4 there and 2 here" in printed, printed[-2000:]
+    status, printed = forked_run(1, *load)
+    assert status == 0 and "loaded it" in printed, printed[-2000:]
+
+
+def test_the_spec_route_checks_too(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(ALONE + (ROOT / SCRIPT).read_text())
+    command = [str(script), *PLAIN, *LEGACY, "--spec", "megatron_mhc.spec", "gpt_layer_spec"]
+    command += ["--no-load-optim", "--load"]
+    ordinary, mhc = saved(tmp_path / "ordinary"), saved(tmp_path / "mhc", "--mhc")
+    status, printed = forked_run(1, *command, ordinary, runner=False)
+    assert status == 1 and "has no mHC in it and the model has" in printed, printed[-2000:]
+    status, printed = forked_run(1, *command, mhc, runner=False, MHC_NUM_STREAMS="2")
+    assert status == 1 and "(with --spec: MHC_NUM_STREAMS=4)" in printed, printed[-2000:]
 
 
 def test_other_settings_are_refused_in_a_non_persistent_checkpoint(tmp_path: Path) -> None:
