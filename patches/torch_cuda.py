@@ -161,11 +161,11 @@ def _device_context(original: Callable[..., Any]) -> Callable[..., Any]:
 def _generators(original: Any) -> Any:
     """`torch.Generator`, which makes the CPU's; every generator is an instance of it still."""
 
-    class IsInstance(type(original)):
+    class IsInstance(type(original)):  # type: ignore[misc]
         def __instancecheck__(cls, value: Any) -> bool:
             return isinstance(value, original)
 
-    class Generator(original, metaclass=IsInstance):  # type: ignore[misc]
+    class Generator(original, metaclass=IsInstance):
         def __new__(cls, device: Any = None) -> Any:
             return original("cpu" if device is None else on_cpu(device))
 
