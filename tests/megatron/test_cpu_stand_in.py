@@ -17,6 +17,9 @@ from megatron_mhc.patches.registry import Patch, locate, registry
 from tests.megatron.cpu_stand_in_worker import LAYERS, MLA_WIDTHS, SPREAD
 from tests.megatron.launch import ROOT, torchrun
 
+# every training test of the suite runs inside the stand-in; what it is by itself changes with it
+pytestmark = pytest.mark.thorough
+
 WORKER = ("-m", "tests.megatron.cpu_stand_in_worker")
 
 # fp32 sums of some thousand terms in another order, three steps long; the least of the parameters

@@ -1,7 +1,9 @@
 """Checkpoints of one file a rank (`--ckpt-format torch`): they resume, and settings are checked."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "fp16 torch_dist": (1, FP16),
     "fp16 torch_dist, distributed": (2, [*FP16, *DISTRIBUTED]),
 }
+THOROUGH = ("fp16", "fp32 distributed", "fp16 torch_dist", "fp16 torch_dist, distributed")
 CONVERSIONS: dict[str, tuple[list[str], str]] = {
     "torch_dist to torch": (BF16, "torch"),
     "fully reshardable to torch": ([*FP16, RESHARDABLE], "torch"),
@@ -65,14 +68,20 @@ def assert_resumes(processes: int, flags: list[str], folder: Path, losses: list[
     assert [got[0], *got[2:]] == [losses[3], *losses[5:]]
 
 
-@pytest.mark.parametrize("case", CASES)
+def cases(names: Iterable[str], *thorough: str) -> list[Any]:
+    """Parameters of these names; those of `thorough` run with all tests alone."""
+    marks = {name: (pytest.mark.thorough,) if name in thorough else () for name in names}
+    return [pytest.param(name, marks=marks[name]) for name in names]
+
+
+@pytest.mark.parametrize("case", cases(CASES, *THOROUGH))
 def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
     processes, flags = CASES[case]
     losses = whole(processes, flags, tmp_path)
     assert_resumes(processes, flags, tmp_path, losses)
 
 
-@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("conversion", cases(CONVERSIONS, "torch_dist to torch"))
 def test_a_converted_checkpoint_resumes(conversion: str, tmp_path: Path) -> None:
     flags, after = CONVERSIONS[conversion]
     flags = [*DISTRIBUTED, *flags]
@@ -106,8 +115,11 @@ OTHERS: dict[str, tuple[list[str], list[str], str]] = {
 
 @pytest.mark.parametrize(
     "load",
-    [["--load"], ["--no-load-optim", "--load"], ["--pretrained-checkpoint"]],
-    ids=["load", "model alone", "pretrained"],
+    [
+        pytest.param(["--load"], id="load", marks=pytest.mark.thorough),
+        pytest.param(["--no-load-optim", "--load"], id="model alone"),
+        pytest.param(["--pretrained-checkpoint"], id="pretrained", marks=pytest.mark.thorough),
+    ],
 )
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_settings_are_refused(other: str, load: list[str], folder: Path) -> None:

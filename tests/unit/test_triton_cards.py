@@ -1,7 +1,7 @@
 """Every kernel fits every card: compiled without it, as far as its shared memory is known.
 
 What is compiled is what the operations launch, with the tiles that the card gets. All of it takes
-more than half an hour of one core (`make test-cards`); an ordinary run has what is largest.
+more than half an hour of one core (`make test-cards`); `make test-all` has what is largest.
 """
 
 import itertools
@@ -39,6 +39,8 @@ LARGEST = (
     ("L40S", 4, "bf16", "combine_pre"),
     ("B200", 4, "bf16", "pre"),
 )
+
+FEW = (("L40S", 8, "bf16", "pre"), ("L40S", 8, "fp32", "pre"), ("A100", 4, "bf16", "combine_pre"))
 
 
 @pytest.fixture
@@ -96,8 +98,9 @@ def call(operation: str, n: int, dtype: torch.dtype) -> None:
 
 
 def case(values: tuple[Any, ...]) -> Any:
-    """With a name that says all."""
-    return pytest.param(*values, id="-".join(map(str, values)))
+    """With a name that says all; where all cards are not asked for, few are not thorough."""
+    marks = () if values in FEW or os.environ.get("ALL_CARDS") else (pytest.mark.thorough,)
+    return pytest.param(*values, id="-".join(map(str, values)), marks=marks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
