@@ -207,6 +207,8 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
     monkeypatch.setattr(schedule, "one_forward_one_backward", lambda **arguments: "ours")
     monkeypatch.setattr(schedule, "check_stages", lambda *_: None)
+    connected: list[Any] = []
+    monkeypatch.setattr(schedule, "two_directions", lambda group, config: connected.append(group))
     config = SimpleNamespace(mhc_overlap_in_flight=1)
 
     first = SimpleNamespace(config=config)
@@ -221,7 +223,9 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
         return schedule.run_overlapped("1F1B", lambda **arguments: "stock", arguments)
 
     assert run(False, p2p_communicator="a caller's own") == "ours"
+    assert not connected
     assert [run(False), run(False), run(True), run(True)] == ["stock", "ours", "stock", "ours"]
+    assert connected == ["a group"] * 4  # before the first step, though it is in stock order
     # another model's first step, with the same configuration
     assert run(False, model=SimpleNamespace(config=config)) == "stock"
 
