@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 found; name one with PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --progress-bar off -e '.[test]' $(MEGATRON_CORE:%='megatron-core==%') \
-		$(TORCH:%='torch==%')
+		$(TORCH:%='torch==%' 'numpy<2.4')
 	@touch $@
 
 train: env  ## Train a byte-level GPT with mHC, resume, sample, plot (MHC=0: the ordinary model)
@@ -54,6 +54,7 @@ test-matrix:  ## Run the tests with every supported Megatron-Core, each in an en
 		echo "Megatron-Core $$release: $$(tail -n 1 $(VENV)-$$release/tests.log)"; \
 	done; exit $$status
 
+# Triton 3.5's interpreter, which the tests alone use, wants an older NumPy.
 test-lowest:  ## Run the tests with the lowest PyTorch, Triton and Megatron-Core that pyproject.toml allows
 	$(MAKE) --no-print-directory env VENV=$(VENV)-lowest TORCH=$(call lowest,torch) \
 		MEGATRON_CORE=$(call lowest,megatron-core)
