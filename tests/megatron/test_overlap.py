@@ -154,7 +154,11 @@ def test_hosts_that_wait_for_every_message_do_not_lock(case: str) -> None:
     ("silent", "sentence"),
     [
         ("link", r"the link between pipeline stages 0 \(rank 0\) and 1 \(rank 1\) to connect"),
-        ("rank", "every rank of the job to begin its first step with --mhc-overlap-p2p"),
+        pytest.param(
+            "rank",
+            "every rank of the job to begin its first step with --mhc-overlap-p2p",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_who_waits_for_ever_says_for_what(

@@ -40,7 +40,7 @@ LARGEST = (
     ("B200", 4, "bf16", "pre"),
 )
 
-FEW = (("L40S", 8, "bf16", "pre"), ("L40S", 8, "fp32", "pre"), ("A100", 4, "bf16", "combine_pre"))
+FEW = (("L40S", 8, "bf16", "pre"), ("L40S", 8, "fp32", "pre"))
 
 
 @pytest.fixture
