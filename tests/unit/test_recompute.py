@@ -143,6 +143,16 @@ def test_the_block_to_rebuild_is_looked_for_once(
     assert len(walks) == 1
 
 
+def test_a_block_that_was_dropped_from_the_model_is_looked_for_again() -> None:
+    chunk = torch.nn.Sequential(Layers(True), Layers(True))
+    chunk(batch(0)).sum().backward()
+    assert not rebuild_ahead(chunk)
+    del chunk[1]
+    output = chunk(batch(1))
+    assert rebuild_ahead(chunk) and not rebuild_ahead(chunk)
+    output.sum().backward()
+
+
 def test_streams_replaced_inside_a_block_are_refused() -> None:
     layers = Layers()
     site, block = layers.sites[0], layers.recompute_block

@@ -74,3 +74,13 @@ def test_streams_of_another_width_are_refused() -> None:
     first, _ = two_sites()
     with pytest.raises(ValueError, match="width 8; expected 4 streams of 8 = 32 channels"):
         first.read(torch.nn.Identity(), (torch.randn(3, 2, WIDTH),))
+
+
+def test_a_norm_without_a_graph_before_a_sublayer_with_one_is_refused() -> None:
+    """As a checkpoint around the norm alone would have it: the streams' gradient would be lost."""
+    first, _ = two_sites()
+    streams = torch.randn(3, 2, N * WIDTH)
+    with torch.no_grad():
+        (u,) = first.read(torch.nn.Identity(), (streams,))
+    with pytest.raises(RuntimeError, match="a checkpoint around the norm alone would lose"):
+        first.write(True, False)((u.requires_grad_() * 1, None), streams, 0.0)
