@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd.function import once_differentiable
 
 
 class Operator:
@@ -25,7 +24,8 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name = f"megatron_mhc::{name}"
-        self._direct = function
+        self._given = function
+        self._direct: Callable[..., Any] = self._gradient
         self._traced = torch.library.custom_op(self._name, function, mutates_args=())
         self._transformed = self._for_transforms(_refuse, lambda *_: None)
         self.register_fake = self._traced.register_fake
@@ -39,25 +39,30 @@ class Operator:
         """
         self._traced.register_autograd(backward, setup_context=setup_context)
         self._transformed = self._for_transforms(backward, setup_context)
-        function = self._direct
+        function = self._given
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = function(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
-        self._direct = self._function(forward=forward, backward=once_differentiable(backward))
+        self._direct = self._function(forward=forward, backward=backward)
+
+    def _gradient(self, *arguments: Any) -> Any:
+        """An operation that has no gradient, which is a gradient itself: refused where one is due.
+
+        PyTorch enables gradients in a backward under `create_graph`.
+        """
+        run = self._transformed if torch.is_grad_enabled() else self._given
+        return run(*arguments)
 
     def _for_transforms(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
     ) -> Callable[..., Any]:
         """The operator under an autograd.Function that torch.func transforms, level by level."""
-        once = once_differentiable(backward)
 
         def any_level(ctx: Any, *gradients: Any) -> Any:
-            # inside a transform the operators that this calls refuse a gradient of their own
-            derive = backward if _transformed() else once
-            return derive(_Alive(ctx), *gradients)
+            return backward(_Alive(ctx), *gradients)
 
         return self._function(
             forward=self._traced, setup_context=setup_context, backward=any_level, vmap=_no_vmap

@@ -223,10 +223,23 @@ class Operation:
         with pytest.raises(RuntimeError, match="no gradient of its own; the reference's has"):
             of_gradient(tensor.clone().requires_grad_()).backward()
         _, derive = torch.func.vjp(loss, tensor.clone().requires_grad_())
-        with pytest.raises(RuntimeError, match="differentiate twice"):
+        with pytest.raises(RuntimeError, match="no gradient of its own; the reference's has"):
             derive(torch.ones(()))[0].square().sum().backward()
         with pytest.raises(RuntimeError, match="take any leading dimensions as they are"):
             torch.func.vmap(loss)(torch.stack([tensor, tensor]))
+
+    @pytest.mark.parametrize("traced", [False, True], ids=["direct", "traced"])
+    @pytest.mark.parametrize("constant", [True, False], ids=["constant", "not constant"])
+    def test_a_gradients_gradient_is_refused(self, constant: bool, traced: bool) -> None:
+        """And never left out without a word, also where the gradient that came in is a constant."""
+        arguments = inputs(self.operation, 3, 4, 24, torch.float32, "cpu")
+        first = next(iter(arguments.values()))
+        with Watch() if traced else contextlib.nullcontext():
+            out = run(getattr(kernels, self.operation), arguments, backend="triton")
+            loss = sum((result if constant else result.square()).sum() for result in out)
+            (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
+            with pytest.raises(RuntimeError, match=r"gradient of its own|no autograd formula"):
+                (gradient + first).square().sum().backward()
 
     def test_inference_mode(self) -> None:
         """Tensors from outside it, and tensors made in it, which count no versions."""
