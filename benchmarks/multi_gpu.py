@@ -15,44 +15,23 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
 * the paper's layers (MLA, mixture of experts, distributed optimizer with both overlaps), pipeline
   and expert parallel: recompute and overlap against stock order, digit for digit;
 * save on several GPUs, resume on one, and back;
-* step time of a larger model: ordinary, mHC, with overlap, with recompute, and with both;
-  NCCL's send and receive kernels that no compute kernel runs beside, from Megatron's profiler.
+* step times of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC, with
+  overlap, with recompute, and with both, in one launch a layout, three rounds (`rounds.py`); NCCL's
+  send and receive kernels that no compute kernel runs beside, from traces of a further round.
 """
 
 import argparse
-import math
-import os
-import re
 import shutil
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launches import Bench, apart
 from spans import exposed
 
-ROOT = Path(__file__).parents[1]
-RUNNER = "megatron_mhc.run"
-COMMON = """
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --mock-data --tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --eval-interval 1000
-    --log-interval 1 --lr 1e-4 --lr-decay-style constant --clip-grad 0 --seed 7
-    --no-gradient-accumulation-fusion
-    --ckpt-format torch_dist
-"""
-GPU = "--bf16 --transformer-impl transformer_engine"
-CPU = """
-    --transformer-impl local --distributed-backend gloo --disable-jit-fuser
-    --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-swiglu-fusion
-    --no-bias-dropout-fusion --no-rope-fusion
-"""
 SMALL = """
     --disable-jit-fuser --num-layers 4 --hidden-size 1024 --ffn-hidden-size 2816
     --num-attention-heads 16
@@ -83,6 +62,8 @@ PAPER = """
     --micro-batch-size 1 --global-batch-size 8
 """
 """`examples/moe/cluster.sh`'s layers, fewer, and fewer experts."""
+PAPER_EXPERTS = "--num-experts 72 --global-batch-size 16"
+"""All experts, for several GPUs that are timed."""
 TINY_PAPER = """
     --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 32 --kv-lora-rank 32
     --max-position-embeddings 32 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16
@@ -93,155 +74,6 @@ MOE = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = "--mhc --mhc-overlap-p2p"
 Part = tuple[list[Callable[[], Any]], list[Callable[[], Any]]]
 """Launches, which may run side by side, and checks of what came of them."""
-
-
-def apart(loss: str, other: str) -> float:
-    """How far a printed loss is from another, relatively; infinitely, if one is no number."""
-    distance = abs(float(loss) / float(other) - 1)
-    return distance if math.isfinite(distance) else math.inf
-
-
-@dataclass
-class Run:
-    """A launch and what came of it."""
-
-    name: str
-    gpus: int
-    seconds: float = 0.0
-    failure: str = ""
-    losses: list[str] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
-    step_ms: float = 0.0
-    peak_gib: float = 0.0
-    trace: Path | None = None
-    remark: str = ""
-
-
-class Bench:
-    """Launches runs, one after the other or side by side, and keeps what came of them."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.cpu: bool = options.cpu
-        self.out: Path = options.out.resolve()
-        self.begin = time.time()
-        self.runs: dict[str, Run] = {}
-        self.reserved = 0.0
-
-    def left(self) -> float:
-        """Seconds of the whole call's limit that are left, but for those reserved for later."""
-        return self.options.limit - self.reserved - (time.time() - self.begin)
-
-    def side_by_side(self, launches: list[Callable[[], Any]]) -> None:
-        """Run these, `--jobs` at a time; one that raises is a failure in the table."""
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            for index, result in enumerate([pool.submit(launch) for launch in launches]):
-                error = result.exception()
-                if error is not None:
-                    self.runs[f"launch {index}"] = Run(f"launch {index}", 0, failure=repr(error))
-
-    def start(
-        self,
-        name: str,
-        gpus: int,
-        flags: str,
-        iterations: int,
-        first: int = 0,
-        script: str = "examples/pretrain_gpt.py",
-        **environment: str,
-    ) -> tuple[Run, Any]:
-        """Start a launch on GPUs first, first + 1, ..."""
-        folder = self.out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        shared = self.options.ranks_per_gpu > 1
-        runner = ["--no-python", "benchmarks/shared_gpu.sh"] if shared else ["-m", RUNNER]
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(gpus), *runner),
-            *(["--cpu"] if self.cpu else []),
-            script,
-            *COMMON.split(),
-            *(CPU if self.cpu else GPU).split(),
-            *flags.split(),
-            *("--train-iters", str(iterations), "--tensorboard-dir", str(folder / "tensorboard")),
-        ]
-        cards = -(-gpus // self.options.ranks_per_gpu)
-        visible = ",".join(str((0 if shared else first) + index) for index in range(cards))
-        extra = {"CUDA_VISIBLE_DEVICES": "" if self.cpu else visible, **environment}
-        if self.cpu:
-            extra |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        log = (folder / "log").open("w")
-        print(f"== {name}: {' '.join(flags.split())}", file=log, flush=True)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **extra}, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        self.runs[name] = Run(name, gpus)
-        return self.runs[name], process
-
-    def finish(self, run: Run, process: Any) -> Run:
-        """Wait for a launch, within its limit and the whole call's, and read what it printed."""
-        begin = time.time()
-        limit = max(5.0, min(self.options.each, self.left()))
-        try:
-            code = process.wait(limit)
-            run.failure = f"exit status {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            # its ranks are sessions of their own: the launcher ends them, if it is asked politely
-            process.terminate()
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            run.failure = f"more than {limit:.0f} s"
-        run.seconds = time.time() - begin
-        text = (self.out / run.name / "log").read_text(errors="replace")
-        run.losses = re.findall(r"iteration +\d+/.*?lm loss: (\S+)", text)
-        run.norms = re.findall(r"grad norm: (\S+)", text)
-        times = [float(t) for t in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
-        run.step_ms = statistics.median(times[3:]) if len(times) > 3 else 0.0
-        peaks = re.findall(r"mem-max-allocated-gigabytes: ([\d.]+)|max allocated: ([\d.]+)", text)
-        run.peak_gib = max((float(a or float(b) / 1024) for a, b in peaks), default=0.0)
-        traces = sorted((self.out / run.name).rglob("*.json*"))
-        run.trace = traces[0] if traces else None
-        if run.failure:
-            errors = re.findall(r"\w*(?:Error|Exception): .+", text)
-            run.remark = next((e for e in errors if not e.startswith("ChildFailed")), "")[:200]
-        print(f"{run.name}: {run.seconds:.0f} s {run.failure} {run.remark}", flush=True)
-        return run
-
-    def train(
-        self, name: str, gpus: int, flags: str, iterations: int, first: int = 0, **more: str
-    ) -> Run | None:
-        """Start and finish, unless the call's time is up."""
-        if self.left() < 15:
-            self.runs[name] = Run(name, gpus, failure="not run: no time left")
-            return None
-        return self.finish(*self.start(name, gpus, flags, iterations, first, **more))
-
-    def alike(self, one: str, other: str, bound: float | None) -> None:
-        """Compare losses: with gradient norms digit for digit where bound is None, else relatively.
-
-        The other may have gone on for longer.
-        """
-        if one not in self.runs or other not in self.runs:
-            return  # its launch raised, which is a line of its own
-        a, b = self.runs[one], self.runs[other]
-        steps = len(a.losses)
-        if a.failure or b.failure or not steps or steps > len(b.losses):
-            a.remark = a.remark or f"not comparable with {other}"
-            return
-        losses = b.losses[:steps]
-        if a.losses == losses and (a.norms == b.norms[:steps] or bound is not None):
-            what = "losses and gradient norms" if bound is None else "losses"
-            a.remark = f"{steps} {what} as {other}'s, digit for digit"
-            return
-        worst = max(map(apart, a.losses, losses))
-        a.remark = f"losses within {worst:.1e} of {other}'s"
-        if bound is None or worst > bound:
-            a.failure = "differs"
 
 
 def save_start(bench: Bench, name: str, flags: str) -> None:
@@ -309,28 +141,76 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     return launches, checks
 
 
+def pipelines_beside(bench: Bench, gpus: int, size: str) -> Part:
+    """Pipelines beside data and tensor parallelism, and of stages with unequal layers."""
+    if gpus < 4:
+        return [], []
+    size = starting(bench, "dense", f"{size} --mhc")
+    steps = 5 if bench.cpu else bench.options.steps
+    two = "--pipeline-model-parallel-size 2"
+    three = (
+        "--pipeline-model-parallel-size 3 --decoder-first-pipeline-num-layers 3"
+        " --decoder-last-pipeline-num-layers 2"
+    )
+    tensor = f"{two} --tensor-model-parallel-size 2 --sequence-parallel"
+    layouts = {"dp2-pp2": (4, two), "tp2-pp2": (4, tensor), "pp3": (3, three)}
+    launches, checks = [partial(bench.train, "one-beside", 1, size, min(steps, 20))], []
+    for name, (ranks, flags) in layouts.items():
+        # Megatron wants one queue for tensor parallelism
+        more = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if "tensor" in flags else {}
+        orders = {"": "--mhc", "-overlap": OVERLAP}
+        if name == "pp3":
+            orders["-overlap-2"] = f"{OVERLAP} --mhc-overlap-in-flight 2"
+        for order, own in orders.items():
+            whole = f"{size} {flags} {own}"
+            launches.append(partial(bench.train, name + order, ranks, whole, steps, **more))
+            if order:
+                checks.append(partial(bench.alike, name + order, name, None))
+        checks.append(partial(bench.alike, "one-beside", name, 2e-2))
+    return launches, checks
+
+
 TIMED = {
-    "time-mhc": "--mhc",
-    "time-overlap": OVERLAP,
-    "time-ordinary": "",
-    "time-overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
-    "time-overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
-    "time-recompute": "--mhc --mhc-recompute auto",
+    "ordinary": "",
+    "mhc": "--mhc",
+    "overlap": OVERLAP,
+    "overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
+    "recompute": "--mhc --mhc-recompute auto",
+    "overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
 }
 
 
-def step_times(bench: Bench, gpus: int, size: str, names: list[str]) -> None:
-    """A larger model's steps: in stock order, with overlap, with recompute, and with both."""
-    stages = f"--pipeline-model-parallel-size {min(gpus, 4)} --log-memory-interval 5"
-    profiler = "" if bench.cpu else (
-        "--profile --use-pytorch-profiler --profile-step-start 10 --profile-step-end 11"
-        " --profile-ranks 0"
-    )  # fmt: skip
-    for name in names:
-        flags = f"{size} {stages} {profiler} {TIMED[name]}"
-        run = bench.train(name, gpus, flags, 5 if bench.cpu else 12)
-        if run is not None and run.trace is not None:
-            run.remark += ", ".join(f"{k} {v:.1f}" for k, v in exposed(run.trace).items())
+def step_times(bench: Bench, gpus: int) -> None:
+    """Steps of larger models: ordinary, mHC in stock order, with overlap, with recompute."""
+    dense = f"{TINY if bench.cpu else LARGE} --log-memory-interval 5"
+    paper = paper_size(bench) + ("" if bench.cpu else PAPER_EXPERTS) + " --log-memory-interval 5"
+    two = "--pipeline-model-parallel-size 2"
+    groups = {
+        "dense-pp": (f"{dense} --pipeline-model-parallel-size {min(gpus, 4)}", TIMED),
+        "paper-pp-ep": (f"{paper} {two} --expert-model-parallel-size {gpus // 2}", TIMED),
+        "paper-ep": (
+            f"{paper} --expert-model-parallel-size {gpus}",
+            {name: TIMED[name] for name in ("ordinary", "mhc", "recompute")},
+        ),
+    }
+    for name, (flags, variants) in groups.items():
+        if bench.options.only and name not in bench.options.only:
+            continue
+        bench.rounds(
+            name, gpus, flags, variants,
+            number=bench.options.rounds, iterations=5 if bench.cpu else 9,
+            trace=not bench.cpu and name != "paper-ep",
+            # what runs use that want speed; the comparisons of digits go without
+            NVTE_ALLOW_NONDETERMINISTIC_ALGO="1",
+        )  # fmt: skip
+        traces = bench.out / "traces" / name
+        for variant in variants if traces.exists() else ():
+            ranks = sorted((traces / variant).rglob("*.json*"))
+            if ranks:
+                alone = [exposed(trace) for trace in ranks]
+                bench.runs[f"{name}: {variant}"].remark += "; " + ", ".join(
+                    f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
+                )
 
 
 def other_parallelism(bench: Bench, gpus: int, size: str) -> Part:
@@ -339,31 +219,43 @@ def other_parallelism(bench: Bench, gpus: int, size: str) -> Part:
     moe = starting(bench, "moe", f"{size} {MOE} --mhc")
     dense = starting(bench, "dense", f"{size} --mhc")
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    tensor = f"{dense} --tensor-model-parallel-size 2 --sequence-parallel"
+    split = min(gpus, 4)
+    tensor = f"{dense} --tensor-model-parallel-size {split} --sequence-parallel"
     launches = [
         partial(bench.train, "moe-one", 1, moe, steps),
         partial(bench.train, "dense-one", 1, dense, steps, first=1),
         partial(bench.train, "moe-ep", gpus, f"{moe} --expert-model-parallel-size {gpus}", steps),
-        partial(bench.train, "tp-sp", 2, tensor, steps, **one_queue),
+        partial(bench.train, "tp-sp", split, tensor, steps, **one_queue),
     ]
     checks = [
         partial(bench.alike, "moe-ep", "moe-one", 2e-2),
         partial(bench.alike, "tp-sp", "dense-one", 2e-2),
     ]
     if not bench.cpu:
-        context = f"{dense} --context-parallel-size 2"
-        launches.append(partial(bench.train, "cp", 2, context, steps, **one_queue))
+        context = f"{dense} --context-parallel-size {split}"
+        launches.append(partial(bench.train, "cp", split, context, steps, **one_queue))
         checks.append(partial(bench.alike, "cp", "dense-one", 2e-2))
     return launches, checks
 
 
+def paper_size(bench: Bench) -> str:
+    """Flags of the paper's layers; on a CPU small, and without what Transformer Engine fuses."""
+    if not bench.cpu:
+        return PAPER
+    fused = ("--moe-permute-fusion", "--moe-grouped-gemm", "--qk-layernorm")
+    return " ".join(flag for flag in PAPER.split() if flag not in fused) + TINY_PAPER
+
+
 def paper(bench: Bench, gpus: int, _: str) -> Part:
     """The paper's layers: what changes nothing but the order of work changes no digit."""
-    size = PAPER + (TINY_PAPER if bench.cpu else "")
+    size = paper_size(bench)
     if gpus >= 2:
         size += " --pipeline-model-parallel-size 2"
     if gpus >= 4:
         size += " --expert-model-parallel-size 2"
+    experts = size.replace("--pipeline-model-parallel-size 2", "").replace(
+        "--expert-model-parallel-size 2", "--expert-model-parallel-size 4"
+    )
     runs = {
         "paper-ordinary": "",
         "paper": "--mhc",
@@ -382,36 +274,50 @@ def paper(bench: Bench, gpus: int, _: str) -> Part:
         }
     steps = 5 if bench.cpu else min(bench.options.steps, 20)
     free = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
+    if gpus >= 4:
+        runs |= {"paper-ep": "--mhc", "paper-ep-recompute": "--mhc --mhc-recompute auto"}
     launches = [
         partial(
-            bench.train, name, gpus, f"{size} {flags}", steps, **(free if "free" in name else {})
+            bench.train, name, gpus,
+            f"{experts if 'ep' in name.split('-') else size} {flags}", steps,
+            **(free if "free" in name else {}),
         )
         for name, flags in runs.items()
-    ]
+    ]  # fmt: skip
     exact = [
-        name for name in runs if "free" not in name and name not in ("paper", "paper-ordinary")
+        name
+        for name in runs
+        if "free" not in name and name not in ("paper", "paper-ordinary", "paper-ep")
     ]
-    checks = [partial(bench.alike, name, "paper", None) for name in exact]
+    checks = [
+        partial(bench.alike, name, "paper-ep" if "-ep-" in name else "paper", None)
+        for name in exact
+    ]
     # ten times apart is no bound: these lines are there for their distance
     checks += [partial(bench.alike, name, "paper", 10) for name in runs if "free" in name]
     return launches, checks
 
 
 def resume(bench: Bench, gpus: int, size: str) -> Part:
-    """Save on several GPUs, go on with one, and back on several."""
-    stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
+    """Save on several GPUs, go on with fewer and with one, and back; distributed optimizer."""
+    size += " --use-distributed-optimizer"
     folder, steps = bench.out / "checkpoints", 3 if bench.cpu else 10
     shutil.rmtree(folder, ignore_errors=True)
     both = f"{size} --save {folder} --save-interval {steps} --override-opt-param-scheduler"
+    stages = f"--pipeline-model-parallel-size {min(gpus, 4)} {OVERLAP}"
+    two = "--pipeline-model-parallel-size 2 --mhc"
+    legs = {"save": (gpus, stages), "resume-on-one": (1, "--mhc"), "back": (gpus, stages)}
+    if gpus > 2:
+        legs = {"save": legs["save"], "resume-on-two": (2, two), **legs}
     whole = f"{both} {stages}".replace(str(folder), f"{folder}-0")
 
     def one_after_the_other() -> None:
-        bench.train("save", gpus, f"{both} {stages}", steps)
-        bench.train("resume-on-one", 1, f"{both} --load {folder} --mhc", 2 * steps)
-        bench.train("back", gpus, f"{both} --load {folder} {stages}", 3 * steps)
+        for index, (name, (ranks, flags)) in enumerate(legs.items()):
+            start = f"--load {folder}" if index else ""
+            bench.train(name, ranks, f"{both} {start} {flags}", (index + 1) * steps)
 
     def compare() -> None:
-        runs = [bench.runs[name] for name in ("whole", "save", "resume-on-one", "back")]
+        runs = [bench.runs[name] for name in ("whole", *legs)]
         for kept in (folder, Path(f"{folder}-0")):
             shutil.rmtree(kept, ignore_errors=True)
         if any(run.failure for run in runs):
@@ -429,17 +335,21 @@ def resume(bench: Bench, gpus: int, size: str) -> Part:
             run.remark = f"losses within {worst:.1e} of an uninterrupted run's"
             run.failure = "differs" if worst > 1e-2 else ""
 
-    return [one_after_the_other, partial(bench.train, "whole", gpus, whole, 3 * steps)], [compare]
+    uninterrupted = partial(bench.train, "whole", gpus, whole, len(legs) * steps)
+    return [one_after_the_other, uninterrupted], [compare]
 
 
 CORRECT = {
     "pipelines": pipelines,
+    "pipelines_beside": pipelines_beside,
     "other_parallelism": other_parallelism,
     "paper": paper,
     "resume": resume,
 }
 """Parts whose launches may run side by side: nothing in them is timed."""
 PARTS = (*CORRECT, "step_times")
+STEP_TIMES = ("dense-pp", "paper-pp-ep", "paper-ep")
+"""What `--only` names of the step times."""
 
 
 def main() -> int:
@@ -453,6 +363,7 @@ def main() -> int:
     parser.add_argument("--ranks-per-gpu", type=int, default=1, help="share each GPU (no times)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--steps", type=int, default=100, help="of a pipeline's longer runs")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is timed")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs of the parts")
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
     parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
@@ -468,7 +379,7 @@ def main() -> int:
         gpus = options.gpus or torch.cuda.device_count() * options.ranks_per_gpu
     if gpus < 2 and options.parts != ["paper"]:
         sys.exit(f"multi_gpu.py: there is {gpus} GPU here and this needs 2; --cpu rehearses")
-    small, large = (TINY, TINY) if options.cpu else (SMALL, LARGE)
+    small = TINY if options.cpu else SMALL
     if gpus > 2:  # two virtual stages each
         small = small.replace("--num-layers 4", f"--num-layers {2 * min(gpus, 4)}")
     correct = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
@@ -477,14 +388,16 @@ def main() -> int:
             parser.error("--only does not go with --parts resume")
         # each launch is a partial of `train`, whose first argument is the run's name
         known = {launch.args[0] for launches, _ in correct for launch in launches}
-        known |= {*TIMED} if "step_times" in options.parts else set()
+        known |= {*STEP_TIMES} if "step_times" in options.parts else set()
         if unknown := {*options.only} - known:
             parser.error(f"--only: no {', '.join(unknown)} among {', '.join(sorted(known))}")
     launches = [launch for launches, _ in correct for launch in launches]
     if options.only:
         launches = [launch for launch in launches if launch.args[0] in options.only]
     if launches:
-        timed = "step_times" in options.parts and (not options.only or {*options.only} & {*TIMED})
+        timed = "step_times" in options.parts and (
+            not options.only or {*options.only} & {*STEP_TIMES}
+        )
         bench.reserved = options.timing if timed else 0.0
         if options.parts != ["paper"]:
             bench.side_by_side(
@@ -498,8 +411,7 @@ def main() -> int:
             check()
     if "step_times" in options.parts:
         bench.reserved = 0.0
-        names = [name for name in TIMED if not options.only or name in options.only]
-        step_times(bench, gpus, large, names)
+        step_times(bench, gpus)
     table = [f"{'run':24}{'GPUs':>5}{'s':>6}{'step ms':>9}{'GiB':>7}{'last loss':>14}  what"]
     for run in bench.runs.values():
         last = run.losses[-1] if run.losses else "-"
