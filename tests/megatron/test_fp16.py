@@ -1,5 +1,6 @@
 """fp16 with Megatron's dynamic loss scaling: it trains, skips steps, and logs what is no number."""
 
+import itertools
 import json
 import math
 import re
@@ -47,7 +48,11 @@ def test_it_trains_and_skips_as_the_ordinary_model(log: list[str]) -> None:
     assert len(log) == len(ordinary) == 12
     scales = values(log, "loss scale")
     assert scales == values(ordinary, "loss scale")
-    assert scales[:4] == [2.0**19, 2.0**18, 2.0**17, 2.0**17], "three steps are skipped, then none"
+    # it starts at 2^20, which overflows; which others do is up to the weights that PyTorch draws
+    skipped = ["grad norm" not in line for line in log]
+    assert skipped == ["grad norm" not in line for line in ordinary]
+    assert skipped[0] and sum(skipped) < 6, "half of the steps train at least"
+    assert scales == [2.0 ** (20 - total) for total in itertools.accumulate(skipped)]
     losses = [loss for loss in values(log, "lm loss") if loss]
     # the first update comes after it. A mean of 32 losses of fp16 numbers, each rounded to 5e-4:
     # 4e-7 is seen
