@@ -301,7 +301,7 @@ def paper(bench: Bench, gpus: int, _: str) -> Part:
 
 def resume(bench: Bench, gpus: int, size: str) -> Part:
     """Save on several GPUs, go on with fewer and with one, and back; distributed optimizer."""
-    size += " --use-distributed-optimizer"
+    size += " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
     folder, steps = bench.out / "checkpoints", 3 if bench.cpu else 10
     shutil.rmtree(folder, ignore_errors=True)
     both = f"{size} --save {folder} --save-interval {steps} --override-opt-param-scheduler"

@@ -13,9 +13,11 @@ watches a step on every rank; its traces lie in FOLDER/NAME/torch_profile (see t
 import argparse
 import gc
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.distributed as dist
@@ -25,10 +27,19 @@ from megatron.training.global_vars import destroy_global_vars
 
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
 TRACED_STEP = 5
+HOOK = "DistributedDataParallel._make_backward_post_hook"
 
 
 def forget() -> None:
-    """What Megatron keeps of a run in its process, but for the process groups."""
+    """Give up what Megatron keeps of a run in its process, but for the process groups.
+
+    Megatron's data parallelism hooks autograd's nodes with functions that hold the model. Python's
+    collector does not see through nodes, and every model would stay.
+    """
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType) and thing.__qualname__.startswith(HOOK):
+            for cell in thing.__closure__ or ():
+                cell.cell_contents = None
     destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
@@ -40,8 +51,9 @@ def forget() -> None:
 
 def train(number: int | str, name: str, flags: list[str]) -> None:
     """Train with these flags, as the command line of the script would."""
-    if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
-        print(f"== round {number} {name}", flush=True)  # from the rank that prints the steps
+    last = int(os.environ["WORLD_SIZE"]) - 1  # the rank that prints the steps
+    if int(os.environ["RANK"]) == last:
+        print(f"== round {number} {name}", flush=True)
     sys.argv = [str(PRETRAIN), *flags]
     runpy.run_path(str(PRETRAIN), run_name="__main__")
     forget()
