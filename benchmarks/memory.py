@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mhc import MHCConfig, kernels
-from megatron_mhc.kernels import triton_rebuild
+from megatron_mhc.kernels.triton import rebuild as triton_rebuild
 from megatron_mhc.memory import Plan, plan_of
 from megatron_mhc.recompute import rebuild_ahead
 

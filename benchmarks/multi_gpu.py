@@ -63,8 +63,8 @@ PAPER = """
 """
 """`examples/moe/cluster.sh`'s layers, fewer, and fewer experts."""
 PAPER_EXPERTS = "--num-experts 72 --global-batch-size 16 --moe-router-force-load-balancing"
-"""All experts, each with its share of tokens: a router that has seen nothing gives a rank four times
-as many as another, which is what one would time."""
+"""All experts, each with its share of tokens: an untrained router gives a rank many times as many
+as another, and that is what one would time."""
 TINY_PAPER = """
     --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 32 --kv-lora-rank 32
     --max-position-embeddings 32 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16

@@ -4,7 +4,7 @@
     python benchmarks/pieces.py --width 7168 --channels 64 128
 
 A kernel reads x [T, 4, C] and f [T, C] and writes [T, 4, C], bf16: the 9 passes of
-`triton_projection.project_kernel`, in its pattern. A program holds a block of channels and goes
+`projection.project_kernel`, in its pattern. A program holds a block of channels and goes
 through tokens: a share of its own, or every so-many-th tile, next to what the other programs read.
 us are medians over CUDA events, the L2 cache emptied before each run.
 """

@@ -4,7 +4,7 @@
     python benchmarks/profile_site.py --tiles project=32,128,4,4,3 --width 7168
 
 A tile is tokens,channels,splits,warps,stages and, where wanted, the register limit; kernels that
-are not named keep theirs of triton_config.
+are not named keep theirs of `kernels.triton.tiles`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
     parser.add_argument(
         "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
-        help="tiles to run instead of triton_config's",
+        help="tiles to run instead of kernels.triton.tiles's",
     )  # fmt: skip
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

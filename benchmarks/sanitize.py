@@ -3,8 +3,9 @@
     python benchmarks/sanitize.py benchmarks/pipeline.py --spec local --layers 2 --equal 30
     python benchmarks/sanitize.py -m pytest -m gpu tests/gpu/test_recompute_gpu.py
 
-The sanitizer sees every operator (ours take the traced way under it, `kernels.triton_operator`) and
-knows a tensor by its address. Empty tensors all have the address 0 and are left out.
+The sanitizer sees every operator (ours take the traced way under it, see
+`kernels.triton.torch_operator`) and knows a tensor by its address. Empty tensors all have the
+address 0 and are left out.
 """
 
 import runpy

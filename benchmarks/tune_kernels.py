@@ -28,13 +28,13 @@ from bandwidth import copy_bandwidth
 from kernel_peers import Shapes, ours
 from site_kernels import captured, kernel_times
 
-from megatron_mhc.kernels import triton_config as config
-from megatron_mhc.kernels.triton_aggregate import weighted_sum
-from megatron_mhc.kernels.triton_finish import finish
-from megatron_mhc.kernels.triton_phi_gradient import phi_gradient
-from megatron_mhc.kernels.triton_projection import project
-from megatron_mhc.kernels.triton_stream_gradients import streams_gradients
-from megatron_mhc.kernels.triton_token_gradients import coefficients_gradients
+from megatron_mhc.kernels.triton import tiles as config
+from megatron_mhc.kernels.triton.aggregate import weighted_sum
+from megatron_mhc.kernels.triton.passes.finish import finish
+from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
+from megatron_mhc.kernels.triton.passes.projection import project
+from megatron_mhc.kernels.triton.passes.stream_gradients import streams_gradients
+from megatron_mhc.kernels.triton.passes.token_gradients import coefficients_gradients
 
 FLOORS = {
     "project": 9,
@@ -89,7 +89,7 @@ def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def running(kernel: str, width: int) -> tuple[int, ...]:
-    """The tile of `triton_config`, for n = 4 and bf16, as `--tiles` takes it."""
+    """The tile of `kernels.triton.tiles`, for n = 4 and bf16, as `--tiles` takes it."""
     tile = dataclasses.astuple(getattr(config, kernel)(4, width, torch.bfloat16))
     return tile[:-1] if tile[-1] is None else tile
 

@@ -40,9 +40,9 @@ def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **k
     if resolve(backend, n, x.device, x.dtype) == "torch":
         with _without_autocast(x):
             return getattr(reference, operation)(x, *args, **kw)
-    from . import triton_operations  # imports triton: only where it is wanted
+    from .triton import operations  # imports triton: only where it is wanted
 
-    return getattr(triton_operations, operation)(x, *args, **kw)
+    return getattr(operations, operation)(x, *args, **kw)
 
 
 def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int) -> None:

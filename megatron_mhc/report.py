@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_mhc import kernels
-from megatron_mhc.kernels import triton_config
+from megatron_mhc.kernels.triton import tiles
 
 from .accounting import distinct_mtp_layers, sites_and_parameters
 from .config import MHCConfig
@@ -54,8 +54,8 @@ def banner(
         backend = "triton" if reason is None else f"torch, because {reason}"
         if mhc.variant == "hc" and reason is None:
             backend += ", but torch for the coefficients of variant hc"
-    if backend.startswith("triton") and triton_config.tuned():
-        backend += f" with tiles of {os.environ[triton_config.ENVIRONMENT_VARIABLE]}"
+    if backend.startswith("triton") and tiles.tuned():
+        backend += f" with tiles of {os.environ[tiles.ENVIRONMENT_VARIABLE]}"
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""
     dropped = ""
     if mhc.recompute is not None:

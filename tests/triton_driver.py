@@ -10,16 +10,16 @@ from triton.backends.driver import GPUDriver
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from megatron_mhc import kernels
+from megatron_mhc.kernels import triton
 
 
 def modules() -> dict[str, Any]:
-    """The modules of `kernels` that have Triton in them, by name."""
-    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    """The modules of `kernels.triton`, by their names in it."""
+    prefix = f"{triton.__name__}."
     return {
-        name: importlib.import_module(f"megatron_mhc.kernels.{name}")
-        for name in names
-        if name.startswith("triton_")
+        module.name.removeprefix(prefix): importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(triton.__path__, prefix)
+        if not module.ispkg
     }
 
 

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ FOLDER = Path(megatron_mhc.__file__).parent
 # what `pip install -e` adds to Python's search; without it this is `pip install .`
 NOT_EDITABLE = """
 import sys
+import tomllib
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
 """
 
@@ -42,3 +44,17 @@ def test_a_checkout_works_whatever_is_installed() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert str(root / "patches") in run.stdout
+
+
+def test_every_folder_of_the_packages_is_installed() -> None:
+    """A wheel without one would import nowhere but in a checkout."""
+    root = FOLDER.parent
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    roots = {"megatron_mhc": "megatron_mhc", "kernels": "megatron_mhc.kernels"}
+    roots["patches"] = "megatron_mhc.patches"
+    found = {
+        ".".join((package, *path.parent.relative_to(root / folder).parts))
+        for folder, package in roots.items()
+        for path in (root / folder).rglob("__init__.py")
+    }
+    assert found == set(listed)

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia.compiler import CUDABackend
 
-from megatron_mhc.kernels import triton_config as config
-from megatron_mhc.kernels import triton_launch
+from megatron_mhc.kernels.triton import launch as triton_launch
+from megatron_mhc.kernels.triton import tiles as config
 from tests.kernel_cases import OPERATIONS, inputs, run
 from tests.triton_driver import Driver, active, modules
 
@@ -85,7 +85,7 @@ def use_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def call(operation: str, n: int, dtype: torch.dtype) -> None:
     """Launch all that an operation launches, forward and backward, for one token."""
     given = inputs("combine_pre" if operation == "rebuild" else operation, 1, n, 4096, dtype, "cpu")
-    function = getattr(modules()["triton_operations"], operation)
+    function = getattr(modules()["operations"], operation)
     if operation == "rebuild":
         x, f, h_post, h_res = (given[name].detach() for name in ("x", "f", "h_post", "h_res"))
         function(x, [h_post] * 6, [(f, h_post, h_res, f[0])] * 5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mhc.kernels import triton_config as config
+from megatron_mhc.kernels.triton import tiles as config
 
 BF16 = torch.bfloat16
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from megatron_mhc.kernels import triton_launch
+from megatron_mhc.kernels.triton import launch as triton_launch
 from tests.triton_driver import Driver, active, launched, modules
 
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
@@ -42,7 +42,7 @@ def test_every_launch_has_arguments_first_and_constants_by_name() -> None:
             assert told, f"{kernel.__name__} would be compiled for each {p.name}"
 
 
-KERNEL = modules()["triton_sums"].sum_mixing_kernel
+KERNEL = modules()["passes.sums"].sum_mixing_kernel
 GIVEN = {"BW": 128, "N": 4, "num_warps": 4, "BB": 16, "BLOCKS": 64}
 
 
@@ -84,15 +84,15 @@ def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(module, "launch"):
             monkeypatch.setattr(module, "launch", both)
     monkeypatch.setattr(*active(), Driver())
-    operations = modules()["triton_operations"]
+    operations = modules()["operations"]
     logits = torch.zeros(5, 4, 4)
     operations.sinkhorn(logits, 3, 0.0)
     x, f, h_post = torch.zeros(5, 4, 16), torch.zeros(5, 16), torch.zeros(5, 4)
     operations.aggregate(x[:0], h_post[:0])
     operations.aggregate(x, h_post)
     operations.rebuild(x, [h_post] * 3, [(f, h_post, logits, None)] * 2)
-    modules()["triton_sums"].sum_rows(torch.zeros(7, 40), torch.zeros(40))
-    modules()["triton_launch"].pack_weights(torch.zeros(24, 64), torch.bfloat16)
+    modules()["passes.sums"].sum_rows(torch.zeros(7, 40), torch.zeros(40))
+    modules()["launch"].pack_weights(torch.zeros(24, 64), torch.bfloat16)
     assert set(compared) == {
         *("sinkhorn_kernel", "aggregate_kernel", "rebuild_kernel"),
         *("sum_rows_kernel", "pack_kernel"),

@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megatron_mhc import kernels
-from megatron_mhc.kernels import reference, triton_launch, triton_operations
+from megatron_mhc.kernels import reference
+from megatron_mhc.kernels.triton import launch as triton_launch
+from megatron_mhc.kernels.triton import operations as triton_operations
 from tests.kernel_cases import (
     CANCELLING,
     DEEPSEEK,
@@ -169,7 +171,7 @@ class Operation:
             triton_launch.launch(kernel, grid, *arguments, **constants)
 
         for name, module in list(sys.modules.items()):
-            if name.startswith("megatron_mhc.kernels.triton_") and module is not triton_launch:
+            if name.startswith("megatron_mhc.kernels.triton.") and module is not triton_launch:
                 monkeypatch.setattr(module, "launch", launch, raising=False)
         eps = {n: 1 for n in settings(self.operation, PAPER, 20) if n.endswith("eps")}
         for function in (self.operation, f"{self.operation}_with_h_pre"):

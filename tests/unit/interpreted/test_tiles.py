@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_mhc.kernels import triton_config as config
-from megatron_mhc.kernels import triton_phi_gradient, triton_projection
+from megatron_mhc.kernels.triton import tiles as config
+from megatron_mhc.kernels.triton.passes import phi_gradient as triton_phi_gradient
+from megatron_mhc.kernels.triton.passes import projection as triton_projection
 from tests.kernel_cases import check
 
 

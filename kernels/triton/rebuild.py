@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import Mixing
-from .triton_config import Tile
-from .triton_device import load_columns, load_streams, mixed_stream
-from .triton_launch import dense, launch
+from ..reference import Mixing
+from .device import load_columns, load_streams, mixed_stream
+from .launch import dense, launch
+from .tiles import Tile
 
 SITES = 4
 """Sites that one launch goes through at most: each is compiled out in full."""

@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config as config
-from .triton_device import load_columns, load_streams, product, rounded, row_sums, widened
-from .triton_launch import dense, launch, pack_weights
-from .triton_phi_gradient import phi_gradient
-from .triton_sums import sum_mixing_kernel, sum_rows
-from .triton_token_gradients import TokenGradients
+from .. import tiles as config
+from ..device import load_columns, load_streams, product, rounded, row_sums, widened
+from ..launch import dense, launch, pack_weights
+from .phi_gradient import phi_gradient
+from .sums import sum_mixing_kernel, sum_rows
+from .token_gradients import TokenGradients
 
 
 @triton.jit

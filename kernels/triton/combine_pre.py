@@ -7,12 +7,12 @@ so autograd has nothing to add.
 import torch
 from torch import Tensor
 
-from .triton_finish import finish
-from .triton_launch import dense
-from .triton_operator import operator
-from .triton_projection import project
-from .triton_stream_gradients import streams_gradients
-from .triton_token_gradients import coefficients_gradients
+from .launch import dense
+from .passes.finish import finish
+from .passes.projection import project
+from .passes.stream_gradients import streams_gradients
+from .passes.token_gradients import coefficients_gradients
+from .torch_operator import operator
 
 
 @operator("combine_pre")

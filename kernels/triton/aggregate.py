@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config as config
-from .triton_device import load_columns, load_streams
-from .triton_launch import dense, launch
-from .triton_operator import operator
+from . import tiles as config
+from .device import load_columns, load_streams
+from .launch import dense, launch
+from .torch_operator import operator
 
 
 @triton.jit(do_not_specialize=["T"])

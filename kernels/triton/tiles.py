@@ -141,7 +141,7 @@ def shares(blocks: int, resident: int) -> int:
 
 @tunable
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_projection.project_kernel`: a block of channels, every so-many-th tile of tokens.
+    """`passes.projection.project_kernel`: a block of channels, every so-many-th tile of tokens.
 
     A program of bf16 and n = 4 has a multiprocessor to itself (171,520 bytes of shared memory;
     180,352 at n = 8), and all run at once where that fills 0.8 of them: each loads phi first. Wide
@@ -165,7 +165,7 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_finish.finish_kernel`: a few tokens a program, at most `project`'s; it reads no
+    """`passes.finish.finish_kernel`: a few tokens a program, at most `project`'s; it reads no
     channels."""
     return Tile(tokens=8, channels=1, warps=1)
 
@@ -178,13 +178,13 @@ times as many took 37 us for 31 at C 4096 and 53 for 22 at C 2560."""
 
 @tunable
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_token_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
+    """`passes.token_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
     return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 
 @tunable
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_stream_gradients.streams_kernel`: as `project`, four programs a multiprocessor."""
+    """`passes.stream_gradients.streams_kernel`: as `project`, four programs a multiprocessor."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -203,7 +203,7 @@ def streams_backward_rows(rows: int) -> int:
 
 @tunable
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`triton_phi_gradient.phi_kernel`: a block of the n*C columns, every so-many-th tile."""
+    """`passes.phi_gradient.phi_kernel`: a block of the n*C columns, every so-many-th tile."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
     blocks = -(-n * width // 128)

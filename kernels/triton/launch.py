@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_config import padded
+from .tiles import padded
 
 PHI_TERMS = 3
 """bf16 terms that phi is split into for bf16 streams: 8 bits of its mantissa each, all of it."""

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config as config
-from .triton_device import load_streams, sinkhorn_backward, widened
-from .triton_launch import dense, launch
-from .triton_sums import sum_rows
+from .. import tiles as config
+from ..device import load_streams, sinkhorn_backward, widened
+from ..launch import dense, launch
+from .sums import sum_rows
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .triton_launch import dense
-from .triton_operator import operator
-from .triton_projection import project
-from .triton_stream_gradients import streams_gradients
+from .launch import dense
+from .passes.projection import project
+from .passes.stream_gradients import streams_gradients
+from .torch_operator import operator
 
 
 @operator("combine")

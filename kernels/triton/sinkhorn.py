@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_config import SINKHORN_TOKENS
-from .triton_device import sinkhorn_backward, sinkhorn_forward
-from .triton_launch import dense, launch
-from .triton_operator import operator
+from .device import sinkhorn_backward, sinkhorn_forward
+from .launch import dense, launch
+from .tiles import SINKHORN_TOKENS
+from .torch_operator import operator
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -1,6 +1,6 @@
 """The forward's small kernel: a site's coefficients from the partial projections of its streams.
 
-`finish_kernel` adds up what `triton_projection.project_kernel` left and makes the coefficients;
+`finish_kernel` adds up what `passes.projection.project_kernel` left and makes the coefficients;
 with them `aggregate`'s own kernel reads the streams once more.
 """
 
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config as config
-from .triton_aggregate import weighted_sum
-from .triton_device import sinkhorn_forward, sum_blocks
-from .triton_launch import launch
+from .. import tiles as config
+from ..aggregate import weighted_sum
+from ..device import sinkhorn_forward, sum_blocks
+from ..launch import launch
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -3,7 +3,7 @@
 `project_kernel` mixes the streams of the site that ends and, on the tile still in registers,
 projects the result for the site that begins; each half can run alone. `combine`, `pre`,
 `coefficients`, `combine_pre` and `head` are this kernel with different flags, with
-`triton_finish` behind it, so their results agree to the bit.
+`passes.finish` behind it, so their results agree to the bit.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config as config
-from .triton_device import (
+from .. import tiles as config
+from ..device import (
     load_columns,
     load_streams,
     mixed_stream,
@@ -22,7 +22,7 @@ from .triton_device import (
     rounded,
     widened,
 )
-from .triton_launch import launch, pack_weights
+from ..launch import launch, pack_weights
 
 
 @triton.jit

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config as config
-from .triton_device import product
-from .triton_launch import PHI_TERMS, launch
-from .triton_sums import sum_rows
+from .. import tiles as config
+from ..device import product
+from ..launch import PHI_TERMS, launch
+from .sums import sum_rows
 
 LONGEST_SUM = 4096
 """Tokens that one program adds up at most. A sum over 65,536 tokens was 2e-4 off on an H100: the

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import launch
+from ..launch import launch
 
 
 @triton.jit(do_not_specialize=["COUNT"])

@@ -1,0 +1,1 @@
+"""Passes over the streams, and the sums after them, that several operations share."""
