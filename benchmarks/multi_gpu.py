@@ -11,10 +11,11 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
 * pipeline: losses of all GPUs as stages (at most 4, data parallel beyond) against one GPU; stock
   order, overlap and overlap with 2 in flight against each other, digit for digit (losses and
   gradient norms), also with timers on, and with late outputs (`late_ends.py`);
+* pipelines beside data and tensor parallelism, and of three stages (four GPUs and more);
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
 * the paper's layers (MLA, mixture of experts, distributed optimizer with both overlaps), pipeline
   and expert parallel: recompute and overlap against stock order, digit for digit;
-* save on several GPUs, resume on one, and back;
+* save on several GPUs, resume on two and on one, and back, with the distributed optimizer;
 * step times of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC, with
   overlap, with recompute, and with both, in one launch a layout, three rounds (`rounds.py`); NCCL's
   send and receive kernels that no compute kernel runs beside, from traces of a further round.

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 Span = tuple[float, float]
@@ -27,20 +28,34 @@ def together(a: list[Span], b: list[Span]) -> float:
     )
 
 
+def kernels(trace: Path) -> Iterator[tuple[str, Span]]:
+    """Name and span of every kernel in a chrome trace, which may be compressed.
+
+    On the clock of the host where the trace has its offset, so that ranks can be laid side by side.
+    """
+    with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
+        read = json.load(file)
+    offset = read.get("baseTimeNanoseconds", 0) / 1e3
+    for event in read["traceEvents"]:
+        if event.get("cat") == "kernel":
+            begin = offset + float(event["ts"])
+            yield event["name"], (begin, begin + float(event["dur"]))
+
+
+def is_message(name: str) -> bool:
+    """Whether a kernel is NCCL's send and receive: of pipeline stages, or of an all-to-all."""
+    return "SendRecv" in name
+
+
 def exposed(trace: Path) -> dict[str, float]:
     """Of NCCL's send and receive kernels in a chrome trace: milliseconds, and those alone.
 
     A receive's kernel also waits for its neighbour: bubbles are in both figures.
     """
-    with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
-        events = json.load(file)["traceEvents"]
     spans: dict[bool, list[Span]] = {True: [], False: []}
-    for event in events:
-        if event.get("cat") == "kernel":
-            begin = float(event["ts"])
-            nccl = "nccl" in event["name"].lower()
-            if not nccl or "SendRecv" in event["name"]:
-                spans[nccl].append((begin, begin + float(event["dur"])))
+    for name, span in kernels(trace):
+        if is_message(name) or "nccl" not in name.lower():
+            spans[is_message(name)].append(span)
     message = sum(end - begin for begin, end in union(spans[True]))
     return {
         "p2p_ms": message / 1e3,

@@ -8,14 +8,12 @@ messages between stages. All panels share one scale of time.
 """
 
 import argparse
-import gzip
 import importlib
-import json
 import pkgutil
 import re
 from pathlib import Path
 
-from spans import Span, together, union
+from spans import Span, is_message, kernels, together, union
 
 ROWS = {"model": "#9aa5b1", "mHC": "#d1495b", "messages": "#2e86ab"}
 
@@ -24,11 +22,11 @@ def own_kernels() -> frozenset[str]:
     """Names of mHC's Triton kernels, as a profiler shows them."""
     from triton.runtime.jit import JITFunction
 
-    from megatron_mhc import kernels
+    from megatron_mhc.kernels import triton
 
     modules = [
         importlib.import_module(found.name)
-        for found in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+        for found in pkgutil.walk_packages(triton.__path__, f"{triton.__name__}.")
     ]
     return frozenset(
         name
@@ -40,17 +38,10 @@ def own_kernels() -> frozenset[str]:
 
 def rows_of(trace: Path, own: frozenset[str]) -> dict[str, list[Span]]:
     """The kernels of a rank's trace by row of the picture: spans in milliseconds."""
-    with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
-        read = json.load(file)
-    begin_of_all = read.get("baseTimeNanoseconds", 0) / 1e6
     rows: dict[str, list[Span]] = {row: [] for row in ROWS}
-    for event in read["traceEvents"]:
-        if event.get("cat") != "kernel":
-            continue
-        name = event["name"]
-        row = "messages" if "SendRecv" in name else "mHC" if name in own else "model"
-        begin = begin_of_all + float(event["ts"]) / 1e3
-        rows[row].append((begin, begin + float(event["dur"]) / 1e3))
+    for name, (begin, end) in kernels(trace):
+        row = "messages" if is_message(name) else "mHC" if name in own else "model"
+        rows[row].append((begin / 1e3, end / 1e3))
     return {row: union(spans) for row, spans in rows.items()}
 
 

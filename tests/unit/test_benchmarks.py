@@ -1,6 +1,8 @@
 """The kernels' benchmarks: what their command lines say, and how they count."""
 
+import gzip
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +43,38 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
     for other in ([], records[:-1], [*records[:-1], (112.0, 114.0, "c")]):
         with pytest.raises(RuntimeError, match="not the same ones each time"):
             medians(other, 3)
+
+
+def test_a_timeline_tells_messages_that_nothing_runs_beside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two kernels of the model, one of ours and two messages, the first half hidden."""
+    monkeypatch.syspath_prepend(str(PROFILE.parent))
+    spans, timeline = importlib.import_module("spans"), importlib.import_module("timeline")
+    listed = {
+        # milliseconds
+        "gemm": [(0, 4), (3, 6)],
+        "project_kernel": [(6, 8)],
+        "ncclDevKernel_SendRecv": [(7, 9), (12, 15)],
+        "ncclDevKernel_AllReduce": [(20, 21)],
+    }
+    events = [
+        {"cat": "kernel", "name": name, "ts": 1e3 * begin, "dur": 1e3 * (end - begin)}
+        for name, times in listed.items()
+        for begin, end in times
+    ]
+    events.append({"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 9e6})
+    trace = tmp_path / "rank-3.json.gz"
+    with gzip.open(trace, "wt") as file:
+        json.dump({"baseTimeNanoseconds": 2_000_000, "traceEvents": events}, file)
+    rows = timeline.rows_of(trace, timeline.own_kernels())
+    assert rows == {
+        "model": [(2, 8), (22, 23)],
+        "mHC": [(8, 10)],
+        "messages": [(9, 11), (14, 17)],
+    }
+    assert spans.exposed(trace) == {"p2p_ms": 5.0, "p2p_alone_ms": 4.0}
+    assert timeline.rank_of(trace) == 3
 
 
 def test_pieces_moves_every_element() -> None:
