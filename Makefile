@@ -5,7 +5,7 @@ MATRIX ?= 0.18.2 0.19.2
 # two files of tests at a time: most of a test's time is one process that starts
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # a change of the stand-in for CUDA runs its own tests too
-STAND_IN := patches/cpu.py patches/torch_cuda.py patches/cuda_names.py
+STAND_IN := patches/cpu/
 QUICK ?= $(if $(shell git diff --name-only HEAD -- $(STAND_IN) 2>/dev/null),,-m "not thorough")
 PYTHON ?= $(shell for p in python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)

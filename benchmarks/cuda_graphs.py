@@ -32,7 +32,8 @@ MODELS = ["ordinary", "mHC"]
 ALLOWED = ("none", "full_iteration")
 WITHOUT_REFUSAL = """
 import sys
-from megatron_mhc import compatibility, run
+from megatron_mhc import run
+from megatron_mhc.model import compatibility
 refused = [c for c in compatibility.CONFLICTS if not c.flag.startswith("--cuda-graph")]
 compatibility.CONFLICTS = tuple(refused)
 run.main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
     torchrun ... -m megatron_mhc.run benchmarks/late_ends.py <flags> --mhc-overlap-p2p
 
-A stage's last operation (`Aside.run`) starts by some milliseconds of sleep on its stream.
+A stage's last operation (`SideStreams.run_detached`) begins with some milliseconds of sleep.
 """
 
 import runpy
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.aside import Aside
+from megatron_mhc.pipeline.side_streams import SideStreams
 
 CYCLES = 5_000_000
-run = Aside.run
+run = SideStreams.run_detached
 
 
-def late(self: Aside, work: Any, *inputs: Any) -> Any:
-    """`Aside.run`, its work behind a sleep."""
+def late(self: SideStreams, work: Any, *inputs: Any) -> Any:
+    """`SideStreams.run_detached`, its work behind a sleep."""
 
     def asleep(*given: Any) -> Any:
         torch.cuda._sleep(CYCLES)
@@ -27,6 +27,6 @@ def late(self: Aside, work: Any, *inputs: Any) -> Any:
     return run(self, asleep, *inputs)
 
 
-Aside.run = late  # type: ignore[method-assign]
+SideStreams.run_detached = late  # type: ignore[method-assign]
 pretrain = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
 runpy.run_path(str(pretrain), run_name="__main__")

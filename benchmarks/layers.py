@@ -23,7 +23,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_mhc import MHCConfig, strict_json, with_mhc
+from megatron_mhc import MHCConfig, with_mhc
+from megatron_mhc.metrics import strict_json
 
 VOCABULARY = 1024
 

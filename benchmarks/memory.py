@@ -11,7 +11,7 @@ What is measured, in GiB beyond the ordinary model:
   starts   n-wide storages among the tensors saved for the backward: the block starts
   rest     everything else that is held between forward and backward
   rebuilt  what allocating grows by when the last block is rebuilt ahead of the backward
-  sum      of the three; the formula's terms are `megatron_mhc.memory.Plan.bytes_a_token`
+  sum      of the three; the formula's terms are `bytes_a_token` of costs.recompute_plan.Plan
   peak     the allocator's peak in a step, transient gradients of the streams included
 """
 
@@ -28,9 +28,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mhc import MHCConfig, kernels
+from megatron_mhc.costs.recompute_plan import Plan, plan_of
 from megatron_mhc.kernels.triton import rebuild as triton_rebuild
-from megatron_mhc.memory import Plan, plan_of
-from megatron_mhc.recompute import rebuild_ahead
+from megatron_mhc.model.recompute import rebuild_ahead
 
 GIB = 2**30
 FULL = {

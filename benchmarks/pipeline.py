@@ -42,7 +42,7 @@ from spans import together, union  # noqa: E402
 from stage import Neighbours, Pace, Sizes, build_stage, cycles_per_ms  # noqa: E402
 
 from megatron_mhc import MHCConfig  # noqa: E402
-from megatron_mhc.pipeline import IN_FLIGHT  # noqa: E402
+from megatron_mhc.model.config_marks import IN_FLIGHT  # noqa: E402
 
 KINDS = ("ready", "computing")
 MODES = {"stock order": 0, "overlap": 1, "overlap, 2 in flight": 2}
@@ -63,7 +63,7 @@ class Stage:
         """The order of the steps that follow, and the pace of links and neighbours."""
         self.neighbours.set_pace(pace)
         setattr(self.config, IN_FLIGHT, MODES[mode])
-        vars(self.model).pop("mhc_aside", None)
+        vars(self.model).pop("mhc_side_streams", None)
 
     def step(self, forward_only: bool = False) -> None:
         """One step; gradients stay in the parameters."""
@@ -235,9 +235,9 @@ def record(stage: Stage, mode: str, pace: Pace, out: Path) -> dict[str, Any]:
         stage.step()
     torch.cuda.synchronize()
     lanes = {"compute": torch.cuda.current_stream()}
-    aside = vars(stage.model).get("mhc_aside")
-    if aside is not None:
-        lanes |= {f"priority {i}": stream for i, stream in enumerate(aside._streams)}
+    side_streams = vars(stage.model).get("mhc_side_streams")
+    if side_streams is not None:
+        lanes |= {f"priority {i}": stream for i, stream in enumerate(side_streams._streams)}
     for name in ("from_prev", "to_next", "from_next", "to_prev"):
         lanes[f"link {name}"] = getattr(stage.neighbours, name).stream
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
@@ -293,8 +293,8 @@ def record(stage: Stage, mode: str, pace: Pace, out: Path) -> dict[str, Any]:
         "priority_beside_compute_ms": together(of("priority"), compute) / 1e3,
         "spans": spans,
     }
-    if aside is not None:
-        priorities = {stream.priority for stream in aside._streams}
+    if side_streams is not None:
+        priorities = {stream.priority for stream in side_streams._streams}
         assert max(priorities) < lanes["compute"].priority, f"priorities {priorities}"
         names = sorted({name for _, _, name in spans["priority 0"]})
         assert combines, f"no combine ran on a high-priority stream; there ran {names}"

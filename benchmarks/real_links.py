@@ -17,7 +17,7 @@ from spans import exposed
 from stage import Sizes, build_stage
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.pipeline import IN_FLIGHT
+from megatron_mhc.model.config_marks import IN_FLIGHT
 
 
 class RealStage:
@@ -36,7 +36,7 @@ class RealStage:
     def choose(self, in_flight: int) -> None:
         """The order of the steps that follow: stock order, or so many microbatches ahead."""
         setattr(self.config, IN_FLIGHT, in_flight)
-        vars(self.model).pop("mhc_aside", None)
+        vars(self.model).pop("mhc_side_streams", None)
 
     def step(self) -> None:
         """One step; gradients stay in the parameters."""

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mhc.runs import LOSS_TAG, curves, labelled
+from megatron_mhc.tools.plot_runs import LOSS_TAG, curves, labelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

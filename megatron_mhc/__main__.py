@@ -23,8 +23,8 @@ ones. To stop and resume, give the training its own --save, and --load that from
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .arguments import config_from_arguments, flags_of
-    from .convert import convert
+    from .start.flags import config_from_arguments, flags_of
+    from .tools.convert import convert
 
     try:
         mhc = config_from_arguments(args)
@@ -43,8 +43,8 @@ def check_flags(flags: list[str]) -> None:
 
     with warnings.catch_warnings(action="ignore"):  # of what is not installed for training
         cpu.enter()
-        from .activate import activate
-        from .dry_run import FlagsError, report
+        from .start.activate import activate
+        from .tools.dry_run import FlagsError, report
 
         activate()
     try:
@@ -89,15 +89,15 @@ def main() -> None:
     )
     convert.add_argument("target", type=Path, metavar="TARGET", help="a new folder, for --load")
     if "convert" in sys.argv[1:2]:
-        from .arguments import add_setting_flags
-        from .checkpoint import FUNCTION_FIELDS
+        from .model.stored_settings import FUNCTION_FIELDS
+        from .start.flags import add_setting_flags
 
         add_setting_flags(convert, (*FUNCTION_FIELDS, "init"))
     args = parser.parse_args()
     if args.command == "doctor" and args.args is not None:
         check_flags(args.args)
     elif args.command == "doctor":
-        from .doctor import report
+        from .tools.doctor import report
 
         page, is_well = report()
         print(page)
@@ -105,7 +105,7 @@ def main() -> None:
     elif args.command == "convert":
         _convert(args)
     else:
-        from .plot import write_plots
+        from .tools.plot_page import write_plots
 
         for file in write_plots(args.runs, args.output):
             print(f"plot: wrote {file}")

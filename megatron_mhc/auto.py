@@ -1,5 +1,5 @@
 """`import megatron_mhc.auto` at the top of a training script adds the --mhc flags to Megatron."""
 
-from .activate import activate
+from .start.activate import activate
 
 activate()

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mhc.patches.releases import check_release
 
-from .arguments import add_mhc_arguments
+from .start.flags import add_mhc_arguments
 
 USAGE = (
     "[torchrun ...] -m megatron_mhc.run [--cpu] SCRIPT [the script's and Megatron's flags] --mhc"
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cpu.enter()
     elif not torch.cuda.is_available():
         sys.exit("megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU")
-    from .activate import activate
+    from .start.activate import activate
 
     activate()
     _alone()
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _last_word(script: str) -> None:
     """Raise NotMegatronError if the script that ended can have had no mHC in it."""
-    from .activate import seen
+    from .start.activate import seen
 
     if not seen.parser:
         raise NotMegatronError(
@@ -108,7 +108,7 @@ def _last_word(script: str) -> None:
         )
     if not seen.asked:
         return
-    from .layer import is_any_built
+    from .model.layer import is_any_built
 
     if not is_any_built():
         raise NotMegatronError(

@@ -20,11 +20,11 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from .activate import check_turned_off, loader_patches, model_patches
-from .arguments import active_config, base_spec
 from .config import MHCConfig
-from .report import announce_spec
-from .wide import widened
+from .model.specs import widened
+from .start.activate import check_turned_off, loader_patches, model_patches
+from .start.banner import announce_spec
+from .start.flags import active_config, base_spec
 
 
 def with_mhc[

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_mhc.runs import Curve, Run, largest, read_run
+from megatron_mhc.tools.plot_runs import Curve, Run, largest, read_run
 
 WINDOW = 10
 """Steps in a mean of the loss."""

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.accounting import activation_bytes_a_token
+from megatron_mhc.costs.formulas import activation_bytes_a_token
 from tests.gpu_memory import requested_bytes
 
 pytestmark = [
@@ -121,7 +121,7 @@ def loss_of(model: Any, step: int) -> torch.Tensor:
 @functools.cache
 def trained(kind: str, precision: str, mhc: MHCConfig | None) -> dict[str, Any]:
     """Losses of some steps, and the dtypes that mHC's modules have seen and made."""
-    from megatron_mhc.connection import HyperConnection
+    from megatron_mhc.model.connection import HyperConnection
 
     model = build(kind, precision, mhc)
     dtypes: set[tuple[str, torch.dtype]] = set()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tests.megatron import worker  # isort: skip  (first: it readies Megatron for the CPU)
 
-from megatron_mhc.layer import MHCLayer
-from megatron_mhc.recorder import Recorder
+from megatron_mhc.metrics.recorder import Recorder
+from megatron_mhc.model.layer import MHCLayer
 from tests.megatron.models import Scenario
 
 

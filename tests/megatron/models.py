@@ -27,8 +27,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 
 from megatron_mhc import with_mhc  # noqa: E402
-from megatron_mhc.connection import initial_bias  # noqa: E402
-from megatron_mhc.parameters import is_hyper_connection  # noqa: E402
+from megatron_mhc.model.connection import initial_bias  # noqa: E402
+from megatron_mhc.model.parameters import is_hyper_connection  # noqa: E402
 
 VOCABULARY, SEQUENCE = 128, 32
 

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.__main__ import main
-from megatron_mhc.checkpoint import CheckpointSettingsError, StoredSettings
-from megatron_mhc.convert import convert
+from megatron_mhc.model.stored_settings import CheckpointSettingsError, StoredSettings
 from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.tools.convert import convert
 from tests.megatron.launch import ROOT, forked_run
 from tests.megatron.test_checkpoint import FLAGS, MOE
 

@@ -12,7 +12,8 @@ import torch
 import torch.utils._device
 from torch import Tensor
 
-from megatron_mhc.patches import cpu, torch_cuda
+from megatron_mhc.patches import cpu
+from megatron_mhc.patches.cpu import torch_cuda
 from megatron_mhc.patches.registry import Patch, locate, registry
 from tests.megatron.cpu_stand_in_worker import LAYERS, MLA_WIDTHS, SPREAD
 from tests.megatron.launch import ROOT, torchrun
@@ -104,7 +105,7 @@ def test_is_off_unless_asked_for() -> None:
 def test_a_gpu_stays_untouched() -> None:
     python(
         "import torch\n"
-        "from megatron_mhc.patches.torch_cuda import cuda_is_cpu\n"
+        "from megatron_mhc.patches.cpu.torch_cuda import cuda_is_cpu\n"
         "with cuda_is_cpu():\n"
         "    torch.manual_seed(1)\n"
         "    layer = torch.nn.Linear(2, 2, device='cuda').cuda()\n"

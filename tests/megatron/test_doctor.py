@@ -65,7 +65,7 @@ def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
 
 
 def test_doctor_fails_where_a_hook_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_mhc import doctor
+    from megatron_mhc.tools import doctor
 
     assert doctor.report()[1]
     monkeypatch.setattr(doctor, "HOOKS", (("megatron.core:no_such_hook", "of this test"),))
@@ -92,8 +92,8 @@ def test_doctor_fails_where_a_patch_that_is_turned_off_does_not_exist(
 def test_ids_of_patches_that_do_not_exist_are_refused(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_mhc.activate import activate
     from megatron_mhc.patches import PatchError, registry
+    from megatron_mhc.start.activate import activate
 
     turn_on = activate if way == "activate" else lambda: with_mhc(specs()["local"])
     # the second is of --cpu alone, and the third of a training run alone: neither is unknown

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import pytest
 
-from megatron_mhc.monitor import METRICS_FILE
-from megatron_mhc.runs import read_run
+from megatron_mhc.metrics.monitor import METRICS_FILE
+from megatron_mhc.tools.plot_runs import read_run
 from tests.megatron.launch import forked_run
 from tests.megatron.test_plugin import SCRIPT, TINY, training_log
 

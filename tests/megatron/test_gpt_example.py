@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_mhc.runs import curves
+from megatron_mhc.tools.plot_runs import curves
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_mhc.arguments import add_mhc_arguments, prepare_arguments
-from megatron_mhc.guard import site_name, violations
-from megatron_mhc.monitor import METRICS_FILE
+from megatron_mhc.metrics.guard import site_name, violations
+from megatron_mhc.metrics.monitor import METRICS_FILE
+from megatron_mhc.start.flags import add_mhc_arguments, prepare_arguments
 from tests.megatron.launch import forked_run, torchrun
 from tests.megatron.test_plugin import RUN, SCRIPT, TINY, losses, python
 
@@ -142,7 +142,7 @@ def test_the_guard_stops_every_rank_before_the_update() -> None:
         torchrun(2, *RUN, *HC, *stages, "--mhc-guard", "stop", CUDA_VISIBLE_DEVICES="")
     printed = str(stopped.value)
     # whichever rank raises first is the one that torchrun speaks of
-    assert "megatron_mhc.guard.GuardError: mHC's guard at step 2: the composite" in printed
+    assert "megatron_mhc.metrics.guard.GuardError: mHC's guard at step 2: the composite" in printed
     assert "over 8 sites" in printed and "Stopped before this step's update" in printed
 
 
@@ -217,7 +217,7 @@ def test_metrics_without_their_patch_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_script_of_ones_own_has_no_flag_to_turn_it_on() -> None:
     """Megatron's `--spec` route: settings are environment variables, and this is none of them."""
-    from megatron_mhc.arguments import config_from_environment
+    from megatron_mhc.start.flags import config_from_environment
 
     with pytest.raises(ValueError, match="MHC_LOG_INTERVAL is set; known are"):
         config_from_environment({"MHC_LOG_INTERVAL": "10"})

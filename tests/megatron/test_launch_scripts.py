@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.memory import Plan
+from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.patches.releases import is_installed
 from tests.megatron.launch import ROOT
 from tests.megatron.test_gpt_example import environment, losses
@@ -264,9 +264,9 @@ COUNT = """
 import sys
 from megatron_mhc.patches import cpu, registry
 cpu.enter()
-from megatron_mhc.activate import activate
+from megatron_mhc.start.activate import activate
 activate()
-from megatron_mhc.dry_run import parse
+from megatron_mhc.tools.dry_run import parse
 from megatron.training import training
 for extra in ([], ["--mhc"], ["--mhc", "--mhc-num-streams", "2"]):
     args = parse([*sys.argv[1:], *extra])

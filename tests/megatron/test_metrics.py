@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_mhc.kernels import reference
-from megatron_mhc.metrics import gains, residual_metrics, stream_geometry
+from megatron_mhc.metrics.formulas import gains, residual_metrics, stream_geometry
 from tests.megatron.launch import assert_same_training, torchrun
 
 RECOMPUTE = {

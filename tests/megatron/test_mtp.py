@@ -151,7 +151,7 @@ def test_one_layer_at_every_depth_is_counted_once(tmp_path: Path) -> None:
 
 COUNTED = """
 import gc
-from megatron_mhc.connection import HyperConnection
+from megatron_mhc.model.connection import HyperConnection
 built = [site for site in gc.get_objects() if isinstance(site, HyperConnection)]
 parameters = sum(p.numel() for site in built for p in site.parameters())
 print(f"built: {len(built)} sites, {parameters} parameters")

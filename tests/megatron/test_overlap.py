@@ -11,9 +11,9 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_mhc import links, schedule
-from megatron_mhc.deadline import Deadline
-from megatron_mhc.memory import microbatches_in_flight
+from megatron_mhc.costs.recompute_plan import microbatches_in_flight
+from megatron_mhc.pipeline import links, schedule
+from megatron_mhc.pipeline.deadline import Deadline
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
 
@@ -133,9 +133,12 @@ def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
             "send_forward_recv_forward": (steps + 1) * microbatches + 1,
             "send_backward_recv_backward": steps * microbatches + 1,
         }
-        assert result[mode]["aside"] == {"run": (steps + 1) * microbatches, "open": 0}
+        assert result[mode]["side_streams"] == {
+            "run_detached": (steps + 1) * microbatches,
+            "run_and_join": 0,
+        }
     assert result["off"]["messages"]["send_forward_recv_forward"] == 0
-    assert result["off"]["aside"] == {"run": 0, "open": 0}
+    assert result["off"]["side_streams"] == {"run_detached": 0, "run_and_join": 0}
 
 
 @pytest.mark.parametrize("case", ["6 microbatches", "four stages"])
@@ -192,11 +195,11 @@ def test_gradients_are_reduced_when_the_schedule_says_so() -> None:
     assert results("DP=2, overlapped")["on"]["reduced"] == [0] * 4
 
 
-def test_the_ends_of_interleaved_chunks_run_aside() -> None:
+def test_the_ends_of_interleaved_chunks_run_on_side_streams() -> None:
     result = results("interleaved")
     # of the first stage's two chunks, both send and one receives
-    assert result["on"]["aside"] == {"run": 2 * 4 * 6, "open": 4 * 6}
-    assert result["off"]["aside"] == {"run": 0, "open": 0}
+    assert result["on"]["side_streams"] == {"run_detached": 2 * 4 * 6, "run_and_join": 4 * 6}
+    assert result["off"]["side_streams"] == {"run_detached": 0, "run_and_join": 0}
 
 
 def test_an_ordinary_model_keeps_megatrons_schedule() -> None:
@@ -239,10 +242,10 @@ def test_a_gradient_that_an_interleaved_chunk_sends_keeps_its_memory(
 ) -> None:
     """The allocator is told who still reads it; what happens otherwise only GPUs show."""
     lent: list[Any] = []
-    monkeypatch.setattr(links, "lend", lambda values, stream: lent.append((values, stream)))
+    monkeypatch.setattr(links, "record_use", lambda values, stream: lent.append((values, stream)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "compute")
     monkeypatch.setattr(P2PCommunicator, "send_backward_recv_backward", lambda *sent: sent[1])
-    communicator = object.__new__(links.AsideCommunicator)
+    communicator = object.__new__(links.SideStreamCommunicator)
     assert communicator.send_backward_recv_backward("gradient", False, None, True) == "gradient"
     assert communicator.send_backward_recv_backward(None, True, None, True) is None
     assert lent == [("gradient", "compute")]
@@ -254,13 +257,13 @@ def test_an_interleaved_output_that_megatron_sends_is_waited_for(
     """In warm-up and evaluation it leaves from the compute stream, which has to wait for it."""
     done: list[Any] = []
     compute = SimpleNamespace(wait_stream=lambda stream: done.append(("waits", stream)))
-    monkeypatch.setattr(links, "lend", lambda values, stream: done.append(("lent", values)))
+    monkeypatch.setattr(links, "record_use", lambda values, stream: done.append(("lent", values)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
     monkeypatch.setattr(
         P2PCommunicator, "send_forward_recv_forward", lambda *sent: done.append(("sent", sent[1]))
     )
-    communicator = object.__new__(links.AsideCommunicator)
-    communicator.aside = SimpleNamespace(turn=0, of=lambda turn: f"stream {turn}")  # type: ignore[assignment]
+    communicator = object.__new__(links.SideStreamCommunicator)
+    communicator.side_streams = SimpleNamespace(microbatch=0, of=lambda i: f"stream {i}")  # type: ignore[assignment]
     for output in ("y0", "y1"):
         communicator.send_forward_recv_forward(output, False, None)
     expected = [("waits", "stream 0"), ("lent", "y0"), ("sent", "y0")]

@@ -10,9 +10,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.model.config_marks import mark_streams, streams_of
 from megatron_mhc.patches import registry
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
-from megatron_mhc.pipeline import mark_streams, streams_of
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_training import SGD, SUMMATION_ORDER, UNCLIPPED
 

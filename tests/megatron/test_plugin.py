@@ -115,7 +115,7 @@ def test_auto_is_one_line_in_ones_own_script(
 
 
 SAYS_ITS_PATCHES = f"""{(ROOT / SCRIPT).read_text()}
-from megatron_mhc.activate import plugin_patches
+from megatron_mhc.start.activate import plugin_patches
 from megatron_mhc.patches import registry
 applied = [s.patch.id for s in registry.status(*plugin_patches()) if s.state == "applied"]
 print("applied:", *applied, flush=True)
@@ -124,7 +124,7 @@ ALONE = f"""from megatron_mhc.patches import cpu
 cpu.enter()
 {(ROOT / SCRIPT).read_text()}
 import sys
-print("plugin", "megatron_mhc.activate" in sys.modules)
+print("plugin", "megatron_mhc.start.activate" in sys.modules)
 """
 ORDINARY: dict[str, tuple[int, list[str]]] = {
     "one process": (1, ["--bf16"]),
@@ -166,9 +166,9 @@ def test_the_runner_without_the_flag_trains_as_megatron_alone(
 @pytest.mark.parametrize("case", ORDINARY)
 def test_our_patches_change_no_digit_of_an_ordinary_model(case: str, tmp_path: Path) -> None:
     """Those of the optimizer, the schedule and the building of a model are on its way too."""
-    from megatron_mhc.activate import plugin_patches
     from megatron_mhc.patches.cpu import SHIPPED_HELPERS
     from megatron_mhc.patches.spec_function import spec_function_patches
+    from megatron_mhc.start.activate import plugin_patches
 
     if case == "multi-token prediction" and is_installed("<0.19"):
         pytest.skip("the script builds none of these layers with Megatron 0.18")
@@ -220,9 +220,9 @@ def test_fsdp_refuses_a_model_that_a_library_gave_mhc(name: str) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_mhc.activate import model_patches
-    from megatron_mhc.connection import HyperConnection
+    from megatron_mhc.model.connection import HyperConnection
     from megatron_mhc.patches.registry import locate
+    from megatron_mhc.start.activate import model_patches
 
     with_mhc(get_gpt_layer_local_spec())
     (target,) = [patch.target for patch in model_patches() if patch.id == name]
@@ -358,9 +358,9 @@ def test_the_runners_help_lists_our_flags(flags: list[str]) -> None:
 
 
 def test_every_patch_of_the_plugin_undoes_cleanly() -> None:
-    from megatron_mhc.activate import plugin_patches
     from megatron_mhc.patches import registry
     from megatron_mhc.patches.registry import locate
+    from megatron_mhc.start.activate import plugin_patches
 
     registry.undo()  # what with_mhc applied in the tests above
     patches = plugin_patches()
@@ -382,8 +382,8 @@ def test_muon_never_sees_mhc() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-    from megatron_mhc.connection import HyperConnection
-    from megatron_mhc.parameters import MARK
+    from megatron_mhc.model.connection import HyperConnection
+    from megatron_mhc.model.parameters import MARK
     from megatron_mhc.patches import registry
     from megatron_mhc.patches.parameter_groups import parameter_group_patches
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.runs import Run, read_run
+from megatron_mhc.tools.plot_runs import Run, read_run
 from tests.megatron.launch import ROOT
 from tests.megatron.test_gpt_example import environment
 

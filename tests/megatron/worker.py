@@ -44,12 +44,12 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from megatron_mhc import links, schedule
-from megatron_mhc.aside import Aside
-from megatron_mhc.connection import HyperConnection
-from megatron_mhc.deadline import Deadline
-from megatron_mhc.parameters import is_hyper_connection
-from megatron_mhc.recompute import rebuild_ahead
+from megatron_mhc.model.connection import HyperConnection
+from megatron_mhc.model.parameters import is_hyper_connection
+from megatron_mhc.model.recompute import rebuild_ahead
+from megatron_mhc.pipeline import links, schedule
+from megatron_mhc.pipeline.deadline import Deadline
+from megatron_mhc.pipeline.side_streams import SideStreams
 from tests.megatron.models import SEQUENCE, VOCABULARY, Scenario
 from tests.megatron.rendezvous import hosts_wait
 
@@ -313,7 +313,7 @@ def run(s: Scenario) -> dict[str, Any]:
         dtypes and weight_decay (of each parameter, by name), and
         linked (for each layer but the last, whether its last site knows the next layer's first),
         calls (how often each connection ran for a microbatch, on average),
-        messages (calls of each method of P2PCommunicator) and aside (of each method of Aside),
+        messages (calls of each method of P2PCommunicator), side_streams (those of SideStreams),
         left (how many tensors of an interrupted step's graph are still there after it),
         in_flight (`most_in_flight`), reduced (calls of its chunks' `start_grad_sync`, by rank),
         groups (`groups_made`, by rank).
@@ -322,7 +322,7 @@ def run(s: Scenario) -> dict[str, Any]:
     with (
         waits,
         counted(P2PCommunicator, *MESSAGES) as messages,
-        counted(Aside, "run", "open") as aside,
+        counted(SideStreams, "run_detached", "run_and_join") as side_streams,
         counted(DistributedDataParallel, "start_grad_sync") as reduced,
         most_in_flight() as in_flight,
         groups_made() as groups,
@@ -330,7 +330,7 @@ def run(s: Scenario) -> dict[str, Any]:
         result = train(s)
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (reduced["start_grad_sync"], groups))
-    counts = {"messages": messages, "aside": aside, "in_flight": in_flight}
+    counts = {"messages": messages, "side_streams": side_streams, "in_flight": in_flight}
     counts["reduced"], counts["groups"] = map(list, zip(*everywhere, strict=True))
     return result | counts
 

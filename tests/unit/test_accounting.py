@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.accounting import (
+from megatron_mhc.costs.formulas import (
     activation_bytes_a_token,
     forward_flops_a_token,
     full_recompute_bytes_a_token,

@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.accounting import sites_and_parameters
-from megatron_mhc.arguments import (
-    SETTINGS,
-    add_mhc_arguments,
-    config_from_arguments,
-    config_from_environment,
-    prepare_arguments,
-)
-from megatron_mhc.compatibility import (
+from megatron_mhc.costs.formulas import sites_and_parameters
+from megatron_mhc.model.compatibility import (
     CONFLICTS,
     IN_FLIGHT_CONFLICTS,
     OVERLAP_CONFLICTS,
     RECOMPUTE_CONFLICTS,
     check_transformer_config,
 )
-from megatron_mhc.connection import Head, HyperConnection
+from megatron_mhc.model.connection import Head, HyperConnection
 from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.start.flags import (
+    SETTINGS,
+    add_mhc_arguments,
+    config_from_arguments,
+    config_from_environment,
+    prepare_arguments,
+)
 
 
 @pytest.mark.parametrize(

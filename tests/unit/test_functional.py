@@ -8,7 +8,7 @@ import torch
 
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.kernels import backend
-from megatron_mhc.report import banner
+from megatron_mhc.start.banner import banner
 from tests.kernel_cases import check_rebuild
 
 X = torch.randn(2, 3, 4, 8)

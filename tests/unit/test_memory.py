@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.costs.recompute_plan import Plan, microbatches_in_flight
 from megatron_mhc.kernels.backend import Backend
-from megatron_mhc.memory import Plan, microbatches_in_flight
-from megatron_mhc.report import banner
+from megatron_mhc.start.banner import banner
 
 
 def least(n: int, layers: int, in_flight: int, norms: int) -> int:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.connection import Head, HyperConnection
-from megatron_mhc.parameters import Fp32Module, is_hyper_connection
+from megatron_mhc.model.connection import Head, HyperConnection
+from megatron_mhc.model.parameters import Fp32Module, is_hyper_connection
 
 WIDTH = 8
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.model.config_marks import mark_streams, streams_of
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
-from megatron_mhc.pipeline import mark_streams, streams_of
 
 
 def communicate(config: Any, shape: tuple[int, ...], **sent: torch.Tensor | None) -> Any:

@@ -11,12 +11,12 @@ import torch
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_mhc import strict_json
-from megatron_mhc.metrics import residual_metrics
-from megatron_mhc.monitor import METRICS_FILE
-from megatron_mhc.pictures import Picture, pictures
-from megatron_mhc.plot import write_plots
-from megatron_mhc.runs import largest, read_run
+from megatron_mhc.metrics import strict_json
+from megatron_mhc.metrics.formulas import residual_metrics
+from megatron_mhc.metrics.monitor import METRICS_FILE
+from megatron_mhc.tools.plot_page import write_plots
+from megatron_mhc.tools.plot_pictures import Picture, pictures
+from megatron_mhc.tools.plot_runs import largest, read_run
 
 STEPS = [1, 5, 10]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.connection import HyperConnection
-from megatron_mhc.layer import Site
-from megatron_mhc.recompute import Block, rebuild_ahead
+from megatron_mhc.model.connection import HyperConnection
+from megatron_mhc.model.layer import Site
+from megatron_mhc.model.recompute import Block, rebuild_ahead
 
 N, WIDTH = 4, 8
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.connection import HyperConnection
-from megatron_mhc.layer import Site
+from megatron_mhc.model.connection import HyperConnection
+from megatron_mhc.model.layer import Site
 
 N, WIDTH = 4, 8
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mhc import kernels
+from megatron_mhc.model.connection import Begun, HyperConnection
+from megatron_mhc.model.parameters import is_hyper_connection
 
-from .connection import Begun, HyperConnection
-from .metrics import Values, residual_metrics, stream_geometry
-from .parameters import is_hyper_connection
+from .formulas import Values, residual_metrics, stream_geometry
 
 
 def h_pre_of(connection: HyperConnection, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def connections(chunks: Iterable[torch.nn.Module]) -> dict[int, HyperConnection]
 
     Without those of multi-token prediction, which are no part of the product over depth.
     """
-    from .layer import MHCLayer
+    from megatron_mhc.model.layer import MHCLayer
 
     found = {}
     for chunk in chunks:

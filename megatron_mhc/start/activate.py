@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_mhc.costs import formulas, recompute_plan
+from megatron_mhc.metrics import monitor
+from megatron_mhc.model import compatibility, config_marks, parameters, stored_settings
 from megatron_mhc.patches import Patch, PatchError, registry
 from megatron_mhc.patches.block_forward import block_forward_patch
 from megatron_mhc.patches.checkpoint_load import (
@@ -33,17 +36,7 @@ from megatron_mhc.patches.training import (
     yaml_patch,
 )
 
-from . import (
-    accounting,
-    arguments,
-    checkpoint,
-    compatibility,
-    memory,
-    monitor,
-    parameters,
-    pipeline,
-    report,
-)
+from . import banner, flags
 
 
 class _Seen:
@@ -65,34 +58,34 @@ seen = _Seen()
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     seen.parser = True
-    arguments.add_mhc_arguments(parser)
+    flags.add_mhc_arguments(parser)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     seen.asked = args.mhc
-    arguments.check_arguments(args)
+    flags.check_arguments(args)
 
 
 def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
     """Raise if mHC was asked for and is not there; print the banner once, where it is."""
-    args = arguments.megatron_arguments()
+    args = flags.megatron_arguments()
     if not getattr(args, "mhc", False):
         return
-    config, source = arguments.active_config()
-    if not report.check_model(chunks, config, trained=trained) or seen.banner is not None:
+    config, source = flags.active_config()
+    if not banner.check_model(chunks, config, trained=trained) or seen.banner is not None:
         return
-    counts = accounting.sites_and_parameters(
-        config, args.num_layers, args.hidden_size, accounting.distinct_mtp_layers(args)
+    counts = formulas.sites_and_parameters(
+        config, args.num_layers, args.hidden_size, formulas.distinct_mtp_layers(args)
     )
     device = next(p.device for chunk in chunks for p in chunk.parameters())
-    plan = memory.plan_of(chunks)
-    seen.banner = report.banner(config, source, *counts, device, args.params_dtype, plan)
-    report.print_banner(seen.banner)
+    plan = recompute_plan.plan_of(chunks)
+    seen.banner = banner.banner(config, source, *counts, device, args.params_dtype, plan)
+    banner.print_banner(seen.banner)
 
 
 def _run_schedule(name: str, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """`schedule.run_overlapped`, imported when there is a schedule to run."""
-    from .schedule import run_overlapped
+    from megatron_mhc.pipeline.schedule import run_overlapped
 
     return run_overlapped(name, original, arguments)
 
@@ -101,19 +94,19 @@ def _extra_flops_a_token(args: argparse.Namespace) -> float:
     """mHC's FLOPs a token of a training step, none where it is off."""
     if not getattr(args, "mhc", False):
         return 0.0
-    return accounting.training_flops_a_token(args, arguments.config_from_arguments(args))
+    return formulas.training_flops_a_token(args, flags.config_from_arguments(args))
 
 
 def _like_decoder(decoder: Any, mtp: Any) -> Any:
     """`wide.like_decoder`, imported when there is a model to build."""
-    from .wide import like_decoder
+    from megatron_mhc.model.specs import like_decoder
 
     return like_decoder(decoder, mtp)
 
 
 def _arrange(block: Any) -> None:
     """`arrange.arrange`, imported when there is a model to run."""
-    from .arrange import arrange
+    from megatron_mhc.model.arrange import arrange
 
     arrange(block)
 
@@ -123,8 +116,8 @@ def model_patches() -> tuple[Patch, ...]:
     return (
         *parameter_group_patches(parameters.MARK),
         *optimizer_checkpoint_patches(),
-        checkpoint_load_patch(checkpoint.check_load),
-        pipeline_width_patch(pipeline.streams_of),
+        checkpoint_load_patch(stored_settings.check_load),
+        pipeline_width_patch(config_marks.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
         block_forward_patch(_arrange),
@@ -136,22 +129,22 @@ def loader_patches() -> tuple[Patch, ...]:
     """For Megatron's own loader of checkpoints; none where a library user has not imported it."""
     if "megatron.training.training" not in sys.modules:
         return ()
-    return state_dict_load_patches(checkpoint.check_state_dict)
+    return state_dict_load_patches(stored_settings.check_state_dict)
 
 
 def plugin_patches() -> tuple[Patch, ...]:
     """Every patch that `activate` applies, in order."""
     return (
         arguments_patch(_add_arguments),
-        checkpoint_arguments_patch(arguments.take_from_checkpoint),
-        validation_patch(arguments.prepare_arguments, _check_arguments),
-        yaml_patch(arguments.refuse_yaml),
+        checkpoint_arguments_patch(flags.take_from_checkpoint),
+        validation_patch(flags.prepare_arguments, _check_arguments),
+        yaml_patch(flags.refuse_yaml),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
         *spec_function_patches(),
         throughput_patch(_extra_flops_a_token),
         *model_patches(),
-        *state_dict_load_patches(checkpoint.check_state_dict),
+        *state_dict_load_patches(stored_settings.check_state_dict),
         SHIPPED_HELPERS,
     )
 

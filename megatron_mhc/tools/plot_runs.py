@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import strict_json
-from .monitor import METRICS_FILE
+from megatron_mhc.metrics import strict_json
+from megatron_mhc.metrics.monitor import METRICS_FILE
 
 LOSS_TAG, GRADIENT_TAG = "lm loss", "grad-norm"
 """What Megatron calls them in TensorBoard."""

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from .aside import Aside, lend
+from megatron_mhc.model.config_marks import streams_of
+
 from .deadline import Deadline
-from .pipeline import streams_of
+from .side_streams import SideStreams, record_use
 
 _backward_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -115,7 +116,7 @@ class Inbox:
     Args:
         receive: posts one; returns its tensor and the request to wait for.
         total: how many there will be.
-        aside: the streams that wait for them.
+        side_streams: the streams that wait for them.
         ahead: whether `take` posts the one after what it takes; else the caller posts each.
     """
 
@@ -123,18 +124,23 @@ class Inbox:
         self,
         receive: Callable[[], tuple[Tensor, Any]],
         total: int,
-        aside: Aside,
+        side_streams: SideStreams,
         *,
         ahead: bool = True,
     ) -> None:
-        self._receive, self._total, self._aside, self.ahead = receive, total, aside, ahead
+        self._receive, self._total, self._side_streams, self.ahead = (
+            receive,
+            total,
+            side_streams,
+            ahead,
+        )
         self._posted: deque[tuple[Tensor, Any]] = deque()
         self._next = 0
 
     def post(self) -> None:
         """Make room for the next microbatch's tensor, if there is one to come."""
         if self._next < self._total:
-            with torch.cuda.stream(self._aside.of(self._next)):
+            with torch.cuda.stream(self._side_streams.of(self._next)):
                 self._posted.append(self._receive())
             self._next += 1
 
@@ -143,9 +149,9 @@ class Inbox:
         if self.ahead:
             self.post()
         tensor, request = self._posted.popleft()
-        with torch.cuda.stream(self._aside.of(microbatch)):
+        with torch.cuda.stream(self._side_streams.of(microbatch)):
             request.wait()
-        lend(tensor, torch.cuda.current_stream())
+        record_use(tensor, torch.cuda.current_stream())
         return tensor
 
 
@@ -154,11 +160,11 @@ class Outbox:
 
     Args:
         send: starts one; returns the request that says when its memory may be used again.
-        aside: the streams that send.
+        side_streams: the streams that send.
     """
 
-    def __init__(self, send: Callable[[Tensor], Any], aside: Aside) -> None:
-        self._send, self._aside = send, aside
+    def __init__(self, send: Callable[[Tensor], Any], side_streams: SideStreams) -> None:
+        self._send, self._side_streams = send, side_streams
         self._sent: tuple[Tensor, Any, int] | None = None
 
     def put(self, tensor: Tensor, microbatch: int) -> None:
@@ -166,8 +172,8 @@ class Outbox:
         self.drain()
         # another tensor of the same memory: Megatron empties the one that it sent
         wire = tensor.detach()
-        stream = self._aside.of(microbatch)
-        lend(wire, stream)  # full recompute makes a gradient in another one's memory
+        stream = self._side_streams.of(microbatch)
+        record_use(wire, stream)  # full recompute makes a gradient in another one's memory
         with torch.cuda.stream(stream):
             self._sent = wire, self._send(wire), microbatch
 
@@ -175,7 +181,7 @@ class Outbox:
         """Let the stream of the last send wait for it, and only then give up its memory."""
         if self._sent is not None:
             wire, request, microbatch = self._sent
-            with torch.cuda.stream(self._aside.of(microbatch)):
+            with torch.cuda.stream(self._side_streams.of(microbatch)):
                 request.wait()
             self._sent = None
             del wire
@@ -192,7 +198,7 @@ class Links:
         in_flight: how many a stage starts ahead for each stage behind it. With one, a gradient's
             receive is posted behind the forward in front of it and no earlier: were both
             neighbours' hosts to wait for their devices, each would wait for the other's message.
-        aside: the streams that wait and send.
+        side_streams: the streams that wait and send.
     """
 
     def __init__(
@@ -202,7 +208,7 @@ class Links:
         shape: Any,
         microbatches: int,
         in_flight: int,
-        aside: Aside,
+        side_streams: SideStreams,
     ) -> None:
         def receive_input() -> tuple[Tensor, Any]:
             tensor, requests = forward.send_forward_recv_forward(None, True, shape, True)
@@ -219,12 +225,14 @@ class Links:
             return backward.send_backward_recv_backward(tensor, False, shape, True)[1]["send_prev"]
 
         first, last = forward.is_pp_first_stage, forward.is_pp_last_stage
-        self.inputs = None if first else Inbox(receive_input, microbatches, aside)
-        self.outputs = None if last else Outbox(send_output, aside)
+        self.inputs = None if first else Inbox(receive_input, microbatches, side_streams)
+        self.outputs = None if last else Outbox(send_output, side_streams)
         self.gradients = (
-            None if last else Inbox(receive_gradient, microbatches, aside, ahead=in_flight > 1)
+            None
+            if last
+            else Inbox(receive_gradient, microbatches, side_streams, ahead=in_flight > 1)
         )
-        self.input_gradients = None if first else Outbox(send_gradient, aside)
+        self.input_gradients = None if first else Outbox(send_gradient, side_streams)
 
     def drain(self) -> None:
         """Wait for what was sent last."""
@@ -233,7 +241,7 @@ class Links:
                 outbox.drain()
 
 
-class AsideCommunicator(P2PCommunicator):
+class SideStreamCommunicator(P2PCommunicator):
     """For Megatron's interleaved schedule: outputs leave from the stream that made them.
 
     That schedule lets the compute stream wait for each send before it frees what was sent. Here
@@ -242,13 +250,13 @@ class AsideCommunicator(P2PCommunicator):
 
     Args:
         group, config: as for P2PCommunicator.
-        aside: the streams of this rank's chunks, which all share their turns.
+        side_streams: the streams of this rank's chunks, which all share their turns.
     """
 
-    def __init__(self, group: Any, config: Any, aside: Aside) -> None:
+    def __init__(self, group: Any, config: Any, side_streams: SideStreams) -> None:
         super().__init__(group, _without_timers(config))
-        self.aside = aside
-        self._outbox = Outbox(self._send, aside)
+        self.side_streams = side_streams
+        self._outbox = Outbox(self._send, side_streams)
         self._shape: Any = None
 
     def _send(self, wire: Tensor) -> Any:
@@ -265,12 +273,12 @@ class AsideCommunicator(P2PCommunicator):
         if output_tensor is not None:
             if overlap_p2p_comm:
                 self._shape = tensor_shape
-                self._outbox.put(output_tensor, self.aside.turn)
+                self._outbox.put(output_tensor, self.side_streams.microbatch)
             else:
                 compute = torch.cuda.current_stream()
-                compute.wait_stream(self.aside.of(self.aside.turn))
-                lend(output_tensor, compute)
-            self.aside.turn += 1
+                compute.wait_stream(self.side_streams.of(self.side_streams.microbatch))
+                record_use(output_tensor, compute)
+            self.side_streams.microbatch += 1
         if overlap_p2p_comm:
             output_tensor = None
         return super().send_forward_recv_forward(
@@ -288,7 +296,7 @@ class AsideCommunicator(P2PCommunicator):
         the compute stream: without this it could be written again while it is sent.
         """
         if input_tensor_grad is not None:
-            lend(input_tensor_grad, torch.cuda.current_stream())
+            record_use(input_tensor_grad, torch.cuda.current_stream())
         return super().send_backward_recv_backward(
             input_tensor_grad, recv_next, tensor_shape, overlap_p2p_comm
         )

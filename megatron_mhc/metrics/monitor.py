@@ -9,7 +9,6 @@ from megatron_mhc.patches.metrics import PATCH_ID
 from megatron_mhc.patches.registry import ENVIRONMENT_VARIABLE, turned_off
 
 from . import guard, strict_json
-from .report import print_banner
 
 METRICS_FILE = "mhc_metrics.jsonl"
 """Below --tensorboard-dir, a line a logged step: what `recorder.Recorder.summary` returned.
@@ -181,4 +180,6 @@ def watch(metrics: dict[str, Any], args: argparse.Namespace) -> None:
         raise guard.GuardError(
             f"{message}. Stopped before this step's update (--mhc-guard stop); nothing was saved"
         )
-    print_banner(f"WARNING: {message}")
+    from megatron.training.utils import print_rank_0
+
+    print_rank_0(f"WARNING: {message}")

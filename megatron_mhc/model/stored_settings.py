@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .config import MHCConfig
+from megatron_mhc.config import MHCConfig
 
 FUNCTION_FIELDS = ("num_streams", "sinkhorn_iterations", "convention", "variant")
 """The fields of MHCConfig that give the same parameters another shape or another meaning.

@@ -23,10 +23,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from .arguments import SPEC
-from .checkpoint import SETTINGS_KEY, function_settings
-from .config import MHCConfig
-from .connection import Head, HyperConnection
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.model.connection import Head, HyperConnection
+from megatron_mhc.model.stored_settings import SETTINGS_KEY, function_settings
+from megatron_mhc.start.flags import SPEC
+
 from .torch_dist import Writer, copy_items
 
 TRACKER = "latest_checkpointed_iteration.txt"

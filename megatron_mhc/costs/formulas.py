@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .config import MHCConfig
+from megatron_mhc.config import MHCConfig
 
 
 def distinct_mtp_layers(settings: Any) -> int:

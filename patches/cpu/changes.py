@@ -1,17 +1,17 @@
-"""Megatron on a CPU: what it needs changed, and the way in and out."""
+"""What Megatron needs changed to run on a CPU, beside what torch does (`torch_cuda`)."""
 
 import contextlib
 import copy
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _CoalescingManager, _world
 
-from megatron_mhc.patches.registry import Patch, locate, registry
-from megatron_mhc.patches.torch_cuda import cuda_is_cpu
+from megatron_mhc.patches.registry import Patch
+
+from .without_kernels import WITHOUT_KERNELS
 
 NO_GRAPHS = "a CUDA graph replays what a GPU recorded: leave CUDA graphs off with --cpu"
 
@@ -185,92 +185,6 @@ def _one_dtype_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
     return coalesced
 
 
-def _instead(value: Any) -> Callable[[Any], Any]:
-    return lambda original: value
-
-
-def _megatrons(name: str) -> Callable[[Any], Any]:
-    def find(original: Any) -> Any:
-        owner, attribute = locate(f"megatron.core.{name}")
-        return getattr(owner, attribute)
-
-    return find
-
-
-def _without_kernels(why: str, **values: tuple[str, Callable[[Any], Any]]) -> tuple[Patch, ...]:
-    return tuple(
-        Patch(f"cpu-{name.replace('_', '-')}", f"megatron.core.{target}", replace, why)
-        for name, (target, replace) in values.items()
-    )
-
-
-_WITHOUT_KERNELS = (
-    *_without_kernels(
-        "torch's optimizers, where Transformer Engine or Apex is installed too",
-        adam=("optimizer:Adam", _instead(torch.optim.AdamW)),
-        sgd=("optimizer:SGD", _instead(torch.optim.SGD)),
-        torch_optimizers=("optimizer:USING_PYTORCH_OPTIMIZER", _instead(True)),
-        distributed_adam=("optimizer.distrib_optimizer:Adam", _instead(torch.optim.Adam)),
-        no_fused_adam=("optimizer.distrib_optimizer:HAVE_APEX_OR_TE", _instead(False)),
-        no_te_adam=("optimizer.distrib_optimizer:USING_TE_OPTIMIZER", _instead(False)),
-        no_apex_adam=("optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", _instead(False)),
-    ),
-    *_without_kernels(
-        "Megatron's own loops over tensors, where fused ones are installed too",
-        clip_apply=(
-            "optimizer.clip_grads:multi_tensor_applier",
-            _megatrons("utils:local_multi_tensor_applier"),
-        ),
-        clip_norm=(
-            "optimizer.clip_grads:l2_norm_impl",
-            _megatrons("utils:local_multi_tensor_l2_norm"),
-        ),
-        clip_scale=(
-            "optimizer.clip_grads:multi_tensor_scale_impl",
-            _megatrons("utils:local_multi_tensor_scale"),
-        ),
-        clip_scale_tensor=("optimizer.clip_grads:multi_tensor_scale_tensor_impl", _instead(None)),
-        copy_apply=(
-            "optimizer.optimizer:multi_tensor_applier",
-            _megatrons("utils:local_multi_tensor_applier"),
-        ),
-        copy_scale=(
-            "optimizer.optimizer:multi_tensor_scale_impl",
-            _megatrons("utils:local_multi_tensor_scale"),
-        ),
-    ),
-    *_without_kernels(
-        "torch's norm in the local specs, where Transformer Engine or Apex is installed too",
-        local_norm=(
-            "models.backends:LNImpl",
-            _megatrons("transformer.torch_norm:WrappedTorchNorm"),
-        ),
-        final_norm=(
-            "transformer.transformer_block:LayerNormImpl",
-            _megatrons("transformer.torch_norm:WrappedTorchNorm"),
-        ),
-    ),
-    *_without_kernels(
-        "a fusion asked for that has no CPU code stops Megatron with its own message",
-        no_gradient_accumulation_fusion=(
-            "tensor_parallel.layers:_grad_accum_fusion_available",
-            _instead(False),
-        ),
-        no_rope_fusion=(
-            "models.common.embeddings.rope_utils:fused_apply_rotary_pos_emb",
-            _instead(None),
-        ),
-        no_packed_rope_fusion=(
-            "models.common.embeddings.rope_utils:fused_apply_rotary_pos_emb_thd",
-            _instead(None),
-        ),
-        no_mla_rope_fusion=(
-            "transformer.multi_latent_attention:fused_apply_mla_rope_for_q",
-            _instead(None),
-        ),
-    ),
-)
-
 SHIPPED_HELPERS = Patch(
     "shipped-dataset-helpers",
     "megatron.core.datasets.utils:compile_helpers",
@@ -355,67 +269,6 @@ CPU_PATCHES: tuple[Patch, ...] = (
         _one_dtype_at_a_time,
         "gloo mixes up parameters of two dtypes that are gathered in one go",
     ),
-    *_WITHOUT_KERNELS,
+    *WITHOUT_KERNELS,
 )
 """The changes to Megatron; those to torch are `torch_cuda`'s."""
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    # Megatron warns at each dropout: with one generator for both, it can only be so
-    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
-
-
-@contextlib.contextmanager
-def _without_generator_warning() -> Iterator[None]:
-    logger = logging.getLogger("megatron.core.tensor_parallel.random")
-    logger.addFilter(_is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_news)
-
-
-_inside: contextlib.ExitStack | None = None
-
-
-def active() -> bool:
-    """Whether the CPU stands in for CUDA."""
-    return _inside is not None
-
-
-def enter() -> None:
-    """Let the CPU stand in for CUDA, until `leave`; inside already, nothing changes."""
-    global _inside
-    if _inside is not None:
-        return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cuda_is_cpu())
-        stack.enter_context(_without_generator_warning())
-        statuses = registry.status(*CPU_PATCHES)
-        # what somebody else applied is theirs to undo
-        mine = [status.patch for status in statuses if status.state != "applied"]
-        registry.apply(*mine)
-        for patch in mine:
-            stack.callback(registry.undo, patch.id)
-        _inside = stack.pop_all()
-
-
-def leave() -> None:
-    """Put everything back; outside already, nothing changes."""
-    global _inside
-    if _inside is not None:
-        stack, _inside = _inside, None
-        stack.close()
-
-
-@contextlib.contextmanager
-def cpu_stand_in() -> Iterator[None]:
-    """The CPU stands in for CUDA inside; within another one, the outer one ends it."""
-    if active():
-        yield
-        return
-    enter()
-    try:
-        yield
-    finally:
-        leave()

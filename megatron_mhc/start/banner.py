@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from megatron_mhc import kernels
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.costs.formulas import distinct_mtp_layers, sites_and_parameters
+from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.kernels.triton import tiles
-
-from .accounting import distinct_mtp_layers, sites_and_parameters
-from .config import MHCConfig
-from .memory import Plan
 
 
 class DenseModelError(RuntimeError):
@@ -94,7 +93,7 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-    from .layer import MHCLayer, is_any_built
+    from megatron_mhc.model.layer import MHCLayer, is_any_built
 
     modules = [(name, m) for chunk in chunks for name, m in chunk.named_modules()]
     layers = [(name, m) for name, m in modules if isinstance(m, BaseTransformerLayer)]

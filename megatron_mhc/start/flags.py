@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
+from megatron_mhc.config import Convention, Init, MHCConfig, Variant
 from megatron_mhc.kernels.backend import BACKENDS
-
-from .checkpoint import FUNCTION_FIELDS
-from .compatibility import check_transformer_config
-from .config import Convention, Init, MHCConfig, Variant
-from .monitor import add_monitor_arguments
-from .monitor import check_arguments as check_monitor_arguments
+from megatron_mhc.metrics.monitor import add_monitor_arguments
+from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
+from megatron_mhc.model.compatibility import check_transformer_config
+from megatron_mhc.model.stored_settings import FUNCTION_FIELDS
 
 SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
 """What `--spec` must name for a model with mHC."""

@@ -9,7 +9,8 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from .config import MHCConfig
+from megatron_mhc.config import MHCConfig
+
 from .layer import MHCLayer, mhc_layer
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .layer import MHCLayer
-from .pipeline import is_marked
+from megatron_mhc.model.config_marks import is_marked
+from megatron_mhc.model.layer import MHCLayer
 
 _HAS_SITES = "mhc_has_sites"
 

@@ -1,8 +1,9 @@
 """High-priority CUDA streams beside the compute stream, for the ends of a pipeline stage.
 
 Autograd runs an operation's backward on the stream that its forward ran on, and orders the streams
-of neighbouring operations by itself. So what `run` puts on a high-priority stream has its backward
-there too, beside whatever the compute stream does meanwhile. Order is kept by events alone.
+of neighbouring operations by itself. So what `run_detached` puts on a high-priority stream has its
+backward there too, beside whatever the compute stream does meanwhile. Order is kept by events
+alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_mhc.model.site import Inline
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -21,7 +24,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def lend(values: Any, stream: Any) -> None:
+def record_use(values: Any, stream: Any) -> None:
     """Tell the allocator that `stream` uses these tensors: their memory outlives its work so far.
 
     Args:
@@ -31,20 +34,7 @@ def lend(values: Any, stream: Any) -> None:
         tensor.record_stream(stream)
 
 
-class Inline:
-    """In the place of `Aside` where nothing overlaps: work stays on the stream that is current."""
-
-    def run[T](self, work: Callable[..., T], *inputs: Any) -> T:
-        """`work(*inputs)`."""
-        return work(*inputs)
-
-    open = run
-
-
-INLINE = Inline()
-
-
-class Aside:
+class SideStreams(Inline):
     """High-priority streams that the microbatches of a stage take by turns.
 
     A stream does its work in order. With one for all, a microbatch's work would stand behind that
@@ -56,8 +46,8 @@ class Aside:
         chunks: the model chunks whose ends work here.
 
     Attributes:
-        turn: the microbatch whose stream `run` and `open` use.
-        arrived: the streams [s, b, n*C] that this turn's stream has waited for itself, if any.
+        microbatch: the one whose stream `run_detached` and `run_and_join` use.
+        arrived: the streams [s, b, n*C] that this stream has waited for itself, if any.
     """
 
     def __init__(self, in_flight: int, chunks: Iterable[torch.nn.Module]) -> None:
@@ -72,38 +62,38 @@ class Aside:
                 for parameter in chunk.parameters()
                 if parameter.requires_grad
             ]
-        self.turn = 0
+        self.microbatch = 0
         self.arrived: Tensor | None = None
 
     def of(self, microbatch: int) -> Any:
         """The stream of a microbatch."""
         return self._streams[microbatch % len(self._streams)]
 
-    def run[T](self, work: Callable[..., T], *inputs: Any) -> T:
-        """`work(*inputs)` on this turn's stream, behind what the compute stream has to do so far.
+    def run_detached[T](self, work: Callable[..., T], *inputs: Any) -> T:
+        """`work(*inputs)` on the microbatch's stream, behind the compute stream's work so far.
 
         The compute stream does not wait for the result: whoever reads it there waits for `of`.
         """
-        stream = self.of(self.turn)
+        stream = self.of(self.microbatch)
         stream.wait_stream(torch.cuda.current_stream())
-        lend(inputs, stream)
+        record_use(inputs, stream)
         with torch.cuda.stream(stream):
             return work(*inputs)
 
-    def open[T](self, work: Callable[..., T], streams: Tensor) -> T:
-        """`work(streams)` on this turn's stream, for the compute stream to go on with.
+    def run_and_join[T](self, work: Callable[..., T], streams: Tensor) -> T:
+        """`work(streams)` on this microbatch's stream, for the compute stream to go on with.
 
         What has `arrived` is worked on at once: nothing of the compute stream stands in front.
         """
-        stream, compute = self.of(self.turn), torch.cuda.current_stream()
+        stream, compute = self.of(self.microbatch), torch.cuda.current_stream()
         if streams is not self.arrived:
             stream.wait_stream(compute)
         self.arrived = None
-        lend(streams, stream)
+        record_use(streams, stream)
         with torch.cuda.stream(stream):
             result = work(streams)
         compute.wait_stream(stream)
-        lend((streams, result), compute)
+        record_use((streams, result), compute)
         return result
 
     def begin(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .config import MHCConfig
+from megatron_mhc.config import MHCConfig
 
 
 @dataclass(frozen=True)

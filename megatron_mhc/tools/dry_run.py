@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.kernels import TRITON_STREAMS
-from megatron_mhc.patches.releases import is_installed
-
-from .accounting import (
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.costs.formulas import (
     activation_bytes_a_token,
     distinct_mtp_layers,
     forward_flops_a_token,
@@ -30,10 +28,11 @@ from .accounting import (
     sites_and_parameters,
     training_flops_a_token,
 )
-from .arguments import config_from_arguments
-from .config import MHCConfig
-from .memory import most_in_flight, plan_of
-from .parameters import is_hyper_connection
+from megatron_mhc.costs.recompute_plan import most_in_flight, plan_of
+from megatron_mhc.kernels import TRITON_STREAMS
+from megatron_mhc.model.parameters import is_hyper_connection
+from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.start.flags import config_from_arguments
 
 GIB = 2**30
 WITHOUT_TRANSFORMER_ENGINE = {
@@ -233,7 +232,7 @@ def bytes_of_streams(
     args: argparse.Namespace, mhc: MHCConfig, chunks: list[torch.nn.Module], stage: int
 ) -> tuple[float, str]:
     """What mHC adds to this rank's activations, in bytes a token, and how that was reckoned."""
-    from .layer import MHCLayer
+    from megatron_mhc.model.layer import MHCLayer
 
     plan = plan_of(chunks)
     if plan is not None:

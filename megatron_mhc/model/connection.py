@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_mhc import kernels
+from megatron_mhc.config import MHCConfig
 
-from .config import MHCConfig
 from .parameters import Fp32Module
 
 ALPHA_START = 0.01

@@ -4,7 +4,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .runs import Run
+from .plot_runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mhc.config import MHCConfig
 from megatron_mhc.patches.releases import is_installed
 
-from .config import MHCConfig
 from .parameters import is_hyper_connection
 
 

@@ -45,7 +45,7 @@ def _hook_state(target: str) -> str:
 
 
 def _patch_lines() -> list[str]:
-    from .activate import check_turned_off, plugin_patches
+    from megatron_mhc.start.activate import check_turned_off, plugin_patches
 
     try:
         check_turned_off()

@@ -14,7 +14,7 @@ operation on the streams (paper section 4.3.3: F_post,res on a high-priority str
 * Sends leave from the stream that made their tensor, as soon as it is there; the compute stream
   never waits for one. Their memory is kept until they are through (`links.Outbox`).
 * A microbatch's work beside the compute stream is on one stream, those that meet on different ones
-  (`aside.Aside`). Events alone keep the order; the host waits for nothing.
+  (`side_streams.SideStreams`). Events alone keep the order; the host waits for nothing.
 * A stage starts by as many forwards as there are stages behind it, times `overlap_in_flight`. With
   1 this is 1F1B: in its steady state a stage still waits for its gradient to make the round trip,
   two messages, through the stage behind. With 2 that wait is gone, for twice the activations.
@@ -36,18 +36,20 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from .arrange import arrange
-from .aside import INLINE, Aside, Inline
-from .layer import MHCLayer
-from .links import AsideCommunicator, Links, two_directions
-from .pipeline import overlap_in_flight_of
-from .recompute import rebuild_ahead
-from .stages import check_stages
+from megatron_mhc.model.arrange import arrange
+from megatron_mhc.model.config_marks import overlap_in_flight_of
+from megatron_mhc.model.layer import MHCLayer
+from megatron_mhc.model.recompute import rebuild_ahead
+from megatron_mhc.model.site import INLINE, Inline
+
+from .agreement import check_stages
+from .links import Links, SideStreamCommunicator, two_directions
+from .side_streams import SideStreams
 
 NCCL = "nccl"
 
 
-def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
+def set_ends(chunk: torch.nn.Module, side_streams: Inline) -> None:
     """Where the first and the last site of a model chunk work on the streams.
 
     The first site of the model reads the embedding and the last one feeds the head: both of them
@@ -58,32 +60,34 @@ def set_ends(chunk: torch.nn.Module, aside: Aside | Inline) -> None:
             arrange(module)  # before it is asked which layers are the ends
     layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
     if not layers[0].is_entry:
-        layers[0].attention_site.aside = aside
+        layers[0].attention_site.side_streams = side_streams
     if not layers[-1].is_exit:
-        layers[-1].mlp_site.aside = aside
+        layers[-1].mlp_site.side_streams = side_streams
 
 
-def aside_of(chunks: list[torch.nn.Module], in_flight: int) -> Any:
+def side_streams_of(chunks: list[torch.nn.Module], in_flight: int) -> Any:
     """The streams of these model chunks, the same ones in every step.
 
     Each stream has a part of the allocator's memory to itself, which new ones would not find.
     """
     kept = vars(chunks[0])
-    if "mhc_aside" not in kept:
-        kept["mhc_aside"] = Aside(in_flight, chunks)
-    return kept["mhc_aside"]
+    if "mhc_side_streams" not in kept:
+        kept["mhc_side_streams"] = SideStreams(in_flight, chunks)
+    return kept["mhc_side_streams"]
 
 
 @contextlib.contextmanager
-def ends_aside(chunks: list[torch.nn.Module], aside: Aside) -> Iterator[None]:
+def ends_on_side_streams(
+    chunks: list[torch.nn.Module], side_streams: SideStreams
+) -> Iterator[None]:
     """For one step, the ends of these model chunks work beside the compute stream."""
     for chunk in chunks:
-        set_ends(chunk, aside)
-    aside.begin()
+        set_ends(chunk, side_streams)
+    side_streams.begin()
     try:
         yield
     finally:
-        aside.end()
+        side_streams.end()
         for chunk in chunks:
             set_ends(chunk, INLINE)
 
@@ -152,8 +156,8 @@ def one_forward_one_backward(
     if finalize:
         embedding = schedules.clear_embedding_activation_buffer(config, model, last)
 
-    aside = aside_of([model], behind * overlap_in_flight_of(config))
-    links = Links(*directions, shape, num_microbatches, overlap_in_flight_of(config), aside)
+    side_streams = side_streams_of([model], behind * overlap_in_flight_of(config))
+    links = Links(*directions, shape, num_microbatches, overlap_in_flight_of(config), side_streams)
     gradients = links.gradients
     waiting: deque[tuple[Tensor | None, Tensor]] = deque()
     results: list[Any] = []
@@ -161,9 +165,9 @@ def one_forward_one_backward(
 
     def forward(microbatch: int) -> None:
         nonlocal tokens
-        aside.turn = microbatch
+        side_streams.microbatch = microbatch
         x = None if links.inputs is None else links.inputs.take(microbatch)
-        aside.arrived = x
+        side_streams.arrived = x
         y, new_tokens = schedules.forward_step(
             forward_step_func,
             data_iterator,
@@ -189,7 +193,7 @@ def one_forward_one_backward(
 
     def backward(microbatch: int) -> None:
         x, y = waiting.popleft()
-        stream = aside.of(microbatch)
+        stream = side_streams.of(microbatch)
         if gradients and not gradients.ahead:
             gradients.post()
         # the one place for it: what is stored here is rebuilt before the gradient is waited for
@@ -204,7 +208,7 @@ def one_forward_one_backward(
         if links.input_gradients is not None:
             links.input_gradients.put(dx, microbatch)
 
-    with contextlib.ExitStack() as no_sync, ends_aside([model], aside):
+    with contextlib.ExitStack() as no_sync, ends_on_side_streams([model], side_streams):
         no_sync.enter_context((config.no_sync_func or contextlib.nullcontext)())
         if links.inputs is not None:
             links.inputs.post()
@@ -247,9 +251,9 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
         raise ValueError("--mhc-overlap-p2p makes the interleaved schedule's communicator itself")
     if arguments.get("pg_collection") is None:
         arguments["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
-    aside = aside_of(chunks, 1)
-    communicator = AsideCommunicator(arguments["pg_collection"].pp, config, aside)
-    with ends_aside(chunks, aside):
+    side_streams = side_streams_of(chunks, 1)
+    communicator = SideStreamCommunicator(arguments["pg_collection"].pp, config, side_streams)
+    with ends_on_side_streams(chunks, side_streams):
         result = original(**arguments, p2p_communicator=communicator)
         communicator.drain()
     return result

@@ -4,8 +4,8 @@ import base64
 import html
 from pathlib import Path
 
-from .pictures import pictures
-from .runs import Run, largest, read_run
+from .plot_pictures import pictures
+from .plot_runs import Run, largest, read_run
 
 
 def _table(runs: list[Run]) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .config import MHCConfig
+from megatron_mhc.config import MHCConfig
 
 STREAMS = "mhc_num_streams"
 IN_FLIGHT = "mhc_overlap_in_flight"

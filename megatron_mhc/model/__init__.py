@@ -1,0 +1,1 @@
+"""How a layer of Megatron reads and writes n streams: sites, parameters, recompute."""

@@ -1,0 +1,1 @@
+"""What happens when a training run starts: flags, patches, the banner."""
