@@ -30,7 +30,7 @@ from megatron.core import parallel_state
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.costs.recompute_plan import Plan, plan_of
 from megatron_mhc.kernels.triton import rebuild as triton_rebuild
-from megatron_mhc.model.recompute import rebuild_ahead
+from megatron_mhc.pipeline.state import rebuild_ahead
 
 GIB = 2**30
 FULL = {

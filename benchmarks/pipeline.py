@@ -43,6 +43,7 @@ from stage import Neighbours, Pace, Sizes, build_stage, cycles_per_ms  # noqa: E
 
 from megatron_mhc import MHCConfig  # noqa: E402
 from megatron_mhc.model.config_marks import IN_FLIGHT  # noqa: E402
+from megatron_mhc.pipeline.state import state_of  # noqa: E402
 
 KINDS = ("ready", "computing")
 MODES = {"stock order": 0, "overlap": 1, "overlap, 2 in flight": 2}
@@ -63,7 +64,7 @@ class Stage:
         """The order of the steps that follow, and the pace of links and neighbours."""
         self.neighbours.set_pace(pace)
         setattr(self.config, IN_FLIGHT, MODES[mode])
-        vars(self.model).pop("mhc_side_streams", None)
+        state_of(self.model).side_streams = None
 
     def step(self, forward_only: bool = False) -> None:
         """One step; gradients stay in the parameters."""
@@ -235,7 +236,7 @@ def record(stage: Stage, mode: str, pace: Pace, out: Path) -> dict[str, Any]:
         stage.step()
     torch.cuda.synchronize()
     lanes = {"compute": torch.cuda.current_stream()}
-    side_streams = vars(stage.model).get("mhc_side_streams")
+    side_streams = state_of(stage.model).side_streams
     if side_streams is not None:
         lanes |= {f"priority {i}": stream for i, stream in enumerate(side_streams._streams)}
     for name in ("from_prev", "to_next", "from_next", "to_prev"):

@@ -18,6 +18,7 @@ from stage import Sizes, build_stage
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.model.config_marks import IN_FLIGHT
+from megatron_mhc.pipeline.state import state_of
 
 
 class RealStage:
@@ -36,7 +37,7 @@ class RealStage:
     def choose(self, in_flight: int) -> None:
         """The order of the steps that follow: stock order, or so many microbatches ahead."""
         setattr(self.config, IN_FLIGHT, in_flight)
-        vars(self.model).pop("mhc_side_streams", None)
+        state_of(self.model).side_streams = None
 
     def step(self) -> None:
         """One step; gradients stay in the parameters."""

@@ -108,9 +108,9 @@ def _last_word(script: str) -> None:
         )
     if not seen.asked:
         return
-    from .model.layer import is_any_built
+    from .model.layer import MHCLayer
 
-    if not is_any_built():
+    if not MHCLayer.is_any_built:
         raise NotMegatronError(
             f"{script} got --mhc and ended without a layer with mHC: what it trained had none. Give"
             " a script whose model megatron.training builds, or use with_mhc in the script itself"

@@ -32,8 +32,8 @@ class Plan:
 
     def kept(self, layers: int) -> float:
         """Block starts kept, in streams of C a token, with blocks of so many layers."""
-        blocks = sum(-(-count // layers) for count in self.chunk_layers) / len(self.chunk_layers)
-        return self.in_flight * self.num_streams * blocks
+        starts = [len(blocks(count, layers)) for count in self.chunk_layers]
+        return self.in_flight * self.num_streams * sum(starts) / len(starts)
 
     def rebuilt(self, layers: int) -> int:
         """A rebuilt block: x, u and where it is ours norm(u), in streams of C a token.
@@ -70,7 +70,7 @@ class Plan:
         }
 
     @property
-    def blocks(self) -> str:
+    def in_words(self) -> str:
         """How the layers are put into blocks, in words."""
         auto = " (auto)" if self.setting == "auto" else ""
         layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
@@ -81,9 +81,14 @@ class Plan:
         total = sum(self.bytes_a_token.values())
         flight = "1 microbatch" if self.in_flight == 1 else f"{self.in_flight} microbatches"
         return (
-            f"{self.blocks}: {total:,.0f} bytes a token beyond the ordinary model, {flight} in"
+            f"{self.in_words}: {total:,.0f} bytes a token beyond the ordinary model, {flight} in"
             " flight"
         )
+
+
+def blocks(layers: int, block: int) -> list[range]:
+    """The layers of each block, where so many layers are put into blocks of at most `block`."""
+    return [range(first, min(first + block, layers)) for first in range(0, layers, block)]
 
 
 def microbatches_in_flight(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mhc import kernels
-from megatron_mhc.model.connection import Begun, HyperConnection
+from megatron_mhc.model.connection import HyperConnection, SiteInput
 from megatron_mhc.model.parameters import is_hyper_connection
 
 from .formulas import Values, residual_metrics, stream_geometry
@@ -68,23 +68,23 @@ class Recorder:
         self.chunks = chunks
         self.connections = connections(chunks)
         self.h_res: dict[int, Tensor] = {}
-        self.streams: dict[int, Tensor] = {}
+        self.summaries: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "Recorder":
         indices = {connection: site for site, connection in self.connections.items()}
 
         @torch.no_grad()
-        def record(connection: HyperConnection, _: Any, begun: Begun) -> None:
+        def record(connection: HyperConnection, _: Any, site_input: SiteInput) -> None:
             site = indices[connection]
             if site in self.h_res:
                 return
-            x = begun.x.flatten(0, -3)
-            self.h_res[site] = begun.h_res.flatten(0, -3)
-            gates = (h_pre_of(connection, x), begun.h_post.flatten(0, -2))
+            x = site_input.x.flatten(0, -3)
+            self.h_res[site] = site_input.h_res.flatten(0, -3)
+            gates = (h_pre_of(connection, x), site_input.h_post.flatten(0, -2))
             norms, cosine = stream_geometry(x)
             means = [gate.double().mean(0) for gate in gates]
-            self.streams[site] = torch.cat([*means, norms, cosine.view(1)])
+            self.summaries[site] = torch.cat([*means, norms, cosine.view(1)])
 
         self._hooks = [c.register_forward_hook(record) for c in self.connections.values()]
         return self
@@ -118,7 +118,7 @@ class Recorder:
         squares, total = gradient_squares(self.chunks, self.connections, optimizer)
         own = list(self.connections)
         h_res = torch.stack([self.h_res[site] for site in own])
-        streams = torch.stack([self.streams[site] for site in own])
+        streams = torch.stack([self.summaries[site] for site in own])
         sites, (h_res, streams, squares) = gather_stages(own, h_res, streams, squares)
         n = mhc.num_streams
         means, maxima = residual_metrics(h_res)

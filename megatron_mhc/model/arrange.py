@@ -1,11 +1,13 @@
-"""Entry, exit, links and recompute blocks of the layers that a Transformer block has now.
+"""What a layer's place in its Transformer block decides: entry, exit, fusion, recompute blocks.
 
-A layer knows its place from when it was built. Tools that make a model shorter (or longer) put
-other layers into the list of a built one: what hangs on a layer's place is set anew then.
+Looked at in front of every forward, for a layer cannot know its neighbours when it is built, and
+tools that make a built model shorter (or longer) hand nobody else the list of layers.
 """
 
 from collections.abc import Sequence
 from typing import Any
+
+from megatron_mhc.costs.recompute_plan import blocks
 
 from .layer import MHCLayer
 from .recompute import Block
@@ -25,10 +27,10 @@ def arrange(block: Any) -> None:
         return
     for layer in layers:
         # a chunk in the middle of a pipeline begins and ends with streams
-        entry = layer is layers[0] and (block.pre_process or layer.is_entry)
-        leaves = layer is layers[-1] and (block.post_process or layer.is_exit)
-        if (entry, leaves) != (layer.is_entry, layer.is_exit):
-            layer.is_entry, layer.is_exit = entry, leaves
+        is_entry = layer is layers[0] and (block.pre_process or layer.is_entry)
+        is_exit = layer is layers[-1] and (block.post_process or layer.is_exit)
+        layer.set_place(is_entry=is_entry, is_exit=is_exit)
+        layer.forget()  # a forward that ended between two layers
     last = layers[-1]
     if last.is_exit and last.mhc.learned_head and not hasattr(last, "head"):
         raise ValueError(
@@ -37,29 +39,18 @@ def arrange(block: Any) -> None:
             " model was built. Keep that layer, or hand its head on before you drop it:"
             " layers[-1].head = dropped.head"
         )
-    _link(layers)
-    if last.recompute_block is not None:
-        _regroup(layers)
-
-
-def _link(layers: Sequence[MHCLayer]) -> None:
-    """What is linked to a layer that is gone, or elsewhere, is linked to the one behind it."""
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
-        following = None if after is None else after.attention_site
-        if layer.mlp_site.following not in (None, following):
-            layer.mlp_site.following = following
+        is_fused = after is not None and layer.fuses_with_next
+        layer.mlp_site.following = after.attention_site if is_fused else None
+    if (plan := layers[0].recompute_plan) is not None:
+        for members in blocks(len(layers), plan.layers):
+            _drop_together(layers[members.start : members.stop])
 
 
-def _regroup(layers: Sequence[MHCLayer]) -> None:
-    """Put the layers into new recompute blocks, where the old ones have other sites than theirs."""
-    sites = [site for layer in layers for site in (layer.attention_site, layer.mlp_site)]
-    blocks = dict.fromkeys(layer.recompute_block for layer in layers)
-    if [site for block in blocks if block is not None for site in block.sites] == sites:
-        return
-    block: Block | None = None
-    for layer in layers:
-        if block is None or not block.has_room():
-            assert layer.recompute_plan is not None
-            block = Block(layer.recompute_plan.layers, layer.mhc.backend)
-        layer.recompute_block = layer.attention_site.block = layer.mlp_site.block = block
-        block.join(layer.attention_site, layer.mlp_site)
+def _drop_together(layers: Sequence[MHCLayer]) -> None:
+    """Put these layers into one recompute block, unless they are one."""
+    sites = tuple(site for layer in layers for site in layer.sites)
+    if sites[0].block is None or sites[0].block.sites != sites:
+        block = Block(sites, layers[0].mhc.backend)
+        for site in sites:
+            site.block = block

@@ -9,7 +9,6 @@ them in front of its norm (`Site.read`) and writes to them where the residual wa
 
 import functools
 import pkgutil
-import weakref
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
@@ -34,9 +33,15 @@ class MHCLayer(TransformerLayer):
     Args:
         mhc: the settings; the rest as for the TransformerLayer class.
 
+    Attributes:
+        is_any_built: of the class: whether this process has built a layer with sites.
+        fuses_with_next: whether the last site may compute the next layer's first input.
+
     Raises:
         ValueError: the model's configuration has something that mHC cannot work with.
     """
+
+    is_any_built = False
 
     def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
         check_transformer_config(config, mhc)
@@ -53,50 +58,66 @@ class MHCLayer(TransformerLayer):
         )
         self.attention_connection = build(first_site)
         self.mlp_connection = build(first_site + 1)
-        self.attention_site = Site(self.attention_connection)
-        self.mlp_site = Site(self.mlp_connection)
-        self.input_layernorm.register_forward_pre_hook(self.attention_site.read)
+        self.attention_site = Site(self.attention_connection, self.input_layernorm)
+        self.mlp_site = Site(self.mlp_connection, self.pre_mlp_layernorm)
         self.self_attn_bda = self.attention_site.write
-        self.pre_mlp_layernorm.register_forward_pre_hook(self.mlp_site.read)
         self.mlp_bda = self.mlp_site.write
         self.attention_site.following = self.mlp_site
-        before = _layer_before(self)
-        # not under full recompute, nor where a layer is a CUDA graph: what it leaves on the next
-        # has no gradient, or is not renewed
-        alone = config.recompute_granularity == "full"
-        alone |= config.cuda_graph_impl in ("local", "transformer_engine")
-        if before is not None and not alone:
-            before.mlp_site.following = self.attention_site
-        self.recompute_block: Block | None = None
+        self.fuses_with_next = not self.is_mtp and _runs_on_into_the_next(config)
         self.recompute_plan: Plan | None = None
         if mhc.recompute is not None:
-            self._join_block(before)
-        self.is_entry = self.is_mtp or self.layer_number == 1
-        self.is_exit = self.is_mtp or self.layer_number == config.num_layers
-        if self.is_exit and mhc.learned_head:
-            self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
-
-    def _join_block(self, before: "MHCLayer | None") -> None:
-        """Drop and rebuild the streams together with the layer before, if its block has room."""
-        slots = (self.input_layernorm, self.pre_mlp_layernorm)
-        if before is not None:
-            block, self.recompute_plan = before.recompute_block, before.recompute_plan
-        else:
-            block = None
+            norms = (self.input_layernorm, self.pre_mlp_layernorm)
             self.recompute_plan = plan(
-                self.config,
-                self.mhc,
-                norms=sum(not isinstance(norm, IdentityOp) for norm in slots),
+                config,
+                mhc,
+                norms=sum(not isinstance(norm, IdentityOp) for norm in norms),
                 stage=get_pg_rank(self.pg_collection.pp),
             )
-        if block is None or not block.has_room():
-            assert self.recompute_plan is not None
-            block = Block(self.recompute_plan.layers, self.mhc.backend)
-        self.recompute_block = block
-        for site, norm in zip((self.attention_site, self.mlp_site), slots, strict=True):
-            site.block = block
-            norm.register_forward_hook(site.keep_normed)
-        block.join(self.attention_site, self.mlp_site)
+            block = Block(self.sites, mhc.backend)
+            for site in self.sites:
+                site.block = block  # until `arrange` knows the layers beside this one
+        if (self.is_mtp or self.layer_number == config.num_layers) and mhc.learned_head:
+            self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
+        self.set_place(
+            is_entry=self.is_mtp or self.layer_number == 1,
+            is_exit=self.is_mtp or self.layer_number == config.num_layers,
+        )
+        MHCLayer.is_any_built = True
+
+    @property
+    def sites(self) -> tuple[Site, Site]:
+        """The sites in the order in which they run."""
+        return self.attention_site, self.mlp_site
+
+    @property
+    def is_entry(self) -> bool:
+        """Whether one stream comes in, to be replicated."""
+        return self.attention_site.is_entry
+
+    @property
+    def is_exit(self) -> bool:
+        """Whether the streams are contracted to one behind this layer."""
+        return self.mlp_site.contract is not None
+
+    @property
+    def recompute_block(self) -> Block | None:
+        """The block that this layer's streams are dropped and rebuilt in, if any."""
+        return self.mlp_site.block
+
+    def set_place(self, *, is_entry: bool, is_exit: bool) -> None:
+        """Say whether one stream comes into this layer, and whether one leaves it."""
+        self.attention_site.is_entry = is_entry
+        if is_exit != self.is_exit:
+            self.mlp_site.contract = self._contract if is_exit else None
+
+    def _contract(self, x: Tensor) -> Tensor:
+        """Streams [s, b, n, C] -> one stream [s, b, C], the model's last."""
+        return self.head(x) if self.mhc.learned_head else x.mean(-2)
+
+    def forget(self) -> None:
+        """Let go of what a forward left that ended before its time."""
+        for site in self.sites:
+            site.forget()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C].
@@ -104,26 +125,19 @@ class MHCLayer(TransformerLayer):
         Raises:
             ValueError: inference over several pipeline stages, which exchange one stream there.
         """
-        n = self.mhc.num_streams
         inference = kwargs.get("inference_context") or kwargs.get("inference_params")
         if inference is not None and self.config.pipeline_model_parallel_size > 1:
             raise ValueError(
                 "Megatron's inference sends one stream between pipeline stages, and mHC has"
-                f" {n}: load the checkpoint with --pipeline-model-parallel-size 1"
+                f" {self.mhc.num_streams}: load the checkpoint with"
+                " --pipeline-model-parallel-size 1"
             )
-        if self.is_entry:
-            hidden_states = hidden_states.repeat(1, 1, n)
         try:
-            streams, context = super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
         except BaseException:
-            for site in (self.attention_site, self.mlp_site):
-                site.forget()
+            self.forget()
             self.mlp_norm_manager = None  # where Megatron (0.19) keeps what its MLP's norm reads
             raise
-        if not self.is_exit:
-            return streams, context
-        x = streams.unflatten(-1, (n, -1))
-        return (self.head(x) if self.mhc.learned_head else x.mean(-2)), context
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -139,27 +153,14 @@ class MHCLayer(TransformerLayer):
         return state
 
 
-_last_built: weakref.ref[MHCLayer] | None = None
+def _runs_on_into_the_next(config: Any) -> bool:
+    """Whether a layer and the next one run in one autograd region, outside any graph.
 
-
-def _layer_before(layer: MHCLayer) -> MHCLayer | None:
-    """The layer before this one in its model chunk, if that was the last one built."""
-    global _last_built
-    before = _last_built() if _last_built is not None else None
-    _last_built = weakref.ref(layer)
-    is_before = (
-        before is not None
-        and not (before.is_mtp or layer.is_mtp)
-        and before.config is layer.config
-        and before.chunk == layer.chunk
-        and before.layer_number == layer.layer_number - 1
-    )
-    return before if is_before else None
-
-
-def is_any_built() -> bool:
-    """Whether this process has built a layer with sites, in whatever model."""
-    return _last_built is not None
+    The next site's input, left on it by this layer, would have no gradient across a checkpoint, and
+    would be stale across a CUDA graph.
+    """
+    is_graph = config.cuda_graph_impl in ("local", "transformer_engine")
+    return config.recompute_granularity != "full" and not is_graph
 
 
 @functools.cache

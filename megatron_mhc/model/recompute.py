@@ -13,34 +13,34 @@ tensors whole, one after it leaves a graph that frees itself. What one microbatc
 to its own graph alone.
 """
 
-import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from megatron.core.utils import nvtx_decorator
 from torch import Tensor
 
 from megatron_mhc import kernels
 
-from .connection import Ended
+from .connection import Mixing
 
 
-class Passed(NamedTuple):
+class RecomputeRecord(NamedTuple):
     """What a site that has read and written hands to its block.
 
     Attributes:
         x: the streams [..., n, C] that it read; u: [..., C]; h_pre: [..., n].
-        norm, normed: the norm slot's module, and norm(u) where that is not u itself.
-        ended: what it left for its `combine`.
+        norm, normed: what makes norm(u), and norm(u) where that is not u itself.
+        mixing: what it wrote with.
     """
 
     x: Tensor
     u: Tensor
     h_pre: Tensor
-    norm: torch.nn.Module
+    norm: Callable[..., Tensor]
     normed: Tensor | None
-    ended: Ended
+    mixing: Mixing
 
 
 def are_unchanged(now: Tensor, then: Tensor, version: int) -> bool:
@@ -66,17 +66,17 @@ class Dropped:
         RuntimeError: a tensor to release is part of a larger storage.
     """
 
-    def __init__(self, passed: Sequence[Passed], backend: str) -> None:
+    def __init__(self, records: Sequence[RecomputeRecord], backend: str) -> None:
         self._backend = backend
-        self._start = _outside_the_graph(passed[0].x)
-        self._ys = [_outside_the_graph(p.x) for p in passed[1:]]
-        self._us = [_outside_the_graph(p.u) for p in passed]
-        self._h_pre = [p.h_pre for p in passed]
-        self._ended = [p.ended.detach() for p in passed[:-1]]
+        self._start = _outside_the_graph(records[0].x)
+        self._ys = [_outside_the_graph(r.x) for r in records[1:]]
+        self._us = [_outside_the_graph(r.u) for r in records]
+        self._h_pre = [r.h_pre for r in records]
+        self._mixings = [r.mixing.detach() for r in records[:-1]]
         self._norms = [
-            (_outside_the_graph(p.normed), u, p.norm)
-            for p, u in zip(passed, self._us, strict=True)
-            if p.normed is not None
+            (_outside_the_graph(r.normed), u, r.norm)
+            for r, u in zip(records, self._us, strict=True)
+            if r.normed is not None
         ]
         self.is_rebuilt = False
         for tensor in self._dropped():
@@ -92,6 +92,7 @@ class Dropped:
     def _dropped(self) -> list[Tensor]:
         return [*self._ys, *self._us, *(normed for normed, _, _ in self._norms)]
 
+    @nvtx_decorator(message="mhc.rebuild")
     @torch.no_grad()
     def rebuild(self) -> None:
         """Give every tensor its storage and values back, on the current stream; once is enough."""
@@ -102,7 +103,7 @@ class Dropped:
         kernels.rebuild(
             self._start,
             self._h_pre,
-            self._ended,
+            self._mixings,
             ys=self._ys,
             us=self._us,
             backend=self._backend,
@@ -110,73 +111,59 @@ class Dropped:
         for normed, u, norm in self._norms:
             # with gradients on, as in the forward: a norm may have a kernel of its own without
             with torch.enable_grad():
-                again = norm.forward(u.detach().requires_grad_())
+                again = norm(u.detach().requires_grad_())
             normed.copy_(again.detach())
         self.is_rebuilt = True
         # what autograd still needs it holds itself, and frees as it goes
-        self._ys, self._us, self._norms, self._ended, self._h_pre = [], [], [], [], []
+        self._ys, self._us, self._norms, self._mixings, self._h_pre = [], [], [], [], []
         del self._start
 
 
 class Block:
-    """Consecutive layers of a model chunk that drop and rebuild their streams together.
+    """Sites of consecutive layers of a model chunk that drop and rebuild their streams together.
 
     Args:
-        layers: how many may join.
+        sites: in the order in which they run.
         backend: as `MHCConfig.backend`.
     """
 
-    def __init__(self, layers: int, backend: str) -> None:
-        self._layers = layers
+    def __init__(self, sites: Sequence[object], backend: str) -> None:
+        self.sites = tuple(sites)
         self._backend = backend
-        self._sites: list[object] = []
-        self._passed: list[Passed] = []
+        self._records: list[RecomputeRecord] = []
         self._written: tuple[Tensor, int] | None = None
         # held by the graphs alone: a graph that is gone takes its microbatch off this list
         self._microbatches: list[weakref.ref[Dropped]] = []
 
-    @property
-    def sites(self) -> tuple[object, ...]:
-        """The sites that have joined, in their order."""
-        return tuple(self._sites)
-
-    def has_room(self) -> bool:
-        """Whether another layer may join."""
-        return len(self._sites) < 2 * self._layers
-
-    def join(self, *sites: object) -> None:
-        """Add the sites of the next layer."""
-        self._sites.extend(sites)
-
     def forget(self) -> None:
         """Let go of a forward that an exception ended in this block."""
-        self._passed, self._written = [], None
+        self._records, self._written = [], None
 
-    def passed(self, site: object, passed: Passed, streams: Tensor) -> None:
+    def passed(self, site: object, record: RecomputeRecord, streams: Tensor) -> None:
         """A site has read and written; `streams` [s, b, n*C] is what it wrote.
 
         Raises:
             RuntimeError: it read other streams than the site before it in the block wrote.
         """
-        if site is self._sites[0]:
+        if site is self.sites[0]:
             self.forget()  # a forward that was given up between two layers
-        elif self._written is None or not are_unchanged(passed.x, *self._written):
+        elif self._written is None or not are_unchanged(record.x, *self._written):
             raise RuntimeError(
                 "inside a recompute block a site read other streams than the site before wrote:"
                 " something between the layers replaced them; turn --mhc-recompute off"
             )
-        self._passed.append(passed)
+        self._records.append(record)
         self._written = (streams.detach(), streams._version)
-        if site is self._sites[-1]:
+        if site is self.sites[-1]:
             self._written = None
             self._drop(streams)
 
     def _drop(self, streams: Tensor) -> None:
         """Release the block that ends with these streams, if a backward may come for it."""
-        passed, self._passed = self._passed, []
-        if streams.grad_fn is None or len(passed) != len(self._sites):
+        records, self._records = self._records, []
+        if streams.grad_fn is None or len(records) != len(self.sites):
             return
-        dropped = Dropped(passed, self._backend)
+        dropped = Dropped(records, self._backend)
         # every path of the backward into the block leads through this node
         streams.grad_fn.register_prehook(lambda _: dropped.rebuild())
         self._microbatches.append(weakref.ref(dropped))
@@ -194,35 +181,3 @@ class Block:
         if dropped is not None:
             dropped.rebuild()
         return dropped is not None
-
-
-_LAST_BLOCK = "mhc_last_block"
-
-
-def _last_block(chunk: torch.nn.Module) -> Block | None:
-    """The block whose backward comes first; its module is looked for once and known by name."""
-    kept = vars(chunk)
-    if _LAST_BLOCK in kept:
-        if kept[_LAST_BLOCK] is None:
-            return None
-        with contextlib.suppress(AttributeError):  # a layer that was dropped from the model
-            return getattr(chunk.get_submodule(kept[_LAST_BLOCK]), "recompute_block", None)
-    names = [n for n, m in chunk.named_modules() if getattr(m, "recompute_block", None)]
-    kept[_LAST_BLOCK] = names[-1] if names else None
-    return _last_block(chunk)
-
-
-def rebuild_ahead(chunk: torch.nn.Module) -> bool:
-    """Rebuild the last block of a model chunk for the microbatch whose backward comes next.
-
-    The rebuild needs no gradient, so a schedule can do it while it waits for one. Call it on the
-    stream that the backward runs on. It is never needed: the backward rebuilds what is not.
-
-    Args:
-        chunk: a model chunk, wrapped or not; it has one block's streams more in memory afterwards.
-
-    Returns:
-        Whether there was something to rebuild (not without recompute, nor when done already).
-    """
-    last = _last_block(chunk)
-    return last is not None and last.rebuild_oldest()

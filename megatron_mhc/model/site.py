@@ -1,18 +1,51 @@
-"""What a site of a layer does: read the streams, write to them, and what is fused or dropped.
+"""A site: how a sublayer of a Transformer layer reads n streams and writes to them.
 
-A sublayer's norm slot and its residual slot share a `Site`. `read` stands in front of the norm,
-`write` where the residual was added.
+    norm slot      streams -> u = H_pre streams -> norm(u)  and a `Residual`    (`Site.read`)
+    sublayer       norm(u) -> f
+    residual slot  f, `Residual` -> H_res streams + H_post f                    (`Site.write`)
+
+Megatron lets a norm return `(output, residual)` and hands that residual to the residual slot. So
+the streams and the coefficients travel with the data. Nothing is kept here between the two slots:
+a checkpoint, a CUDA graph or a node of a schedule may stand around either of them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.utils import make_viewless_tensor, nvtx_decorator
 from torch import Tensor
 
-from .connection import Begun, Ended, HyperConnection
-from .recompute import Block, Passed, are_unchanged
+from .connection import HyperConnection, Mixing, SiteInput
+from .recompute import Block, RecomputeRecord, are_unchanged
+
+
+class Residual(NamedTuple):
+    """What a norm slot hands to the residual slot of its sublayer, where Megatron has one tensor.
+
+    A tuple of tensors: what takes a residual apart (a CUDA graph, a node of a schedule) sees each.
+
+    Attributes:
+        streams: [s, b, n*C], which the site read.
+        h_post: [s, b, n], fp32.
+        h_res: [s, b, n, n] (destination, source), fp32.
+        h_pre, u, normed: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where
+            that is another tensor than u; else None.
+    """
+
+    streams: Tensor
+    h_post: Tensor
+    h_res: Tensor
+    h_pre: Tensor | None = None
+    u: Tensor | None = None
+    normed: Tensor | None = None
+
+    def record_stream(self, stream: Any) -> None:
+        """Tell the allocator that `stream` uses every one of these (as `Tensor.record_stream`)."""
+        for tensor in self:
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 class Inline:
@@ -44,12 +77,12 @@ def _autograd_region() -> tuple[bool, Any]:
 
 
 class _Ahead(NamedTuple):
-    """What the site before has computed for this one: its streams [s, b, n*C] and its `pre`."""
+    """What the site before has computed for this one: its streams [s, b, n*C] and its input."""
 
     streams: Tensor
     version: int
     region: tuple[bool, Any]
-    begun: Begun
+    site_input: SiteInput
 
     def is_of(self, streams: Tensor) -> bool:
         """Whether these are the same streams, unchanged (`self` keeps their memory from reuse),
@@ -58,127 +91,166 @@ class _Ahead(NamedTuple):
         return unchanged and self.region == _autograd_region()
 
 
-class _Pending(NamedTuple):
-    """What a site has read and its `write` waits for; norm(u) joins when the norm has run."""
-
-    streams: Tensor
-    begun: Begun
-    norm: torch.nn.Module
-    has_graph: bool
-    normed: Tensor | None = None
-
-
 class Site:
-    """What a sublayer's norm slot and residual slot share: a connection and the streams it read.
+    """What fills the norm slot and the residual slot of one sublayer.
 
-    Where `following` names the next site, `write` computes that one's `pre` too, in one pass over
-    the streams, and leaves it there; `read` of the next site takes it if the streams are the same.
-    `block` is where what the site read is dropped after the forward, None without recompute.
+    Where `following` names the next site, `write` computes that one's input too, in one pass over
+    the streams, and leaves it there; the next `read` takes it if the streams are the same. Set it
+    only where no boundary lies between the two slots (`arrange`): a value left across a checkpoint
+    would have no gradient, one left across a CUDA graph would be stale.
 
-    At the ends of a pipeline stage `side_streams` may be CUDA streams beside the compute stream:
-    the first site's `pre` and the last one's `combine` then run there, and so do their gradients.
+    Args:
+        connection: the site's parameters.
+        norm: the module in the norm slot. Its `forward` is replaced on the instance: class, hooks
+            and checkpoint keys stay.
+
+    Attributes:
+        is_entry: whether one stream comes in, to be replicated.
+        contract: what makes one stream of n behind `write`; None inside the model.
+        block: where what the site read is dropped after the forward; None without recompute.
+        side_streams: at the ends of a pipeline stage, CUDA streams for this site's work.
     """
 
-    def __init__(self, connection: HyperConnection) -> None:
+    def __init__(self, connection: HyperConnection, norm: torch.nn.Module) -> None:
         self.connection = connection
+        self.is_entry = False
+        self.contract: Callable[[Tensor], Tensor] | None = None
         self.following: Site | None = None
-        self.side_streams: Inline = INLINE
         self.block: Block | None = None
-        self._pending: _Pending | None = None
+        self.side_streams: Inline = INLINE
+        self._norm = norm.forward
         self._ahead: _Ahead | None = None
+        norm.forward = self.read  # type: ignore[method-assign]
 
-    def read(self, norm: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A forward pre-hook of the norm slot: streams [s, b, n*C] become u [s, b, C].
+    @nvtx_decorator(message="mhc.read")
+    def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Residual]:
+        """The norm slot: streams [s, b, n*C], or one stream [s, b, C] at the model's entry.
+
+        Returns:
+            norm(u) [s, b, C], and the residual for `write`.
 
         Raises:
             ValueError: the streams do not have n*C channels.
+            RuntimeError: the norm returns a residual of its own.
         """
-        streams, *rest = inputs
-        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
-        if streams.shape[-1] != n * width:
-            raise ValueError(
-                f"a site got hidden states of width {streams.shape[-1]}; expected"
-                f" {n} streams of {width} = {n * width} channels"
-            )
+        streams = self._streams(hidden_states)
         ahead, self._ahead = self._ahead, None
-        x = streams.unflatten(-1, (n, width))
         if ahead is not None and ahead.is_of(streams):
-            begun = ahead.begun._replace(x=x)
+            _, u, *coefficients = ahead.site_input
         else:
-            begun = self.side_streams.run_and_join(self._pre, streams)
-        self._pending = _Pending(streams, begun, norm, torch.is_grad_enabled())
-        return (begun.u, *rest)
+            _, u, *coefficients = self.side_streams.run_and_join(self._pre, streams)
+        normed = self._norm(u, *args, **kwargs)
+        if not isinstance(normed, Tensor):
+            raise RuntimeError(
+                f"the norm of a site returned {type(normed).__name__}, not a tensor: a norm that"
+                " returns a residual of its own cannot stand in front of a sublayer with mHC"
+            )
+        residual = Residual(streams, *coefficients)
+        if residual.h_pre is not None:
+            is_u = normed.data_ptr() == u.data_ptr()
+            residual = residual._replace(u=u, normed=None if is_u else normed)
+        return normed, residual
 
-    def keep_normed(self, norm: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """A forward hook of the norm slot, under recompute: notes norm(u), to be dropped too."""
-        pending = self._pending
-        is_tensor = isinstance(output, Tensor)  # `write` refuses what else a norm may return
-        if pending is not None and is_tensor and output.data_ptr() != pending.begun.u.data_ptr():
-            self._pending = pending._replace(normed=output)
+    def _streams(self, hidden_states: Tensor) -> Tensor:
+        """The streams [s, b, n*C] of what comes in."""
+        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
+        expected = width if self.is_entry else n * width
+        if hidden_states.shape[-1] != expected:
+            what = (
+                f"{n} streams of {width} = {expected}"
+                if not self.is_entry
+                else f"one stream of {width}"
+            )
+            raise ValueError(
+                f"a site got hidden states of width {hidden_states.shape[-1]}; expected {what}"
+                " channels"
+            )
+        return hidden_states.repeat(1, 1, n) if self.is_entry else hidden_states
 
-    def forget(self) -> None:
-        """Let go of a forward that an exception ended: its graph would live until the next one."""
-        self._pending = self._ahead = None
-        if self.following is not None:
-            self.following._ahead = None
-        if self.block is not None:
-            self.block.forget()
-
-    def _pre(self, streams: Tensor) -> Begun:
+    def _pre(self, streams: Tensor) -> SiteInput:
         """What this site's connection makes of streams that nobody has read for it."""
         n, width = self.connection.mhc.num_streams, self.connection.hidden_size
         return self.connection(streams.unflatten(-1, (n, width)))
 
-    def _combine(self, x: Tensor, *ended: Any) -> Tensor:
-        """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
-        y = Ended(*ended).combine(x, self.connection.mhc.backend).flatten(-2)
-        return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
-
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
+        return partial(self._write, training)
 
-        def combine(
-            output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
-        ) -> Tensor:
-            """(f, bias), the streams and F's dropout -> the next streams [s, b, n*C].
+    @nvtx_decorator(message="mhc.write")
+    def _write(
+        self,
+        training: bool,
+        output_with_bias: tuple[Tensor, Tensor | None],
+        residual: Residual,
+        dropout: float,
+    ) -> Tensor:
+        """(f, bias), the residual and F's dropout -> the next streams [s, b, n*C], or one stream.
 
-            Raises:
-                RuntimeError: the residual is not the streams that `read` saw, or only F has a
-                    graph.
-            """
-            pending, self._pending = self._pending, None
-            if pending is None or pending.streams is not residual:
-                raise RuntimeError(
-                    "a residual slot got other streams than its norm slot read: something between"
-                    " the two (a norm that returns its own residual, offloading) replaced them"
-                )
-            if output_with_bias[0].requires_grad and not pending.has_graph:
-                raise RuntimeError(
-                    "a norm slot ran without a graph and its sublayer with one: a checkpoint around"
-                    " the norm alone would lose the streams' gradient; put it around the sublayer,"
-                    " or around the whole layer"
-                )
-            # Megatron turns gradients on around this slot even in evaluation, which wants no graph
-            with torch.set_grad_enabled(pending.has_graph):
-                return self._write(pending, *output_with_bias, dropout if training else 0.0)
+        Raises:
+            RuntimeError: the residual is not the norm slot's, or only F has a graph.
+        """
+        f, bias = output_with_bias
+        if not isinstance(residual, Residual):
+            raise RuntimeError(
+                f"a residual slot got {type(residual).__name__}, not what its norm slot returned:"
+                " something between the two (a norm that returns its own residual, offloading)"
+                " replaced it"
+            )
+        has_graph = residual.h_post.requires_grad
+        if f.requires_grad and not has_graph:
+            self._check_that_none_is_lost(residual)
+        # Megatron turns gradients on around this slot even in evaluation, which wants no graph
+        with torch.set_grad_enabled(has_graph or f.requires_grad):
+            if training and dropout > 0:
+                f = torch.nn.functional.dropout(f if bias is None else f + bias, dropout)
+                bias = None
+            streams = self._mix(residual, Mixing(f, residual.h_post, residual.h_res, bias))
+            if self.contract is None:
+                return streams
+            return self.contract(self._unflatten(streams))
 
-        return combine
+    def _check_that_none_is_lost(self, residual: Residual) -> None:
+        """F has a graph and the norm slot had none: well where nothing in it wants a gradient."""
+        wanted = (residual.streams, *self.connection.parameters())
+        if any(tensor.requires_grad for tensor in wanted):
+            raise RuntimeError(
+                "a norm slot ran without a graph and its sublayer with one: a checkpoint around"
+                " the norm alone would lose the streams' gradient; put it around the sublayer,"
+                " or around the whole layer"
+            )
 
-    def _write(self, pending: _Pending, f: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        x, u, h_post, h_res, h_pre = pending.begun
-        if dropout > 0:
-            f = f if bias is None else f + bias
-            f, bias = torch.nn.functional.dropout(f, dropout), None
-        ended = Ended(f, h_post, h_res, bias)
+    def _unflatten(self, streams: Tensor) -> Tensor:
+        return streams.unflatten(-1, (self.connection.mhc.num_streams, -1))
+
+    def _mix(self, residual: Residual, mixing: Mixing) -> Tensor:
+        """The next streams [s, b, n*C]; with them the next site's input, where that is fused."""
+        x = self._unflatten(residual.streams)
         # an inference tensor does not tell whether somebody has changed it before the next site
         if self.following is None or torch.is_inference_mode_enabled():
-            streams = self.side_streams.run_detached(self._combine, x, *ended)
+            streams = self.side_streams.run_detached(self._combine, x, *mixing)
         else:
             # through the next connection's __call__: only then are its parameters sure to be there
-            begun = self.following.connection(x, ended)
-            streams = begun.x.flatten(-2)
-            self.following._ahead = _Ahead(streams, streams._version, _autograd_region(), begun)
-        if self.block is not None and pending.has_graph and h_pre is not None:
-            passed = Passed(x, u, h_pre, pending.norm, pending.normed, ended)
-            self.block.passed(self, passed, streams)
+            site_input = self.following.connection(x, mixing)
+            streams = site_input.x.flatten(-2)
+            region = _autograd_region()
+            self.following._ahead = _Ahead(streams, streams._version, region, site_input)
+        if self.block is not None and residual.h_pre is not None and mixing.h_post.requires_grad:
+            assert residual.u is not None
+            record = RecomputeRecord(
+                x, residual.u, residual.h_pre, self._norm, residual.normed, mixing
+            )
+            self.block.passed(self, record, streams)
         return streams
+
+    def _combine(self, x: Tensor, *mixing: Any) -> Tensor:
+        """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
+        y = Mixing(*mixing).combine(x, self.connection.mhc.backend).flatten(-2)
+        return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
+
+    def forget(self) -> None:
+        """Let go of a forward that an exception ended: its graph would live until the next one."""
+        self._ahead = None
+        if self.following is not None:
+            self.following._ahead = None
+        if self.block is not None:
+            self.block.forget()

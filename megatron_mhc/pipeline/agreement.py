@@ -8,8 +8,7 @@ import torch
 from megatron_mhc.model.config_marks import is_marked
 from megatron_mhc.model.layer import MHCLayer
 
-_HAS_SITES = "mhc_has_sites"
-
+from .state import state_of
 
 EXCHANGED = "streams, hidden size, dtype, overlap, sequence length, the decoder's, micro-batch size"
 """What stages have to agree on, in the order of `_of_chunk`."""
@@ -35,7 +34,7 @@ def check_stages(
             differ in what is EXCHANGED; a model without sites whose TransformerConfig a model with
             sites was built with.
     """
-    found = vars(chunks[0]).setdefault(_HAS_SITES, {})
+    found = state_of(chunks[0]).has_sites
     kind = bool(arguments.get("forward_only"))
     if kind not in found:
         found[kind] = _have_sites([_of_chunk(chunk, arguments) for chunk in chunks], group)

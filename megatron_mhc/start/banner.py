@@ -93,7 +93,7 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-    from megatron_mhc.model.layer import MHCLayer, is_any_built
+    from megatron_mhc.model.layer import MHCLayer
 
     modules = [(name, m) for chunk in chunks for name, m in chunk.named_modules()]
     layers = [(name, m) for name, m in modules if isinstance(m, BaseTransformerLayer)]
@@ -108,7 +108,7 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
         )
     stages = parallel_state.get_pipeline_model_parallel_world_size() if trained else 1
     # a pipeline stage without layers is `stages.check_stages`'s to refuse, on all ranks at once
-    if trained and not wide and not is_any_built() and (dense or stages == 1):
+    if trained and not wide and not MHCLayer.is_any_built and (dense or stages == 1):
         raise DenseModelError(
             "mHC was asked for, but "
             + (f"these layers have none: {', '.join(dense)}" if dense else "no layer has a site")

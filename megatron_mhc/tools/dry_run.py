@@ -241,7 +241,7 @@ def bytes_of_streams(
             first = next(m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer))
             norms = int(args.multi_latent_attention) + int(first.is_moe_layer)
             plan = dataclasses.replace(plan, norms=norms)
-        return sum(plan.bytes_a_token.values()), plan.blocks
+        return sum(plan.bytes_a_token.values()), plan.in_words
     in_flight = most_in_flight(chunks[0].config, mhc, stage)
     sizes = (args.hidden_size, args.params_dtype.itemsize)
     kept, rebuilt = 0, 0

@@ -252,8 +252,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         if s.unmarked and is_hyper_connection(parameter):
             parameter.sequence_parallel = False
     for layer in model.decoder.layers if s.mhc is not None else ():
-        if s.fuse != "all":
-            layer.mlp_site.following = None
+        layer.fuses_with_next &= s.fuse == "all"
         if s.fuse == "none":
             layer.attention_site.following = None
     if s.checkpoint is not None:

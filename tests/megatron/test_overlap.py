@@ -212,7 +212,14 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(schedule, "one_forward_one_backward", lambda **arguments: "ours")
+
+    class Ours:
+        def __init__(self, **arguments: Any) -> None: ...
+
+        def run(self) -> str:
+            return "ours"
+
+    monkeypatch.setattr(schedule, "OneForwardOneBackward", Ours)
     monkeypatch.setattr(schedule, "check_stages", lambda *_: None)
     connected: list[Any] = []
     monkeypatch.setattr(schedule, "two_directions", lambda group, config: connected.append(group))
@@ -289,7 +296,7 @@ def test_one_stage_has_nothing_to_overlap() -> None:
 
 def test_distillations_shapes_have_no_place_in_our_schedule() -> None:
     with pytest.raises(ValueError, match="does not work with adjust_tensor_shapes_fn"):
-        schedule.one_forward_one_backward(
+        schedule.OneForwardOneBackward(
             forward_step_func=None,  # type: ignore[arg-type]
             data_iterator=None,
             model=None,

@@ -46,10 +46,10 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from megatron_mhc.model.connection import HyperConnection
 from megatron_mhc.model.parameters import is_hyper_connection
-from megatron_mhc.model.recompute import rebuild_ahead
 from megatron_mhc.pipeline import links, schedule
 from megatron_mhc.pipeline.deadline import Deadline
 from megatron_mhc.pipeline.side_streams import SideStreams
+from megatron_mhc.pipeline.state import rebuild_ahead
 from tests.megatron.models import SEQUENCE, VOCABULARY, Scenario
 from tests.megatron.rendezvous import hosts_wait
 

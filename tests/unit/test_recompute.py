@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.model.connection import HyperConnection
-from megatron_mhc.model.layer import Site
-from megatron_mhc.model.recompute import Block, rebuild_ahead
+from megatron_mhc.model.recompute import Block
+from megatron_mhc.model.site import Site
+from megatron_mhc.pipeline.state import rebuild_ahead
 
 N, WIDTH = 4, 8
 
@@ -27,29 +28,23 @@ class Layers(torch.nn.Module):
         mhc = MHCConfig(recompute=2 if recompute else None, backend=backend)
         self.connections = torch.nn.ModuleList(HyperConnection(mhc, WIDTH, i) for i in range(4))
         self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(WIDTH, dtype=dtype) for _ in range(4))
-        self.recompute_block = Block(2, backend) if recompute else None
-        self.sites = [Site(connection) for connection in self.connections]
+        pairs = zip(self.connections, self.norms, strict=True)
+        self.sites = [Site(connection, norm) for connection, norm in pairs]
+        self.recompute_block = Block(self.sites, backend) if recompute else None
         generator = torch.Generator().manual_seed(0)
         for parameter in self.connections.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        for index, (site, norm) in enumerate(zip(self.sites, self.norms, strict=True)):
+        for index, site in enumerate(self.sites):
             site.following = self.sites[index + 1] if index < 3 else None
             site.block = self.recompute_block
-            norm.register_forward_pre_hook(site.read)
-            if recompute:
-                norm.register_forward_hook(site.keep_normed)
-        if self.recompute_block is not None:
-            assert self.recompute_block.has_room()
-            self.recompute_block.join(*self.sites)
-            assert not self.recompute_block.has_room()
 
     def forward(self, streams: Tensor, seen: list[Tensor] | None = None) -> Tensor:
         """[s, b, n*C] -> the same; `seen` gets every norm's output."""
         for site, norm in zip(self.sites, self.norms, strict=True):
-            normed = norm(streams)
+            normed, residual = norm(streams)
             if seen is not None:
                 seen.append(normed.data)
-            streams = site.write(True, False)((normed.tanh(), None), streams, 0.0)
+            streams = site.write(True, False)((normed.tanh(), None), residual, 0.0)
         return streams
 
 
@@ -157,10 +152,11 @@ def test_streams_replaced_inside_a_block_are_refused() -> None:
     layers = Layers()
     site, block = layers.sites[0], layers.recompute_block
     x = batch(0)
-    streams = site.write(True, False)((layers.norms[0](x).tanh(), None), x, 0.0)
-    copy = streams.clone()
+    normed, residual = layers.norms[0](x)
+    streams = site.write(True, False)((normed.tanh(), None), residual, 0.0)
+    normed, residual = layers.norms[1](streams.clone())
     with pytest.raises(RuntimeError, match="read other streams than the site before wrote"):
-        layers.sites[1].write(True, False)((layers.norms[1](copy).tanh(), None), copy, 0.0)
+        layers.sites[1].write(True, False)((normed.tanh(), None), residual, 0.0)
     x = batch(1)  # the next forward starts afresh
     layers(x).sum().backward()
     assert x.grad is not None and block is not None and not block.rebuild_oldest()
@@ -176,7 +172,7 @@ class HalfOfALargerTensor(torch.nn.LayerNorm):
 
 def test_a_part_of_a_larger_storage_is_refused_before_anything_is_dropped() -> None:
     layers, seen = Layers(), []
-    layers.norms[1].__class__ = HalfOfALargerTensor
+    layers.sites[1]._norm = HalfOfALargerTensor(WIDTH)
     with pytest.raises(RuntimeError, match="a norm returned a part of a larger tensor"):
         layers(batch(0), seen)
     assert all(is_there(seen))
