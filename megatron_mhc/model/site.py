@@ -120,7 +120,7 @@ class Site:
         self.side_streams: Inline = INLINE
         self._norm = norm.forward
         self._ahead: _Ahead | None = None
-        norm.forward = self.read  # type: ignore[method-assign]
+        norm.forward = self.read
 
     @nvtx_decorator(message="mhc.read")
     def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Residual]:
@@ -136,20 +136,20 @@ class Site:
         streams = self._streams(hidden_states)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
-            _, u, *coefficients = ahead.site_input
+            site_input = ahead.site_input
         else:
-            _, u, *coefficients = self.side_streams.run_and_join(self._pre, streams)
+            site_input = self.side_streams.run_and_join(self._pre, streams)
+        _, u, h_post, h_res, h_pre = site_input
         normed = self._norm(u, *args, **kwargs)
         if not isinstance(normed, Tensor):
             raise RuntimeError(
                 f"the norm of a site returned {type(normed).__name__}, not a tensor: a norm that"
                 " returns a residual of its own cannot stand in front of a sublayer with mHC"
             )
-        residual = Residual(streams, *coefficients)
-        if residual.h_pre is not None:
-            is_u = normed.data_ptr() == u.data_ptr()
-            residual = residual._replace(u=u, normed=None if is_u else normed)
-        return normed, residual
+        if h_pre is None:
+            return normed, Residual(streams, h_post, h_res)
+        is_u = normed.data_ptr() == u.data_ptr()
+        return normed, Residual(streams, h_post, h_res, h_pre, u, None if is_u else normed)
 
     def _streams(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""

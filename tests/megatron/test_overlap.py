@@ -12,7 +12,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_mhc.costs.recompute_plan import microbatches_in_flight
-from megatron_mhc.pipeline import links, schedule
+from megatron_mhc.pipeline import connect, links, schedule
 from megatron_mhc.pipeline.deadline import Deadline
 from tests.megatron.launch import assert_same_training, run_scenarios
 from tests.megatron.test_pipeline import FULL_RECOMPUTE, stages
@@ -279,7 +279,7 @@ def test_an_interleaved_output_that_megatron_sends_is_waited_for(
 
 def test_no_timer_of_megatrons_waits_for_a_message() -> None:
     config = SimpleNamespace(timers="Megatron's", batch_p2p_comm=True)
-    assert links._without_timers(config).timers is None
+    assert connect.without_timers(config).timers is None
     assert config.timers == "Megatron's"
 
 

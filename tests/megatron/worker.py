@@ -46,7 +46,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from megatron_mhc.model.connection import HyperConnection
 from megatron_mhc.model.parameters import is_hyper_connection
-from megatron_mhc.pipeline import links, schedule
+from megatron_mhc.pipeline import connect, schedule
 from megatron_mhc.pipeline.deadline import Deadline
 from megatron_mhc.pipeline.side_streams import SideStreams
 from megatron_mhc.pipeline.state import rebuild_ahead
@@ -342,7 +342,7 @@ def fall_silent(what: str) -> None:
         time.sleep(60)
 
     Deadline._watch = silence  # type: ignore[method-assign]
-    module, name = {"link": (links, "_connect"), "rank": (schedule, "two_directions")}[what]
+    module, name = {"link": (connect, "_connect"), "rank": (schedule, "two_directions")}[what]
     setattr(module, name, silence)
 
 
