@@ -27,7 +27,7 @@ class Residual(NamedTuple):
     A tuple of tensors: what takes a residual apart (a CUDA graph, a node of a schedule) sees each.
 
     Attributes:
-        streams: [s, b, n*C], which the site read.
+        streams: [s, b, n, C], which the site read.
         h_post: [s, b, n], fp32.
         h_res: [s, b, n, n] (destination, source), fp32.
         h_pre, u, normed: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where
@@ -136,10 +136,11 @@ class Site:
         streams = self._streams(hidden_states)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
-            site_input = ahead.site_input
+            site_input = ahead.site_input._replace(x=self._unflatten(streams))
         else:
             site_input = self.side_streams.run_and_join(self._pre, streams)
-        _, u, h_post, h_res, h_pre = site_input
+        # the very x that was read: its gradients are added up there, before they reach the streams
+        x, u, h_post, h_res, h_pre = site_input
         normed = self._norm(u, *args, **kwargs)
         if not isinstance(normed, Tensor):
             raise RuntimeError(
@@ -147,9 +148,9 @@ class Site:
                 " returns a residual of its own cannot stand in front of a sublayer with mHC"
             )
         if h_pre is None:
-            return normed, Residual(streams, h_post, h_res)
+            return normed, Residual(x, h_post, h_res)
         is_u = normed.data_ptr() == u.data_ptr()
-        return normed, Residual(streams, h_post, h_res, h_pre, u, None if is_u else normed)
+        return normed, Residual(x, h_post, h_res, h_pre, u, None if is_u else normed)
 
     def _streams(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""
@@ -169,8 +170,7 @@ class Site:
 
     def _pre(self, streams: Tensor) -> SiteInput:
         """What this site's connection makes of streams that nobody has read for it."""
-        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
-        return self.connection(streams.unflatten(-1, (n, width)))
+        return self.connection(self._unflatten(streams))
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
@@ -224,7 +224,7 @@ class Site:
 
     def _mix(self, residual: Residual, mixing: Mixing) -> Tensor:
         """The next streams [s, b, n*C]; with them the next site's input, where that is fused."""
-        x = self._unflatten(residual.streams)
+        x = residual.streams
         # an inference tensor does not tell whether somebody has changed it before the next site
         if self.following is None or torch.is_inference_mode_enabled():
             streams = self.side_streams.run_detached(self._combine, x, *mixing)

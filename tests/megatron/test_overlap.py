@@ -225,7 +225,10 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
     monkeypatch.setattr(schedule, "two_directions", lambda group, config: connected.append(group))
     config = SimpleNamespace(mhc_overlap_in_flight=1)
 
-    first = SimpleNamespace(config=config)
+    class Chunk(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    first = Chunk(config=config)
 
     def run(forward_only: bool, **more: Any) -> Any:
         arguments = {
@@ -241,7 +244,7 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
     assert [run(False), run(False), run(True), run(True)] == ["stock", "ours", "stock", "ours"]
     assert connected == ["a group"] * 4  # before the first step, though it is in stock order
     # another model's first step, with the same configuration
-    assert run(False, model=SimpleNamespace(config=config)) == "stock"
+    assert run(False, model=Chunk(config=config)) == "stock"
 
 
 def test_a_gradient_that_an_interleaved_chunk_sends_keeps_its_memory(
