@@ -33,6 +33,15 @@ def _whole_step_is_a_graph(settings: Any) -> bool:
     return getattr(settings, "cuda_graph_impl", None) == "full_iteration"
 
 
+def _last_layer_has_experts(settings: Any) -> bool:
+    """Whether the model's last layer is an MoE layer (Megatron's `moe_layer_freq`)."""
+    layers = settings.num_layers
+    frequency = getattr(settings, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return (layers - 1) % frequency == 0
+    return bool(frequency[-1])
+
+
 NO_FSDP = "FSDP is not tried yet; use DDP or the distributed optimizer"
 
 CONFLICTS_OF_0_18 = (
@@ -117,9 +126,10 @@ CONFLICTS = (
         "it adds the residual inside its linears and leaves mHC's slots out; drop the flag",
     ),
     Conflict(
-        "--overlap-moe-expert-parallel-comm",
-        _is_set("overlap_moe_expert_parallel_comm"),
-        "its schedule splits a layer in a way not tried yet; drop the flag",
+        "--overlap-moe-expert-parallel-comm with a dense last layer",
+        lambda s: _is_set("overlap_moe_expert_parallel_comm")(s) and not _last_layer_has_experts(s),
+        "Megatron's schedule then forgets the final norm, without mHC too; give the last layer"
+        " experts (--moe-layer-freq), or drop the flag",
     ),
     Conflict(
         "--use-megatron-fsdp",
@@ -137,6 +147,12 @@ _INTERLEAVED = "virtual_pipeline_model_parallel_size"
 
 RECOMPUTE_CONFLICTS = (
     Conflict(
+        "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
+        _is_set("overlap_moe_expert_parallel_comm"),
+        "what one node of its schedule drops another one on another stream would read; use one of"
+        " the two",
+    ),
+    Conflict(
         "--recompute-granularity full beside --mhc-recompute",
         _is_set("recompute_granularity", "selective"),
         "it keeps nothing inside a layer, so the streams are gone already and rebuilding them is"
@@ -151,6 +167,11 @@ RECOMPUTE_CONFLICTS = (
 """What selective recompute of the streams cannot work with."""
 
 OVERLAP_CONFLICTS = (
+    Conflict(
+        "--mhc-overlap-p2p with --overlap-moe-expert-parallel-comm",
+        _is_set("overlap_moe_expert_parallel_comm"),
+        "its schedule places the ends of a stage and their messages itself; drop one of the two",
+    ),
     Conflict(
         "--mhc-overlap-p2p without --pipeline-model-parallel-size",
         lambda s: getattr(s, "pipeline_model_parallel_size", 1) == 1,

@@ -12,6 +12,7 @@ import pkgutil
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
@@ -35,6 +36,7 @@ class MHCLayer(TransformerLayer):
 
     Attributes:
         is_any_built: of the class: whether this process has built a layer with sites.
+        fuses_inside: whether the first site may compute the second one's input.
         fuses_with_next: whether the last site may compute the next layer's first input.
 
     Raises:
@@ -62,7 +64,8 @@ class MHCLayer(TransformerLayer):
         self.mlp_site = Site(self.mlp_connection, self.pre_mlp_layernorm)
         self.self_attn_bda = self.attention_site.write
         self.mlp_bda = self.mlp_site.write
-        self.attention_site.following = self.mlp_site
+        self.fuses_inside = _is_one_region(config, isinstance(self.mlp, MoELayer))
+        self.attention_site.following = self.mlp_site if self.fuses_inside else None
         self.fuses_with_next = not self.is_mtp and _runs_on_into_the_next(config)
         self.recompute_plan: Plan | None = None
         if mhc.recompute is not None:
@@ -156,11 +159,21 @@ class MHCLayer(TransformerLayer):
 def _runs_on_into_the_next(config: Any) -> bool:
     """Whether a layer and the next one run in one autograd region, outside any graph.
 
-    The next site's input, left on it by this layer, would have no gradient across a checkpoint, and
-    would be stale across a CUDA graph.
+    The next site's input, left on it by this layer, would have no gradient across a checkpoint,
+    would be stale across a CUDA graph, and would belong to another node of a schedule.
     """
     is_graph = config.cuda_graph_impl in ("local", "transformer_engine")
-    return config.recompute_granularity != "full" and not is_graph
+    is_apart = config.overlap_moe_expert_parallel_comm
+    return config.recompute_granularity != "full" and not (is_graph or is_apart)
+
+
+def _is_one_region(config: Any, is_moe: bool) -> bool:
+    """Whether a layer's residual slot of attention and norm slot of the MLP are in one region.
+
+    The nodes of expert-parallel overlap end behind an MoE layer's router, and in front of a dense
+    layer's MLP.
+    """
+    return is_moe or not config.overlap_moe_expert_parallel_comm
 
 
 @functools.cache

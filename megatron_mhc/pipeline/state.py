@@ -28,6 +28,7 @@ class PipelineState:
     has_sites: dict[bool, bool] = dataclasses.field(default_factory=dict)
     kinds_begun: set[bool] = dataclasses.field(default_factory=set)
     side_streams: SideStreams | None = None
+    _post_stream: Any = None
     _last: str | None = None
     _is_last_known: bool = False
 
@@ -36,6 +37,12 @@ class PipelineState:
         if self.side_streams is None:
             self.side_streams = SideStreams(in_flight, chunks)
         return self.side_streams
+
+    def post_stream(self) -> Any:
+        """The high-priority CUDA stream of the post/res of MLPs, made when first asked for."""
+        if self._post_stream is None:
+            self._post_stream = torch.cuda.Stream(priority=-1)
+        return self._post_stream
 
     def last_block(self, chunk: torch.nn.Module) -> Block | None:
         """The recompute block whose backward comes first: looked for once, then known by name.

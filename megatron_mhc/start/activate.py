@@ -26,6 +26,7 @@ from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from megatron_mhc.patches.registry import ENVIRONMENT_VARIABLE, turned_off
 from megatron_mhc.patches.releases import check_release, megatron_core_version
+from megatron_mhc.patches.schedule_plan import schedule_plan_patches
 from megatron_mhc.patches.spec_function import spec_function_patches
 from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
@@ -111,6 +112,13 @@ def _arrange(block: Any) -> None:
     arrange(block)
 
 
+def _prepare_plan(model: Any) -> None:
+    """`expert_overlap.prepare`, imported when there is a schedule to plan."""
+    from megatron_mhc.pipeline.expert_overlap import prepare
+
+    prepare(model)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
@@ -121,6 +129,7 @@ def model_patches() -> tuple[Patch, ...]:
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
         block_forward_patch(_arrange),
+        *schedule_plan_patches(_prepare_plan),
         *fsdp_patches(compatibility.refuse_fsdp),
     )
 
