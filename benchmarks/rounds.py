@@ -30,16 +30,22 @@ TRACED_STEP = 5
 HOOK = "DistributedDataParallel._make_backward_post_hook"
 
 
-def forget() -> None:
-    """Give up what Megatron keeps of a run in its process, but for the process groups.
+def empty_hooks() -> None:
+    """Let go of the models that hooks on autograd's nodes hold.
 
-    Megatron's data parallelism hooks autograd's nodes with functions that hold the model. Python's
-    collector does not see through nodes, and every model would stay.
+    Megatron's data parallelism makes those hooks. Python's collector does not see through nodes,
+    and every model would stay.
     """
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and thing.__qualname__.startswith(HOOK):
+        # no isinstance: it asks a weak proxy's target, which may be gone
+        if type(thing) is FunctionType and thing.__qualname__.startswith(HOOK):
             for cell in thing.__closure__ or ():
                 cell.cell_contents = None
+
+
+def forget() -> None:
+    """Give up what Megatron keeps of a run in its process, but for the process groups."""
+    empty_hooks()
     destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()

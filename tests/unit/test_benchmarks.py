@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +95,30 @@ for programs in (1, 2, 9):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", program]
     subprocess.run(command, check=True, cwd=PROFILE.parent, env=environment)
+
+
+def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROFILE.parent))
+    rounds = importlib.import_module("rounds")
+
+    class Model:
+        pass
+
+    model = Model()
+    gone = weakref.ref(model)
+
+    def hook(held: Model = model) -> Any:
+        def post_hook() -> Model:
+            return held
+
+        post_hook.__qualname__ = f"{rounds.HOOK}.<locals>.hook"
+        return post_hook
+
+    kept = [hook(), weakref.proxy(target := Model())]
+    del target, model
+    hook.__defaults__ = None
+    with pytest.raises(ReferenceError):
+        isinstance(kept[1], str)
+    assert gone() is not None
+    rounds.empty_hooks()
+    assert gone() is None
