@@ -42,3 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"{file} has no {', '.join(sorted(missing))}")
         for name in set(names) & set(found):
             found[name].add_marker(pytest.mark.thorough)
+
+
+def pytest_unconfigure() -> None:
+    """No process outlives the run."""
+    from tests.megatron.common.launch import end_forks
+
+    end_forks()

@@ -1,97 +1,191 @@
-"""Training runs as forks of one process that has imported Megatron, so that each starts at once.
+"""Python processes as forks of one that has imported what they import, so that each starts at once.
 
-python -m tests.megatron.common.forks reads a run a line (JSON) and answers with its exit status
+python -m tests.megatron.common.forks FOLDER
+
+Serves two sockets in FOLDER until standard input ends: `torch` forks a process that has imported
+PyTorch, `megatron` one that has Megatron too, with the CPU for CUDA, as `megatron_mhc.run --cpu`
+imports it. `fork_client` says what goes over them.
 """
 
 import contextlib
-import json
+import gc
+import importlib
 import os
 import runpy
+import selectors
 import signal
 import socket
 import sys
-import time
+import types
+from pathlib import Path
 from typing import Any
 
-from megatron_mhc import run
-from megatron_mhc.patches import cpu
+import torch  # noqa: F401
 
-cpu.enter()
+from tests.megatron.common.fork_client import receive
 
-# what every run would import, before any patch of ours
-import megatron.training  # noqa: E402
-import megatron.training.argument_utils  # noqa: E402
-import megatron.training.arguments  # noqa: E402, F401
+PATH = list(sys.path)
+# what a script imports before any patch of ours, and what the tests' own processes do
+MEGATRON = (
+    "megatron.training",
+    "megatron.training.argument_utils",
+    "megatron.training.arguments",
+    "megatron.training.training",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron_mhc.spec",
+    "megatron_mhc.start.activate",
+    "tests.megatron.common.train",
+)
 
-from megatron_mhc import spec  # noqa: E402, F401
+
+def import_megatron() -> None:
+    """What `megatron_mhc.run --cpu` does before a script begins."""
+    from megatron_mhc.patches import cpu
+
+    cpu.enter()
+    for module in MEGATRON:
+        importlib.import_module(module)
 
 
-def _become(job: dict[str, Any], rank: int, port: int) -> None:
-    """Turn a fork into one process of a run, and run it to the end of this process."""
-    os.environ.update(
-        job["environment"],
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(job["processes"]),
-        LOCAL_WORLD_SIZE=str(job["processes"]),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    os.setsid()  # a group of its own, by which `_end` finds what it leaves
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if job["runner"]:
-        run.main(["--cpu", *job["command"]])
+def become(job: dict[str, Any], files: list[int]) -> None:
+    """Turn a fork into the process that `python ARGUMENTS` starts, and run it to its end."""
+    os.setsid()  # a group of its own, by which `end` finds what it leaves
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    sys.executable = job["python"]
+    added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = ["", *(path for path in added if path not in PATH), *PATH[1:]]
+    if any(Path(path, "sitecustomize.py").exists() for path in added):
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
+    arguments = [word for word in job["arguments"] if word != "-u"]
+    first, rest = arguments[0], arguments[1:]
+    if first == "-m":
+        sys.path[0], sys.argv = os.getcwd(), rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
     else:
-        sys.argv = job["command"]
-        runpy.run_path(job["command"][0], run_name="__main__")
+        sys.path[0], sys.argv = os.path.dirname(os.path.abspath(first)), arguments
+        runpy.run_path(first, run_name="__main__")
 
 
-def _end(process: int) -> None:
-    """Kill a process of a run, or what it has left: a killed one leaves its writers behind."""
+def end(process: int) -> None:
+    """Kill a process, or what it has left: a killed one leaves its writers behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
 
 
-def _wait(processes: list[int], seconds: float) -> int:
-    """The first exit status that is not 0 (the others are killed then), or 0."""
-    status, running, end = 0, set(processes), time.monotonic() + seconds
-    while running and not status:
-        for process in processes:
-            if process in running:
-                ended, code = os.waitpid(process, os.WNOHANG)
-                if ended:
-                    running.remove(process)
-                    status = status or os.waitstatus_to_exitcode(code)
-        if time.monotonic() > end:
-            status = status or -signal.SIGALRM
-        time.sleep(0.02)
-    for process in processes:
-        _end(process)
-    for process in running:
-        os.waitpid(process, 0)
-    return status
+class Server:
+    """Forks a process for each connection, and tells its exit status there.
+
+    Who closes the connection, or its writing half, ends the process.
+    """
+
+    def __init__(self, **listeners: socket.socket) -> None:
+        self.listeners = listeners
+        self.ready = selectors.DefaultSelector()
+        self.ready.register(0, selectors.EVENT_READ, self.close)
+        for name, listener in listeners.items():
+            self.ready.register(listener, selectors.EVENT_READ, getattr(self, f"accept_{name}"))
+        self.jobs: dict[int, socket.socket] = {}
+        self.next_stage = 0
+        self.is_open = True
+
+    def serve(self) -> bool:
+        """Until standard input ends: False then, and True in a fork, which is to end itself."""
+        while self.is_open:
+            for key, _ in self.ready.select():
+                if key.data():
+                    return True
+        return False
+
+    def close(self) -> None:
+        """End everything."""
+        self.is_open = False
+        for process in self.jobs:
+            end(process)
+            os.waitpid(process, 0)
+        if self.next_stage:
+            os.waitpid(self.next_stage, 0)
+
+    def forget(self) -> None:
+        """In a fork: what is the parent's."""
+        self.ready.close()
+        for other in (*self.listeners.values(), *self.jobs.values()):
+            other.close()
+
+    def accept_megatron(self) -> bool:
+        """The next stage is wanted (or, in it, a process)."""
+        if "torch" not in self.listeners:
+            return self.accept(self.listeners["megatron"])
+        listener = self.listeners.pop("megatron")
+        self.ready.unregister(listener)
+        self.next_stage = os.fork()
+        if self.next_stage:
+            listener.close()
+            return False
+        self.forget()
+        import_megatron()
+        gc.freeze()
+        return Server(megatron=listener).serve()
+
+    def accept_torch(self) -> bool:
+        """A process is wanted."""
+        return self.accept(self.listeners["torch"])
+
+    def accept(self, listener: socket.socket) -> bool:
+        """Fork it; True in the fork once it has run."""
+        connection, _ = listener.accept()
+        job, files = receive(connection)
+        process = os.fork()
+        if not process:
+            self.forget()
+            connection.close()
+            become(job, files)
+            return True
+        for file in files:
+            os.close(file)
+        self.jobs[process] = connection
+        handle = os.pidfd_open(process)
+
+        def ended() -> None:
+            self.ready.unregister(handle)
+            os.close(handle)
+            with contextlib.suppress(KeyError):  # who waits has said no more
+                self.ready.unregister(connection)
+            _, status = os.waitpid(process, 0)
+            end(process)
+            del self.jobs[process]
+            with contextlib.suppress(BrokenPipeError):
+                connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+            connection.close()
+
+        def unwanted() -> None:
+            self.ready.unregister(connection)
+            end(process)
+
+        self.ready.register(handle, selectors.EVENT_READ, ended)
+        self.ready.register(connection, selectors.EVENT_READ, unwanted)
+        return False
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Bind both sockets, and serve."""
+    listeners = {}
+    for name in ("torch", "megatron"):
+        listeners[name] = socket.socket(socket.AF_UNIX)
+        listeners[name].bind(str(Path(sys.argv[1], name)))
+        listeners[name].listen(64)
     print("ready", flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        with socket.socket() as held:
-            # bound until the run ends, so that nobody else is given the port before rank 0 listens
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            held.bind(("127.0.0.1", 0))
-            processes: list[int] = []
-            for rank in range(job["processes"]):
-                process = os.fork()
-                if not process:
-                    _become(job, rank, held.getsockname()[1])
-                    return
-                processes.append(process)
-            print(_wait(processes, job["seconds"]), flush=True)
+    gc.freeze()
+    Server(**listeners).serve()
 
 
 if __name__ == "__main__":

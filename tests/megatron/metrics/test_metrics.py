@@ -1,8 +1,6 @@
 """The metrics against float64 from streams and parameters; the same over every parallelism."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,8 @@ import torch
 
 from megatron_mhc.kernels import reference
 from megatron_mhc.metrics.formulas import gains, residual_metrics, stream_geometry
-from tests.megatron.common.launch import assert_same_training, torchrun
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 
 RECOMPUTE = {
     "recompute_granularity": "full",
@@ -62,22 +61,20 @@ TWO: dict[str, dict[str, Any]] = {
 }
 
 
-def train(processes: int, scenarios: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Two steps of every scenario, recorded (`metrics_worker.run`)."""
-    file = folder / "result.pt"
+def train(processes: int, scenarios: dict[str, Any]) -> dict[str, Any]:
+    """Two steps of every scenario, recorded (`metrics.worker.run`)."""
     settings = {name: {"steps": 2, **scenario} for name, scenario in scenarios.items()}
-    torchrun(processes, "-m", "tests.megatron.metrics.worker", json.dumps(settings), str(file))
-    return torch.load(file, weights_only=False)
+    return run_scenarios(processes, settings, "metrics.worker")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train(1, ALONE, tmp_path_factory.mktemp("alone"))
+def alone() -> dict[str, Any]:
+    return train(1, ALONE)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train(2, TWO, tmp_path_factory.mktemp("two"))
+def two() -> dict[str, Any]:
+    return train(2, TWO)
 
 
 def amax_gains(m: np.ndarray) -> tuple[float, float]:

@@ -1,11 +1,9 @@
-"""One torchrun process of the metrics tests: `worker.run` with every step recorded.
+"""One process of the metrics tests: `worker.run` with every step recorded.
 
-torchrun --nproc-per-node N -m tests.megatron.metrics.worker SCENARIOS_AS_JSON RESULT_FILE
+python -m tests.megatron.metrics.worker SCENARIOS_AS_JSON RESULT_FILE
 """
 
 import functools
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.megatron.common import worker  # isort: skip  (first: it readies Megatron for the CPU)
+from tests.megatron.common import train, worker  # isort: skip  (first: it readies Megatron for the CPU)
 
 from megatron_mhc.metrics.recorder import Recorder
 from megatron_mhc.model.layer import MHCLayer
-from tests.megatron.common.models import Scenario
+from tests.megatron.common.scenario import Scenario
 
 
 class Observer:
@@ -28,8 +26,8 @@ class Observer:
     """
 
     def __init__(self) -> None:
-        self.schedule: Callable[[], Callable[..., Any]] = worker.get_forward_backward_func
-        self.make_optimizer = worker.get_megatron_optimizer
+        self.schedule: Callable[[], Callable[..., Any]] = train.get_forward_backward_func
+        self.make_optimizer = train.get_megatron_optimizer
         self.optimizer: Any = None
         self.summaries: list[dict[str, Any]] = []
         self.truth: dict[int, dict[str, Tensor]] = {}
@@ -91,14 +89,14 @@ def run(log: bool = True, **settings: Any) -> dict[str, Any]:
         return worker.run(scenario)
     observer = Observer()
     names = ("get_forward_backward_func", "get_megatron_optimizer")
-    kept = {name: getattr(worker, name) for name in names}
+    kept = {name: getattr(train, name) for name in names}
     for name in names:
-        setattr(worker, name, getattr(observer, name))
+        setattr(train, name, getattr(observer, name))
     try:
         result = worker.run(scenario)
     finally:
         for name in names:
-            setattr(worker, name, kept[name])
+            setattr(train, name, kept[name])
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (observer.truth, observer.summaries))
     assert all(summaries == observer.summaries for _, summaries in ranks), "ranks disagree"
@@ -107,16 +105,5 @@ def run(log: bool = True, **settings: Any) -> dict[str, Any]:
     return {**result, "metrics": observer.summaries, "truth": truth}
 
 
-def main() -> None:
-    """Run every scenario of the command line; rank 0 writes what they returned."""
-    scenarios, result_file = sys.argv[1:]
-    dist.init_process_group("gloo")
-    results = {name: run(**settings) for name, settings in json.loads(scenarios).items()}
-    if dist.get_rank() == 0:
-        torch.save(results, result_file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    worker.work(lambda settings: run(**settings))

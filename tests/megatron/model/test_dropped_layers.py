@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.common.launch import assert_same_training, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 
 DROPPED: dict[str, list[int]] = {"first": [0], "last": [3], "middle": [1], "both ends": [0, 3]}
 KINDS: dict[str, dict[str, Any]] = {

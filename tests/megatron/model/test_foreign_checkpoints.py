@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.common.launch import assert_same_training, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 
 KINDS = ("full", "reentrant", "non-reentrant")
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.common.launch import assert_same_training, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 from tests.megatron.model.test_training import SGD, SUMMATION_ORDER
 
 SHARED = {"moe_shared_expert_intermediate_size": 64}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_mhc.patches.releases import is_installed
-from tests.megatron.common.launch import ROOT, assert_same_training, forked_run, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import ROOT, forked_run, run_scenarios
 from tests.megatron.model.test_training import SGD, SUMMATION_ORDER
 from tests.megatron.pipeline.test_schedules import stages
 from tests.megatron.start.test_plugin import RUN, SCRIPT, TINY, losses, python

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.common.launch import assert_same_training, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.megatron.common.launch import assert_same_training, relative_error, run_scenarios
+from tests.megatron.common.compare import assert_same_training, relative_error
+from tests.megatron.common.launch import run_scenarios
 
 START: dict[str, Any] = {"steps": 20, "perturb": False}
 GQA = {"num_query_groups": 2}

@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron_mhc.costs.recompute_plan import microbatches_in_flight
 from megatron_mhc.pipeline import links, schedule
 from megatron_mhc.pipeline.deadline import Deadline
-from tests.megatron.common.launch import assert_same_training, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 from tests.megatron.pipeline.test_schedules import FULL_RECOMPUTE, stages
 
 OVERLAP = {"overlap_p2p": True}

@@ -13,7 +13,8 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.model.config_marks import mark_streams, streams_of
 from megatron_mhc.patches import registry
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
-from tests.megatron.common.launch import assert_same_training, run_scenarios
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
 from tests.megatron.model.test_training import SGD, SUMMATION_ORDER, UNCLIPPED
 
 # No gradient norm and no tied weight: both are summed in another order over stages. Boundaries
