@@ -44,11 +44,11 @@ def check_flags(flags: list[str]) -> None:
     with warnings.catch_warnings(action="ignore"):  # of what is not installed for training
         cpu.enter()
         from .start.activate import activate
-        from .tools.dry_run import FlagsError, report
+        from .tools.dry_run import FlagsError, page
 
         activate()
     try:
-        print(report(flags))
+        print(page(flags))
     except FlagsError as error:
         print(f"doctor: {error}", file=sys.stderr)
         sys.exit(2)
@@ -97,10 +97,10 @@ def main() -> None:
     if args.command == "doctor" and args.args is not None:
         check_flags(args.args)
     elif args.command == "doctor":
-        from .tools.doctor import report
+        from .tools.doctor import page
 
-        page, is_well = report()
-        print(page)
+        text, is_well = page()
+        print(text)
         sys.exit(0 if is_well else 1)
     elif args.command == "convert":
         _convert(args)

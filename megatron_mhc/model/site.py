@@ -27,7 +27,7 @@ class Residual(NamedTuple):
     A tuple of tensors: what takes a residual apart (a CUDA graph, a node of a schedule) sees each.
 
     Attributes:
-        streams: [s, b, n*C], which the site read.
+        streams: [s, b, n, C], which the site read.
         h_post: [s, b, n], fp32.
         h_res: [s, b, n, n] (destination, source), fp32.
         h_pre, u, normed: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where
@@ -120,7 +120,7 @@ class Site:
         self.side_streams: Inline = INLINE
         self._norm = norm.forward
         self._ahead: _Ahead | None = None
-        norm.forward = self.read  # type: ignore[method-assign]
+        norm.forward = self.read
 
     @nvtx_decorator(message="mhc.read")
     def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Residual]:
@@ -136,20 +136,21 @@ class Site:
         streams = self._streams(hidden_states)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
-            _, u, *coefficients = ahead.site_input
+            site_input = ahead.site_input._replace(x=self._unflatten(streams))
         else:
-            _, u, *coefficients = self.side_streams.run_and_join(self._pre, streams)
+            site_input = self.side_streams.run_and_join(self._pre, streams)
+        # the very x that was read: its gradients are added up there, before they reach the streams
+        x, u, h_post, h_res, h_pre = site_input
         normed = self._norm(u, *args, **kwargs)
         if not isinstance(normed, Tensor):
             raise RuntimeError(
                 f"the norm of a site returned {type(normed).__name__}, not a tensor: a norm that"
                 " returns a residual of its own cannot stand in front of a sublayer with mHC"
             )
-        residual = Residual(streams, *coefficients)
-        if residual.h_pre is not None:
-            is_u = normed.data_ptr() == u.data_ptr()
-            residual = residual._replace(u=u, normed=None if is_u else normed)
-        return normed, residual
+        if h_pre is None:
+            return normed, Residual(x, h_post, h_res)
+        is_u = normed.data_ptr() == u.data_ptr()
+        return normed, Residual(x, h_post, h_res, h_pre, u, None if is_u else normed)
 
     def _streams(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""
@@ -169,8 +170,7 @@ class Site:
 
     def _pre(self, streams: Tensor) -> SiteInput:
         """What this site's connection makes of streams that nobody has read for it."""
-        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
-        return self.connection(streams.unflatten(-1, (n, width)))
+        return self.connection(self._unflatten(streams))
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
@@ -224,7 +224,7 @@ class Site:
 
     def _mix(self, residual: Residual, mixing: Mixing) -> Tensor:
         """The next streams [s, b, n*C]; with them the next site's input, where that is fused."""
-        x = self._unflatten(residual.streams)
+        x = residual.streams
         # an inference tensor does not tell whether somebody has changed it before the next site
         if self.following is None or torch.is_inference_mode_enabled():
             streams = self.side_streams.run_detached(self._combine, x, *mixing)

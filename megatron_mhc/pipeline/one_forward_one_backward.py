@@ -36,8 +36,9 @@ from torch import Tensor
 
 from megatron_mhc.model.config_marks import overlap_in_flight_of
 
+from .connect import two_directions
 from .ends import ends_on_side_streams
-from .links import Links, two_directions
+from .links import Links
 from .state import rebuild_ahead, state_of
 
 

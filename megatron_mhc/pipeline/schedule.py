@@ -11,8 +11,9 @@ from megatron.core.utils import get_model_config
 from megatron_mhc.model.config_marks import overlap_in_flight_of
 
 from .agreement import check_stages
+from .connect import two_directions
 from .ends import ends_on_side_streams
-from .links import SideStreamCommunicator, two_directions
+from .links import SideStreamCommunicator
 from .one_forward_one_backward import OneForwardOneBackward
 from .state import state_of
 

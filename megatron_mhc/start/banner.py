@@ -19,7 +19,7 @@ class DenseModelError(RuntimeError):
 
 def _recompute(mhc: MHCConfig, plan: Plan | None, reference: bool, dtype: torch.dtype) -> str:
     """What the banner says of recompute, where the reference or the kernels run on such streams."""
-    blocks = f"recompute {mhc.recompute}" if plan is None else plan.blocks
+    blocks = f"recompute {mhc.recompute}" if plan is None else plan.in_words
     if not reference:
         return str(plan or blocks)
     if dtype.itemsize < 4:

@@ -71,7 +71,7 @@ def _patch_lines() -> list[str]:
     return lines
 
 
-def report() -> tuple[str, bool]:
+def page() -> tuple[str, bool]:
     """The doctor's whole page, and whether all is well: no line of it says ERROR or MISSING."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (use --cpu)"
     lines = [f"Python {platform.python_version()}, CUDA device: {device}", "Versions:"]

@@ -2,20 +2,16 @@
 
 Megatron's own parser checks the flags. Every pipeline stage is then built at its real size with
 tensors that have no memory, in a process group that only pretends, so parameters are counted and
-not estimated. Nothing needs a GPU or Transformer Engine: the layers are those of the local
-implementation, which have the same shapes (what they lack, `add_fused_norms` adds).
+not estimated (`stage_model`).
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
-import math
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -34,21 +30,9 @@ from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.releases import is_installed
 from megatron_mhc.start.flags import config_from_arguments
 
+from .stage_model import build, pretended, whole_sizes
+
 GIB = 2**30
-WITHOUT_TRANSFORMER_ENGINE = {
-    "transformer_impl": "local",
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_padding_for_quantization": False,
-    "fp8": None,
-    "context_parallel_size": 1,
-    "gradient_accumulation_fusion": False,
-    "layernorm_zero_centered_gamma": False,
-}
-"""What is built instead of what was asked for: nothing here changes the shape of a parameter."""
 
 
 class FlagsError(ValueError):
@@ -99,112 +83,6 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
             logging_enabled=False,
         )
     return args
-
-
-@contextlib.contextmanager
-def pretended(args: argparse.Namespace, stage: int) -> Iterator[Any]:
-    """The process groups of a rank of this pipeline stage, without any other process."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    stages = args.pipeline_model_parallel_size
-    rank = stage * (args.world_size // stages)
-    dist.init_process_group("fake", rank=rank, world_size=args.world_size, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=stages,
-            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        yield ProcessGroupCollection.use_mpu_process_groups()
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-def check_fusions(args: argparse.Namespace) -> None:
-    """Let Megatron judge RoPE's fusion as asked for, which nothing that is built here has.
-
-    Raises:
-        ValueError: Megatron's, unless all it misses is Transformer Engine.
-    """
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    others = WITHOUT_TRANSFORMER_ENGINE | {"apply_rope_fusion": args.apply_rope_fusion}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            gpt_config_from_args(argparse.Namespace(**(vars(args) | others)))
-    except ValueError as error:
-        if "install TE" not in str(error):
-            raise
-
-
-def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
-    """The model chunks of this rank, on tensors without memory."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.models.gpt import GPTModelBuilder
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    check_fusions(args)
-    local = argparse.Namespace(**(vars(args) | WITHOUT_TRANSFORMER_ENGINE))
-    lacks_norms = args.qk_layernorm and args.multi_latent_attention and args.q_lora_rank is None
-    local.qk_layernorm = args.qk_layernorm and not lacks_norms
-    model_parallel_cuda_manual_seed(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        config = gpt_config_from_args(local)
-    chunks = args.virtual_pipeline_model_parallel_size
-    config.transformer.perform_initialization = False
-    builder = GPTModelBuilder(config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        built = [
-            builder.build_model(groups, vp_stage=chunk if chunks else None)
-            for chunk in range(chunks or 1)
-        ]
-        if lacks_norms:
-            add_fused_norms(built)
-    return built
-
-
-def add_fused_norms(chunks: list[torch.nn.Module]) -> None:
-    """The norms of `--qk-layernorm` with latent attention and without `--q-lora-rank`.
-
-    Transformer Engine fuses one, over the hidden size, into the queries' projection and one into
-    that of the keys' and values' latent. The local implementation has neither, and is built without
-    the flag.
-    """
-    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    for attention in (m for chunk in chunks for m in chunk.modules()):
-        if isinstance(attention, MLASelfAttention):
-            config = attention.config
-            attention.q_layernorm = WrappedTorchNorm(config, config.hidden_size)
-            attention.kv_layernorm = WrappedTorchNorm(config, config.kv_lora_rank)
-
-
-def whole_sizes(chunks: list[torch.nn.Module]) -> dict[str, int]:
-    """The whole model's size of every parameter of this rank, by its key in a checkpoint."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
-    sizes = {}
-    for chunk in chunks:
-        state = chunk.sharded_state_dict(  # type: ignore[operator]
-            metadata={"non_homogeneous_layers": True}
-        )
-        apply_factories(state)
-        buffers = {id(buffer) for buffer in chunk.buffers()}
-        for leaf in nested_values(state):
-            if isinstance(leaf, ShardedTensor) and id(leaf.data) not in buffers:
-                sizes[leaf.key] = math.prod(leaf.global_shape)
-    return sizes
 
 
 def bytes_of_states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> float:
@@ -285,7 +163,7 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     ]
 
 
-def report(flags: Sequence[str]) -> str:
+def page(flags: Sequence[str]) -> str:
     """The page that `doctor --args` prints.
 
     Raises:

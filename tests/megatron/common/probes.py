@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from megatron_mhc.pipeline import links, schedule
+from megatron_mhc.pipeline import connect, schedule
 from megatron_mhc.pipeline.deadline import Deadline
 from megatron_mhc.pipeline.state import rebuild_ahead
 from tests.megatron.common.scenario import Scenario
@@ -161,5 +161,5 @@ def fall_silent(what: str) -> None:
         time.sleep(60)
 
     Deadline._watch = silence  # type: ignore[method-assign]
-    module, name = {"link": (links, "_connect"), "rank": (schedule, "two_directions")}[what]
+    module, name = {"link": (connect, "_connect"), "rank": (schedule, "two_directions")}[what]
     setattr(module, name, silence)

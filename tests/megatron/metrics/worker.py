@@ -39,7 +39,10 @@ class Observer:
 
     def _read(self, site: int, connection: Any, _: Any, inputs: tuple[Any, ...]) -> None:
         if site not in self.truth:
-            x = inputs[0].detach().double().unflatten(-1, (connection.mhc.num_streams, -1))
+            n, x = connection.mhc.num_streams, inputs[0].detach().double()
+            if x.shape[-1] == connection.hidden_size:  # the model's entry
+                x = x.repeat(1, 1, n)
+            x = x.unflatten(-1, (n, -1))
             named = connection.named_parameters()
             parameters = {name: p.detach().double().clone() for name, p in named}
             self.truth[site] = {"x": x.flatten(0, 1).clone(), **parameters}

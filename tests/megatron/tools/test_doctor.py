@@ -67,9 +67,9 @@ def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
 def test_doctor_fails_where_a_hook_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_mhc.tools import doctor
 
-    assert doctor.report()[1]
+    assert doctor.page()[1]
     monkeypatch.setattr(doctor, "HOOKS", (("megatron.core:no_such_hook", "of this test"),))
-    page, is_well = doctor.report()
+    page, is_well = doctor.page()
     assert "  MISSING (" in page and not is_well
 
 
