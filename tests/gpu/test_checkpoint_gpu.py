@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
-from tests.megatron.kill_in_save import check_a_kill_in_mid_save
-from tests.megatron.launch import ROOT
+from tests.megatron.common.kill_in_save import check_a_kill_in_mid_save
+from tests.megatron.common.launch import ROOT
 
 pytestmark = [
     pytest.mark.gpu,

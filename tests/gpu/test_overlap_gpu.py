@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
-from tests.megatron.launch import ROOT
+from tests.megatron.common.launch import ROOT
 
 pytestmark = [
     pytest.mark.gpu,

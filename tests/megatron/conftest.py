@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 THOROUGH = {
-    "test_checkpoint.py": (
+    "patches/test_checkpoint.py": (
         "test_resuming_is_exact[bf16 data parallel, not fully parallel]",
         "test_resuming_is_exact[bf16 distributed optimizer]",
         "test_resuming_is_exact[bf16 latent attention, tensor parallel]",
@@ -13,21 +13,21 @@ THOROUGH = {
         "test_experts_on_one_rank_or_two_resume_without_the_optimizers_state"
         "[one-expert 2 of 2-RuntimeError: Expected 2 entries in state dict, but got]",
     ),
-    "test_convert.py": (
+    "tools/test_convert.py": (
         "test_a_converted_model_starts_where_the_ordinary_one_is[moe-deepseek_v4-1e-05]",
         "test_the_new_parameters_are_those_of_a_new_model[moe]",
     ),
-    "test_doctor.py": (
+    "tools/test_doctor.py": (
         "test_an_unsupported_megatron_is_refused_by_name[0.16.1-spec]",
         "test_an_unsupported_megatron_is_refused_by_name[0.16.1-auto]",
         "test_an_unsupported_megatron_is_refused_by_name[0.21.0-runner]",
     ),
-    "test_dropped_layers.py": ("test_stages_of_a_pipeline_are_shortened_too[stock]",),
-    "test_overlap.py": (
+    "model/test_dropped_layers.py": ("test_stages_of_a_pipeline_are_shortened_too[stock]",),
+    "pipeline/test_overlap.py": (
         "test_overlap_trains_bit_for_bit_as_stock_order_does[1 microbatch]",
         "test_hosts_that_wait_for_every_message_do_not_lock[6 microbatches]",
     ),
-    "test_recompute.py": ("test_trains_as_without_bit_for_bit[one layer]",),
+    "model/test_recompute.py": ("test_trains_as_without_bit_for_bit[one layer]",),
 }
 
 
@@ -42,3 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"{file} has no {', '.join(sorted(missing))}")
         for name in set(names) & set(found):
             found[name].add_marker(pytest.mark.thorough)
+
+
+def pytest_unconfigure() -> None:
+    """No process outlives the run."""
+    from tests.megatron.common.launch import end_forks
+
+    end_forks()
