@@ -12,6 +12,7 @@ stream the other microbatch would. So it has a high-priority stream of its own (
 Its backward runs there too: autograd runs an operation's backward on its forward's stream.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ def prepare(model: Any) -> None:
     """
     arrange(model.decoder)
     layers = [layer for layer in model.decoder.layers if isinstance(layer, MHCLayer)]
-    for layer, after in zip(layers, layers[1:], strict=False):
+    for layer, after in itertools.pairwise(layers):
         is_set = isinstance(layer.mlp_site.side_streams, Handover)
         if isinstance(layer.mlp, MoELayer) and not is_set:
             handover = Handover(state_of(model).post_stream())

@@ -79,8 +79,12 @@ def transformer_config(s: Scenario) -> TransformerConfig:
             "rope_type": "rope",
             "add_bias_linear": False,
         }
-        return MLATransformerConfig(**(settings | s.config))
-    return TransformerConfig(**(settings | s.config))
+    kind = MLATransformerConfig if "mla" in s.kind else TransformerConfig
+    overlaps = bool(s.config.get("overlap_moe_expert_parallel_comm"))
+    # Megatron wants bf16 with it; in fp32 nothing but the order of sums tells two runs apart
+    config = kind(**(settings | {"bf16": s.bf16 or overlaps} | s.config))
+    config.bf16 = s.bf16
+    return config
 
 
 class OwnNorm(torch.nn.Module):

@@ -22,12 +22,18 @@ def batches(s: Scenario, step: int) -> Iterator[Tensor]:
         yield microbatch.chunk(ranks)[parallel_state.get_data_parallel_rank()]
 
 
-def forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    """Megatron's forward_step: the loss of a microbatch of tokens, averaged over them."""
+def forward_step(
+    iterator: Iterator[Tensor], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """Megatron's forward_step: the loss of a microbatch of tokens, averaged over them.
+
+    With `return_schedule_plan`, as for expert-parallel overlap, the plan of what computes it.
+    """
     tokens = next(iterator)
     positions = torch.arange(SEQUENCE).expand(tokens.shape[0], -1)
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
-    losses = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
+    run = model.build_schedule_plan if return_schedule_plan else model
+    losses = run(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
 
     def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mean = output.float().mean()

@@ -72,8 +72,8 @@ class Training:
             if isinstance(module, HyperConnection):
                 module.register_forward_hook(count(name))
 
-    def _forward_step(self, iterator: Iterator[Tensor], chunk: torch.nn.Module) -> Any:
-        result = forward_step(iterator, chunk)
+    def _forward_step(self, iterator: Iterator[Tensor], chunk: Any, **options: Any) -> Any:
+        result = forward_step(iterator, chunk, **options)
         if self.s.rebuild_ahead:
             rebuild_ahead(chunk)
         return result

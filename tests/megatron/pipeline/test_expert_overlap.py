@@ -1,0 +1,81 @@
+"""Expert-parallel overlap: layers cut into nodes train as whole ones."""
+
+from typing import Any
+
+import pytest
+
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
+from tests.megatron.model.test_training import SGD
+
+OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+SHARED = {"moe_shared_expert_intermediate_size": 64}
+MTP = {"mtp_num_layers": 1}
+MIXED = {"moe_layer_freq": [0, 1, 0, 1]}
+# a node adds up the gradients of its residual in another order, in fp32
+SUMMATION_ORDER = 2e-6
+BASE = {
+    "kind": "moe",
+    "optimizer": SGD,  # Adam makes whole steps of roundings where a gradient is almost zero
+    "fuse": "layer",
+    "microbatches": 4,
+    "batch": 8,
+    "parallel": {"expert_model_parallel_size": 2},
+}
+VIRTUAL = {
+    "expert_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "ordinary": {"mhc": None},
+    "experts": {},
+    "shared experts": {"config": SHARED},
+    "dense layers between": {"config": MIXED},
+    "multi-token prediction, shared experts": {"config": MTP | SHARED},
+    "learned head": {"mhc": {"convention": "deepseek_v4"}},
+    "hc": {"mhc": {"variant": "hc"}},
+    "attention released early": {"config": {"ep_overlap_early_attn_memory_release": True}},
+    "evaluated": {"evaluate": True},
+}
+FOUR: dict[str, dict[str, Any]] = {
+    "virtual stages": {"parallel": VIRTUAL},
+    "virtual stages, shared experts": {"parallel": VIRTUAL, "config": SHARED},
+}
+
+
+def both(cases: dict[str, dict[str, Any]], processes: int) -> dict[str, Any]:
+    """Every case in stock order, and overlapped."""
+    scenarios: dict[str, dict[str, Any]] = {}
+    for name, case in cases.items():
+        whole = BASE | case
+        config = whole.get("config", {})
+        early = {k: v for k, v in config.items() if not k.startswith("ep_overlap")}
+        scenarios[f"{name}, stock"] = whole | {"config": early}
+        scenarios[name] = whole | {"config": config | OVERLAP}
+    return run_scenarios(processes, scenarios)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nodes_train_as_whole_layers(case: str) -> None:
+    results = both(CASES, 2)
+    assert_same_training(results[case], results[f"{case}, stock"], bound=SUMMATION_ORDER)
+    assert results[case]["losses"][-1] != results[case]["losses"][0]
+
+
+@pytest.mark.parametrize("case", FOUR)
+def test_nodes_of_virtual_stages_train_as_whole_layers(case: str) -> None:
+    results = both(FOUR, 4)
+    assert_same_training(results[case], results[f"{case}, stock"], bound=SUMMATION_ORDER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"config": OVERLAP | {"moe_layer_freq": [1, 0, 1, 0]}}, "forgets the final norm"),
+        ({"config": OVERLAP, "mhc": {"recompute": 1}}, "use one of the two"),
+    ],
+)
+def test_what_nodes_cannot_do_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        run_scenarios(2, {"bad": BASE | settings})
