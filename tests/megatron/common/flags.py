@@ -1,4 +1,4 @@
-"""Flags of Megatron's training scripts that several tests share, and what is read from their logs."""
+"""Flags of Megatron's training scripts that several tests share, and what their logs say."""
 
 import re
 

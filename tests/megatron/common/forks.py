@@ -7,10 +7,13 @@ PyTorch, `megatron` one that has Megatron too, with the CPU for CUDA, as `megatr
 imports it. `fork_client` says what goes over them.
 """
 
+import argparse
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
+import inspect
 import multiprocessing.util
 import os
 import runpy
@@ -49,6 +52,14 @@ def import_megatron() -> None:
     cpu.enter()
     for module in MEGATRON:
         importlib.import_module(module)
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+    from megatron.training.arguments import add_megatron_arguments
+
+    # a run of a few steps would shuffle ten million samples; a process of the stage before does
+    MockGPTLowLevelDataset.size = 1000
+    # Megatron reads its own sources for the help of its flags, twice a run
+    inspect.getsource = functools.cache(inspect.getsource)
+    add_megatron_arguments(argparse.ArgumentParser())
 
 
 def run_to_the_end(program: Callable[[], object]) -> None:

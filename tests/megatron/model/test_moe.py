@@ -6,7 +6,7 @@ import pytest
 
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.model.test_training import SGD, SUMMATION_ORDER
+from tests.megatron.common.settings import SGD, SUMMATION_ORDER
 
 SHARED = {"moe_shared_expert_intermediate_size": 64}
 DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}

@@ -16,11 +16,10 @@ from megatron_mhc.pipeline import connect, links, schedule
 from megatron_mhc.pipeline.deadline import Deadline
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.pipeline.test_schedules import FULL_RECOMPUTE, stages
+from tests.megatron.common.settings import FULL_RECOMPUTE, VIRTUAL, stages
 
 OVERLAP = {"overlap_p2p": True}
 EAGER = {"overlap_p2p": True, "overlap_in_flight": 2}
-VIRTUAL = stages(2, virtual_pipeline_model_parallel_size=2)
 COMMON: dict[str, Any] = {"evaluate": True, "batch": 12, "parallel": stages(2)}
 SHARDED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
 # fewer, as many and more microbatches than stages; name: processes, settings of both runs

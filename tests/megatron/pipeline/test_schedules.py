@@ -15,7 +15,15 @@ from megatron_mhc.patches import registry
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.model.test_training import SGD, SUMMATION_ORDER, UNCLIPPED
+from tests.megatron.common.settings import (
+    FULL_RECOMPUTE,
+    HEAD,
+    SGD,
+    SUMMATION_ORDER,
+    UNCLIPPED,
+    VIRTUAL,
+    stages,
+)
 
 # No gradient norm and no tied weight: both are summed in another order over stages. Boundaries
 # between layers apart, as they are between stages: fusing one adds its gradients in another order.
@@ -26,20 +34,6 @@ EXACT: dict[str, Any] = {
     "evaluate": True,
     "batch": 8,
 }
-HEAD = {"convention": "deepseek_v4"}
-FULL_RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
-
-
-def stages(size: int, **more: int) -> dict[str, int]:
-    """Arguments of initialize_model_parallel for so many stages."""
-    return {"pipeline_model_parallel_size": size, **more}
-
-
-VIRTUAL = stages(2, virtual_pipeline_model_parallel_size=2)
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
 EMBEDDING = {"num_layers": 3, "account_for_embedding_in_pipeline_split": True}
 # microbatches fewer than, as many as and more than the stages
