@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.metadata
 import inspect
 import multiprocessing.util
 import os
@@ -50,6 +51,8 @@ def import_megatron() -> None:
     from megatron_mhc.patches import cpu
 
     cpu.enter()
+    # a file is read for each of some hundred questions
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
     for module in MEGATRON:
         importlib.import_module(module)
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset

@@ -45,7 +45,7 @@ class Scenario:
         unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
-    steps: int = 3
+    steps: int = 2
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     mhc_by_rank: list[dict[str, Any]] | None = None
     hidden_by_rank: list[int] | None = None

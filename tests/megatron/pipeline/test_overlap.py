@@ -124,7 +124,7 @@ def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
     """The first stage's messages: each schedule has its own."""
     result = results(case)
     microbatches = CASES[case][1]["microbatches"]
-    steps = 3
+    steps = 2
     for mode in ("on", "eager"):
         used = {name: number for name, number in result[mode]["messages"].items() if number}
         # a send forward for each microbatch, evaluated ones too; a receive for each gradient; and
@@ -187,7 +187,7 @@ def test_every_rank_makes_every_pipelines_group_in_one_order() -> None:
 
 def test_gradients_are_reduced_when_the_schedule_says_so() -> None:
     """Of two stages the last: the first one's are reduced as they come, in its last backward."""
-    steps = 3
+    steps = 2
     one = results("DP=2, gradients reduced together")
     assert one["on"]["reduced"] == one["off"]["reduced"] == [0, 0, steps, steps]
     two = results("interleaved, DP=2, gradients reduced together")
@@ -198,7 +198,7 @@ def test_gradients_are_reduced_when_the_schedule_says_so() -> None:
 def test_the_ends_of_interleaved_chunks_run_on_side_streams() -> None:
     result = results("interleaved")
     # of the first stage's two chunks, both send and one receives
-    assert result["on"]["side_streams"] == {"run_detached": 2 * 4 * 6, "run_and_join": 4 * 6}
+    assert result["on"]["side_streams"] == {"run_detached": 2 * 3 * 6, "run_and_join": 3 * 6}
     assert result["off"]["side_streams"] == {"run_detached": 0, "run_and_join": 0}
 
 

@@ -1,5 +1,6 @@
 """n-wide streams between pipeline stages: every schedule trains as one process does."""
 
+import json
 import re
 from typing import Any
 
@@ -93,15 +94,18 @@ ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a case trains in its stages, and in one process; all of a size in one torchrun."""
+    """What a case trains in its stages, and in one process; all of a size in one launch."""
     split: dict[int, dict[str, dict[str, Any]]] = {2: {}, 4: {}}
+    # many cases share one
     alone: dict[str, dict[str, Any]] = {}
+    alone_of: dict[str, str] = {}
     for table, common in ((CASES, EXACT), (ROUNDED, {})):
         for name, (size, both, apart) in table.items():
-            alone[name] = {**common, **both}
+            alone_of[name] = json.dumps({**common, **both}, sort_keys=True)
+            alone[alone_of[name]] = {**common, **both}
             split[size][name] = {**common, **both, **apart}
     size = (CASES | ROUNDED)[case][0]
-    return run_scenarios(size, split[size])[case], run_scenarios(1, alone)[case]
+    return run_scenarios(size, split[size])[case], run_scenarios(1, alone)[alone_of[case]]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,7 +32,9 @@ def test_a_fork_of_the_tests_trains_as_what_a_user_starts(wide: str) -> None:
 
 
 def test_the_runner_says_how_it_recomputes() -> None:
-    result, kept = (forked_python(*RUN, "--mhc", *more) for more in (["--mhc-recompute", "auto"], []))
+    result, kept = (
+        forked_python(*RUN, "--mhc", *more) for more in (["--mhc-recompute", "auto"], [])
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     assert (
         "12,396 extra parameters; recompute in blocks of 1 layer (auto) (what it saves is predicted"
