@@ -157,7 +157,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     if config.mtp_num_layers:
         mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
     if s.mhc is not None:
-        spec = with_mhc(spec, MHCConfig(**s.mhc))
+        spec = with_mhc(spec, MHCConfig(**{"sinkhorn_iterations": s.sinkhorn_iterations, **s.mhc}))
     model = GPTModel(
         config,
         spec,

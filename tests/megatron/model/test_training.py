@@ -8,7 +8,7 @@ import torch
 from tests.megatron.common.compare import assert_same_training, relative_error
 from tests.megatron.common.launch import run_scenarios
 
-START: dict[str, Any] = {"steps": 20, "perturb": False}
+START: dict[str, Any] = {"steps": 20, "perturb": False, "sinkhorn_iterations": 20}
 GQA = {"num_query_groups": 2}
 SWIGLU = {"gated_linear_unit": True, "add_bias_linear": False, "normalization": "RMSNorm"}
 KINDS: dict[str, dict[str, Any]] = {

@@ -22,45 +22,51 @@ OVERLAP = {"overlap_p2p": True}
 EAGER = {"overlap_p2p": True, "overlap_in_flight": 2}
 COMMON: dict[str, Any] = {"evaluate": True, "batch": 12, "parallel": stages(2)}
 SHARDED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
+# more microbatches than stages, and a layer a stage
+FOUR: dict[str, Any] = {"microbatches": 4, "batch": 8}
+SHORT: dict[str, Any] = {"config": {"num_layers": 2}}
 # fewer, as many and more microbatches than stages; name: processes, settings of both runs
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "1 microbatch": (2, {"microbatches": 1}),
     "2 microbatches": (2, {"microbatches": 2}),
     "6 microbatches": (2, {"microbatches": 6}),
-    "MoE": (2, {"microbatches": 6, "kind": "moe"}),
-    "dropout": (2, {"microbatches": 6, "config": {"hidden_dropout": 0.1}}),
-    "full recompute": (2, {"microbatches": 6, "config": FULL_RECOMPUTE}),
+    "MoE": (2, {**FOUR, "kind": "moe"}),
+    "dropout": (2, {**FOUR, "config": {"hidden_dropout": 0.1, "num_layers": 2}}),
+    "full recompute": (2, {**FOUR, "config": FULL_RECOMPUTE}),
     # what is rebuilt ahead of a gradient is rebuilt while it is on its way
-    "recompute of the streams": (2, {"microbatches": 6, "mhc": {"recompute": 1}}),
+    "recompute of the streams": (2, {**FOUR, "mhc": {"recompute": 1}}),
     "interleaved, recompute of the streams": (
         2,
-        {"microbatches": 6, "parallel": VIRTUAL, "mhc": {"recompute": 1}},
+        {**FOUR, "parallel": VIRTUAL, "mhc": {"recompute": 1}},
     ),
-    "no deallocation": (2, {"microbatches": 6, "config": {"deallocate_pipeline_outputs": False}}),
+    "no deallocation": (
+        2,
+        {**FOUR, "config": {"deallocate_pipeline_outputs": False, "num_layers": 2}},
+    ),
     "interleaved": (2, {"microbatches": 6, "parallel": VIRTUAL}),
     "four stages": (4, {"microbatches": 6, "parallel": stages(4)}),
     "four stages, 3 microbatches": (4, {"microbatches": 3, "parallel": stages(4)}),
     "TP=2 with sequence parallelism": (
         4,
         {
-            "microbatches": 6,
+            **FOUR,
             "parallel": stages(2, tensor_model_parallel_size=2),
-            "config": {"sequence_parallel": True},
+            "config": {"sequence_parallel": True, "num_layers": 2},
         },
     ),
-    "DP=2, overlapped": (4, {"microbatches": 6, "ddp": SHARDED}),
+    "DP=2, overlapped": (4, {**FOUR, **SHORT, "ddp": SHARDED}),
     "DP=2, gradients reduced together": (
         4,
-        {"microbatches": 6, "ddp": SHARDED, "align_grad_reduce": True},
+        {**FOUR, **SHORT, "ddp": SHARDED, "align_grad_reduce": True},
     ),
     "interleaved, as many microbatches as stages": (2, {"microbatches": 2, "parallel": VIRTUAL}),
     "interleaved, DP=2, gradients reduced together": (
         4,
-        {"microbatches": 6, "parallel": VIRTUAL, "ddp": SHARDED, "align_grad_reduce": True},
+        {**FOUR, "parallel": VIRTUAL, "ddp": SHARDED, "align_grad_reduce": True},
     ),
     "DP=2, parameters gathered late": (
         4,
-        {"microbatches": 6, "ddp": SHARDED | {"overlap_param_gather": True}},
+        {**FOUR, **SHORT, "ddp": SHARDED | {"overlap_param_gather": True}},
     ),
 }
 EAGER_CASES = [
