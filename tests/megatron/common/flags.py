@@ -58,6 +58,12 @@ def losses(printed: str) -> list[str]:
     return re.findall(r"iteration +\d+/.*?lm loss: (\S+)", printed)
 
 
+def numbered_losses(printed: str) -> list[tuple[int, str]]:
+    """The iterations of Megatron's log with their training loss, as it was printed."""
+    found = re.findall(r" iteration +(\d+)/ .*? lm loss: (\S+)", printed)
+    return [(int(iteration), loss) for iteration, loss in found]
+
+
 def training_log(printed: str) -> list[str]:
     """Megatron's lines of every iteration (losses, norms, rates), without what a clock says."""
     # another rank may go on in the line

@@ -143,6 +143,14 @@ def whole_model_shards(model: GPTModel) -> list[ShardedTensor]:
     return list(_leaves(state))
 
 
+def mhc_config(s: Scenario) -> MHCConfig:
+    """Its settings, with the scenario's number of iterations where variant mhc leaves it open."""
+    assert s.mhc is not None
+    if s.mhc.get("variant", "mhc") == "mhc":
+        return MHCConfig(**{"sinkhorn_iterations": s.sinkhorn_iterations, **s.mhc})
+    return MHCConfig(**s.mhc)
+
+
 def build(s: Scenario, config: TransformerConfig) -> list[GPTModel]:
     """This rank's model chunks, with the same initial weights in every scenario of their kind."""
     virtual = config.virtual_pipeline_model_parallel_size
@@ -157,7 +165,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     if config.mtp_num_layers:
         mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
     if s.mhc is not None:
-        spec = with_mhc(spec, MHCConfig(**{"sinkhorn_iterations": s.sinkhorn_iterations, **s.mhc}))
+        spec = with_mhc(spec, mhc_config(s))
     model = GPTModel(
         config,
         spec,

@@ -62,7 +62,7 @@ def single() -> dict[str, Any]:
     for name, settings in VARIANTS.items():
         start = {"perturb": False, "kind": "moe", **settings}
         scenarios[f"{name}, ordinary"] = {**start, "steps": 1, "mhc": None}
-        scenarios[name] = {**start, "steps": 8, "optimizer": {"lr": 3e-3}}
+        scenarios[name] = {**start, "steps": 5, "optimizer": {"lr": 3e-3}}
     scenarios |= {f"{name}, trained": settings for name, settings in TRAINED.items()}
     return run_scenarios(1, scenarios)
 

@@ -28,7 +28,7 @@ PIPELINED: dict[str, Any] = {
 }
 SINGLE: dict[str, dict[str, Any]] = {
     "ordinary": {**START, "steps": 1, "mhc": None},
-    "mhc": {**START, "steps": 20},
+    "mhc": {**START, "steps": 5, "optimizer": {"lr": 3e-3}},
     "ordinary, two": {**START, "steps": 1, "mhc": None, "config": TWO},
     "mhc, two": {**START, "steps": 2, "config": TWO},
     "ordinary MoE": {**START, "steps": 1, "mhc": None, "kind": "moe"},
