@@ -126,8 +126,8 @@ def whole_run(layout: str, moe: bool) -> tuple[Path, list[str]]:
 
 
 # Gradients summed over ranks in another order, where bf16 rounds by 4e-3: the losses of the steps
-# after. Without the optimizer's state they would be off by more than a hundredth.
-OTHER_ORDER = 1e-3
+# after: 1.6e-3 is seen. Without the optimizer's state the later ones are off by 8e-2.
+OTHER_ORDER = 3e-3
 
 
 @pytest.mark.parametrize(
