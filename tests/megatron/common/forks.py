@@ -7,16 +7,24 @@ PyTorch, `megatron` one that has Megatron too, with the CPU for CUDA, as `megatr
 imports it. `fork_client` says what goes over them.
 """
 
+import argparse
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
+import importlib.metadata
+import inspect
+import multiprocessing.util
 import os
 import runpy
 import selectors
 import signal
 import socket
 import sys
+import threading
 import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +51,58 @@ def import_megatron() -> None:
     from megatron_mhc.patches import cpu
 
     cpu.enter()
+    # a file is read for each of some hundred questions
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
     for module in MEGATRON:
         importlib.import_module(module)
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+    from megatron.training.arguments import add_megatron_arguments
+
+    # a run of a few steps would shuffle ten million samples; a process of the stage before does
+    MockGPTLowLevelDataset.size = 1000
+    # Megatron reads its own sources for the help of its flags, twice a run
+    inspect.getsource = functools.cache(inspect.getsource)
+    add_megatron_arguments(argparse.ArgumentParser())
+
+
+def run_to_the_end(program: Callable[[], object]) -> None:
+    """Run it as Python runs a program, and end; but without taking all that was imported apart."""
+    status = 0
+    try:
+        program()
+    except SystemExit as asked:
+        status = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+        if status and not isinstance(asked.code, int):
+            print(asked.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def spawn_as_fork(_: bytes, arguments: Sequence[str], kept: Sequence[int]) -> int:
+    """What multiprocessing spawns (Megatron's writers of checkpoints), without its imports."""
+    process = os.fork()
+    if process:
+        return process
+    for file in map(int, os.listdir("/proc/self/fd")):
+        if file not in (0, 1, 2, *kept):
+            with contextlib.suppress(OSError):  # what listed them
+                os.close(file)
+    code = list(arguments)[list(arguments).index("-c") + 1 :]
+    sys.argv = ["-c", *code[1:]]
+    atexit._clear()
+    run_to_the_end(lambda: exec(code[0], {}))
+    return 0
 
 
 def become(job: dict[str, Any], files: list[int]) -> None:
     """Turn a fork into the process that `python ARGUMENTS` starts, and run it to its end."""
+    multiprocessing.util.spawnv_passfds = spawn_as_fork  # type: ignore[attr-defined]
     os.setsid()  # a group of its own, by which `end` finds what it leaves
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -98,13 +152,11 @@ class Server:
         self.next_stage = 0
         self.is_open = True
 
-    def serve(self) -> bool:
-        """Until standard input ends: False then, and True in a fork, which is to end itself."""
+    def serve(self) -> None:
+        """Until standard input ends."""
         while self.is_open:
             for key, _ in self.ready.select():
-                if key.data():
-                    return True
-        return False
+                key.data()
 
     def close(self) -> None:
         """End everything."""
@@ -121,35 +173,36 @@ class Server:
         for other in (*self.listeners.values(), *self.jobs.values()):
             other.close()
 
-    def accept_megatron(self) -> bool:
+    def accept_megatron(self) -> None:
         """The next stage is wanted (or, in it, a process)."""
         if "torch" not in self.listeners:
-            return self.accept(self.listeners["megatron"])
+            self.accept(self.listeners["megatron"])
+            return
         listener = self.listeners.pop("megatron")
         self.ready.unregister(listener)
         self.next_stage = os.fork()
         if self.next_stage:
             listener.close()
-            return False
+            return
         self.forget()
         import_megatron()
         gc.freeze()
-        return Server(megatron=listener).serve()
+        Server(megatron=listener).serve()
+        os._exit(0)
 
-    def accept_torch(self) -> bool:
+    def accept_torch(self) -> None:
         """A process is wanted."""
-        return self.accept(self.listeners["torch"])
+        self.accept(self.listeners["torch"])
 
-    def accept(self, listener: socket.socket) -> bool:
-        """Fork it; True in the fork once it has run."""
+    def accept(self, listener: socket.socket) -> None:
+        """Fork it."""
         connection, _ = listener.accept()
         job, files = receive(connection)
         process = os.fork()
         if not process:
             self.forget()
             connection.close()
-            become(job, files)
-            return True
+            run_to_the_end(lambda: become(job, files))
         for file in files:
             os.close(file)
         self.jobs[process] = connection
@@ -173,7 +226,6 @@ class Server:
 
         self.ready.register(handle, selectors.EVENT_READ, ended)
         self.ready.register(connection, selectors.EVENT_READ, unwanted)
-        return False
 
 
 def main() -> None:

@@ -18,13 +18,17 @@ import torch
 from tests.megatron.common.fork_client import NAME, Fork, stage_of
 
 ROOT = Path(__file__).parents[3]
-LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# of a launcher, and what would let ranks write into each other's lines
+NOT_KEPT = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "PYTHONUNBUFFERED",
+}
 RUNNER = ("-m", "megatron_mhc.run", "--cpu")
 
 
 def quiet(**more: str) -> dict[str, str]:
     """This process's environment without a launcher's variables: one thread, no GPU."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_KEPT}
     alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     return kept | alone | more
 

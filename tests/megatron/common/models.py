@@ -4,6 +4,7 @@ Importing this readies Megatron for the CPU.
 """
 
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -146,6 +147,14 @@ def whole_model_shards(model: GPTModel) -> list[ShardedTensor]:
     return list(_leaves(state))
 
 
+def mhc_config(s: Scenario) -> MHCConfig:
+    """Its settings, with the scenario's number of iterations where variant mhc leaves it open."""
+    assert s.mhc is not None
+    if s.mhc.get("variant", "mhc") == "mhc":
+        return MHCConfig(**{"sinkhorn_iterations": s.sinkhorn_iterations, **s.mhc})
+    return MHCConfig(**s.mhc)
+
+
 def build(s: Scenario, config: TransformerConfig) -> list[GPTModel]:
     """This rank's model chunks, with the same initial weights in every scenario of their kind."""
     virtual = config.virtual_pipeline_model_parallel_size
@@ -160,7 +169,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     if config.mtp_num_layers:
         mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
     if s.mhc is not None:
-        spec = with_mhc(spec, MHCConfig(**s.mhc))
+        spec = with_mhc(spec, mhc_config(s))
     model = GPTModel(
         config,
         spec,
@@ -219,18 +228,22 @@ def drop_layers(s: Scenario, model: GPTModel) -> None:
 
 
 def full_parameters(chunks: list[GPTModel]) -> dict[str, Tensor]:
-    """Every parameter of the whole model by its checkpoint key, put together from all ranks."""
-    shards = [
-        (leaf.key, tuple(leaf.global_shape), leaf.global_offset, leaf.data.detach().clone())
-        for chunk in chunks
-        for leaf in whole_model_shards(chunk)
-    ]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, shards)
+    """On rank 0 every parameter of the whole model by its checkpoint key, put together."""
+    shards = []
+    for leaf in (leaf for chunk in chunks for leaf in whole_model_shards(chunk)):
+        data = leaf.data.detach().contiguous()
+        # pickle is slow with a tensor, and numpy knows no bf16
+        content = data.flatten().view(torch.uint8).numpy().tobytes()
+        shape = tuple(leaf.global_shape)
+        shards.append((leaf.key, shape, leaf.global_offset, data.dtype, data.shape, content))
+    is_first = dist.get_rank() == 0
+    gathered: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+    dist.gather_object(shards, gathered)
     full: dict[str, Tensor] = {}
-    for key, shape, offset, data in (shard for rank in gathered for shard in rank):
+    for key, shape, offset, dtype, part, content in itertools.chain(*(gathered or ())):
+        data = torch.frombuffer(bytearray(content), dtype=dtype)
         # a shard of a stack (of experts, say) lacks the axes that it is stacked along
-        data = data.view((1,) * (len(shape) - data.dim()) + data.shape)
+        data = data.view((1,) * (len(shape) - len(part)) + tuple(part))
         whole = full.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))
         whole[tuple(slice(o, o + e) for o, e in zip(offset, data.shape, strict=True))] = data
     return full

@@ -12,6 +12,7 @@ class Scenario:
 
     Attributes:
         mhc: settings of MHCConfig, or None for the ordinary model.
+        sinkhorn_iterations: where mhc does not say; few, as most comparisons hold for any number.
         mhc_by_rank, hidden_by_rank: these instead, one for each rank; hidden sizes too.
         message_by_rank: arguments that each rank calls its schedule with, beside its own.
         evaluation_by_rank: the same, for evaluation alone.
@@ -45,8 +46,9 @@ class Scenario:
         unmarked: take `sequence_parallel` off mHC's parameters: under it their gradients are wrong.
     """
 
-    steps: int = 3
+    steps: int = 2
     mhc: dict[str, Any] | None = dataclasses.field(default_factory=dict)
+    sinkhorn_iterations: int = 4
     mhc_by_rank: list[dict[str, Any]] | None = None
     hidden_by_rank: list[int] | None = None
     message_by_rank: list[dict[str, int]] | None = None

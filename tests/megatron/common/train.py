@@ -26,6 +26,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_mhc.model.connection import HyperConnection
 from megatron_mhc.model.parameters import is_hyper_connection
+from megatron_mhc.pipeline import state
 from megatron_mhc.pipeline.state import rebuild_ahead
 from tests.megatron.common.generation import decoded, generated
 from tests.megatron.common.probes import fall_silent, held_bytes, interrupted
@@ -229,3 +230,15 @@ def train(s: Scenario) -> dict[str, Any]:
     }
     parallel_state.destroy_model_parallel()
     return result
+
+
+def end_groups() -> None:
+    """End every process group but the first: their threads would poll for ever.
+
+    A model that overlaps its communication is held by what its pipeline keeps, and holds groups.
+    """
+    state._states.clear()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # what still holds one

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.megatron.common.train import train  # isort: skip  (first: Megatron, for the CPU)
+from tests.megatron.common.train import end_groups, train  # isort: skip  (first: Megatron, for the CPU)
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -66,7 +66,11 @@ def work(one: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Run every scenario of the command line; rank 0 writes what `one` returned."""
     scenarios, result_file = sys.argv[1:]
     dist.init_process_group("gloo")
-    results = {name: one(settings) for name, settings in json.loads(scenarios).items()}
+    results = {}
+    for name, settings in json.loads(scenarios).items():
+        results[name] = one(settings)
+        dist.barrier()
+        end_groups()
     if dist.get_rank() == 0:
         torch.save(results, result_file)
     dist.barrier()

@@ -3,11 +3,9 @@
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_mhc.tools.plot_runs import curves
+from tests.megatron.common.flags import numbered_losses
+from tests.megatron.common.launch import ROOT, forking_python, quiet
 
-ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples"
 TINY = [
     *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64"),
@@ -25,13 +24,6 @@ TINY = [
     *("--eval-iters", "1"),
 ]
 STEPS = 6
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without a launcher's variables, on one thread, without a GPU."""
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
 def load(name: str) -> ModuleType:
@@ -43,20 +35,14 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def losses(log: str) -> list[tuple[int, str]]:
-    """The iterations of Megatron's log with their training loss, as it was printed."""
-    found = re.findall(r" iteration +(\d+)/ .*? lm loss: (\S+)", log)
-    return [(int(iteration), loss) for iteration, loss in found]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What `train.sh` leaves behind and prints for a tiny model with mHC."""
     runs = tmp_path_factory.mktemp("runs")
-    settings = {"RUNS": str(runs), "ITERATIONS": str(STEPS), "MHC": "1", "PYTHON": sys.executable}
+    settings = {"RUNS": str(runs), "ITERATIONS": str(STEPS), "MHC": "1", "PYTHON": forking_python()}
     done = subprocess.run(
         [EXAMPLE / "train.sh", *TINY],
-        env=environment(**settings),
+        env=quiet(**settings),
         capture_output=True,
         text=True,
     )
@@ -67,12 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_it_trains_with_mhc_and_resumes_where_it_stopped(run: tuple[Path, str]) -> None:
     _, printed = run
     first, second = printed.split("== resuming from the checkpoint")
-    assert [iteration for iteration, _ in losses(first)] == [1, 2, 3]
-    assert [iteration for iteration, _ in losses(second)] == [4, 5, 6]
+    assert [iteration for iteration, _ in numbered_losses(first)] == [1, 2, 3]
+    assert [iteration for iteration, _ in numbered_losses(second)] == [4, 5, 6]
     assert first.count("mHC is on") == second.count("mHC is on") == 1
-    start = float(losses(first)[0][1])
+    start = float(numbered_losses(first)[0][1])
     assert start == pytest.approx(math.log(257), abs=0.2)
-    assert float(losses(second)[-1][1]) < start - 0.2
+    assert float(numbered_losses(second)[-1][1]) < start - 0.2
 
 
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -85,7 +71,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(
     # Nothing is saved on the way, so that not even that can part the two.
     command[command.index("--save-interval") + 1] = "1000"
     command += ["--no-save-optim", "--no-save-rng"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=quiet(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     # The event files hold each step's own loss; the printed one may be a mean over a few steps.
     tags = ("lm loss", "lm loss validation", "grad-norm", "learning-rate")
@@ -95,7 +81,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(
         assert whole[tag].steps == list(range(1, STEPS + 1))
     # After a start Megatron prints step 1 alone, then the mean of steps 1 and 2.
     alone = [0, 2, 3, 5]
-    here, there = losses(done.stdout), losses(printed)
+    here, there = numbered_losses(done.stdout), numbered_losses(printed)
     assert [here[step] for step in alone] == [there[step] for step in alone]
 
 
@@ -135,7 +121,7 @@ def test_the_plot_of_the_run_is_a_picture(run: tuple[Path, str]) -> None:
     # what the log says is what was drawn
     curve = curves(runs / "gpt-mhc", "lm loss")["lm loss"]
     assert curve.steps == list(range(1, STEPS + 1))
-    printed = dict(losses(printed_log))
+    printed = dict(numbered_losses(printed_log))
     assert [printed[step] for step in (1, 3, 4, 6)] == [
         f"{curve.values[step - 1]:.6E}" for step in (1, 3, 4, 6)
     ]
@@ -185,19 +171,15 @@ def test_data_are_whole_files_in_order_and_a_second_run_skips(tmp_path: Path) ->
         (source / name).write_bytes(content)
     output = tmp_path / "data" / "small"
     script = str(EXAMPLE / "prepare_data.py")
-    command = [sys.executable, script, "--output", str(output), "--source", str(source)]
-    first = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, check=True
-    ).stdout
+    command = [forking_python(), script, "--output", str(output), "--source", str(source)]
+    first = subprocess.run(command, env=quiet(), capture_output=True, text=True, check=True).stdout
     tokens = np.fromfile(output.with_suffix(".bin"), dtype=np.uint16).tolist()
     assert tokens == [0xFF, 0x00, 256, *b"aabb", 256]
     # two bytes of six, twice; one of six, twice
     entropy = 2 * (2 / 6) * math.log(3) + 2 * (1 / 6) * math.log(6)
     assert f"6 bytes in 2 documents, unigram entropy {entropy:.4f}" in first
     written = output.with_suffix(".bin").stat().st_mtime_ns
-    second = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, check=True
-    ).stdout
+    second = subprocess.run(command, env=quiet(), capture_output=True, text=True, check=True).stdout
     assert "is there already" in second and first.splitlines()[-1] in second
     assert output.with_suffix(".bin").stat().st_mtime_ns == written
 
@@ -213,10 +195,10 @@ def test_data_are_whole_files_in_order_and_a_second_run_skips(tmp_path: Path) ->
 )
 def test_bad_input_is_named(script: str, arguments: list[str], says: str) -> None:
     settings = {"MHC": "maybe", "ITERATIONS": "many"}
-    command = [sys.executable, str(EXAMPLE / script), *arguments]
+    command = [forking_python(), str(EXAMPLE / script), *arguments]
     if script == "train.sh":
         command = ["env", *arguments, str(EXAMPLE / script)]
-    done = subprocess.run(command, env=environment(**settings), capture_output=True, text=True)
+    done = subprocess.run(command, env=quiet(**settings), capture_output=True, text=True)
     assert done.returncode == 2
     assert says in done.stderr
 

@@ -5,45 +5,14 @@ import os
 import re
 import select
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from megatron_mhc.costs.recompute_plan import Plan
-from megatron_mhc.patches.releases import is_installed
-from tests.megatron.common.launch import ROOT
-from tests.megatron.examples.test_gpt import environment, losses
-from tests.megatron.start.test_plugin import TINY, python
-
-NEEDS_0_19 = pytest.mark.skipif(
-    is_installed("<0.19"), reason="doctor --args is refused with Megatron 0.18"
-)
-
-EXAMPLES = ROOT / "examples"
-
-
-ROPE = ["--position-embedding-type", "rope"]
-PLAIN = [
-    *("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"),
-    *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "1"),
-    *("--global-batch-size", "2", "--train-iters", "2", "--lr", "1e-3", "--bf16"),
-    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
-]
-
-
-def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a launch script, from a folder that is not the repository's; its two outputs apart."""
-    return subprocess.run(
-        [EXAMPLES / script, *flags],
-        cwd="/",
-        env=environment(PYTHON=sys.executable, **settings),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from tests.megatron.common.flags import numbered_losses
+from tests.megatron.common.scripts import EXAMPLES, NEEDS_0_19, launch
 
 
 @contextlib.contextmanager
@@ -89,9 +58,9 @@ def test_the_tiny_mixture_of_experts_trains_and_resumes(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-2000:]
     second = launch("moe/tiny.sh", *small, **run)
     assert second.returncode == 0, second.stdout[-4000:] + second.stderr[-2000:]
-    assert [step for step, _ in losses(first.stdout)] == [1, 2, 3, 4]
-    assert [step for step, _ in losses(second.stdout)] == [5, 6, 7, 8]
-    start, last = float(losses(first.stdout)[0][1]), float(losses(second.stdout)[-1][1])
+    logged = [numbered_losses(run.stdout) for run in (first, second)]
+    assert [[step for step, _ in lines] for lines in logged] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    start, last = float(logged[0][0][1]), float(logged[1][-1][1])
     assert last < start - 0.5
     for output in (first.stdout, second.stdout):
         assert output.count("mHC is on: 4 streams") == 1
@@ -144,62 +113,6 @@ def test_without_transformer_engine_a_gpu_script_says_what_to_install(script: st
     assert done.returncode == 2 and "-m pip install '.[te]'" in done.stderr
 
 
-FULL = ["--mhc-recompute", "off", "--recompute-granularity", "full"]
-
-
-@NEEDS_0_19
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (
-            ["--mhc-overlap-p2p", "--mhc-overlap-in-flight", "2", "--mhc-recompute", "off"],
-            (7, 5, 3, 1),
-        ),
-        # a step of two microbatches
-        (["--mhc-recompute", "off", "--global-batch-size", "64"], (2, 2, 2, 1)),
-    ],
-)
-def test_the_dry_run_knows_how_many_microbatches_a_stage_holds(
-    flags: list[str], says: tuple[int, ...]
-) -> None:
-    done = launch("moe/cluster.sh", *flags, CHECK="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"^stage .* \((\d) microbatch(?:es)? in flight\)", done.stdout, re.M)
-    assert tuple(int(number) for number in found) == says
-
-
-@NEEDS_0_19
-@pytest.mark.parametrize(
-    ("method", "length", "streams", "layers"),
-    # stage 1: 8 layers, 3 microbatches in flight; 3 streams more a block, layers that keep all
-    [("uniform", 8, 3 * 3 * 1, 8), ("block", 6, 3 * 3 * 6, 3 * 2 + 1)],
-)
-def test_the_dry_run_knows_what_full_recompute_keeps(
-    method: str, length: int, streams: int, layers: int
-) -> None:
-    blocks = ["--recompute-method", method, "--recompute-num-layers", str(length)]
-    done = launch("moe/cluster.sh", *FULL, *blocks, CHECK="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    layer = 2 * (5 * 2560 * 2 + 4 * (4 + 16 + 24 + 1))
-    wanted = streams * 2560 * 2 + layers * layer
-    assert re.search(rf"^stage 1.*activations {wanted:,} bytes a token", done.stdout, re.M)
-
-
-@NEEDS_0_19
-@pytest.mark.parametrize(
-    ("kind", "width", "layers", "norms"), [("gpt", 4096, 8, 0), ("moe", 2560, 8, 2)]
-)
-def test_the_dry_run_drops_the_norms_that_transformer_engine_keeps_apart(
-    kind: str, width: int, layers: int, norms: int
-) -> None:
-    """A dense layer's are parts of its projections; those before MLA and MoE are not."""
-    done = launch(f"{kind}/cluster.sh", CHECK="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    bytes_a_token = Plan(4, width, (layers,), 3, norms, "auto").bytes_a_token
-    wanted = f"{sum(bytes_a_token.values()):,.0f}"
-    assert re.search(rf"^stage 1.*activations {wanted} bytes a token", done.stdout, re.M)
-
-
 @NEEDS_0_19
 @pytest.mark.parametrize(
     ("script", "flags"),
@@ -218,30 +131,6 @@ def test_the_single_gpu_scripts_flags_are_accepted(script: str, flags: list[str]
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        # Megatron's defaults that want CUDA kernels, and a norm that Transformer Engine alone has
-        ([*PLAIN, "--transformer-impl", "transformer_engine", "--apply-layernorm-1p"], ""),
-        (["--num-layers", "2"], "refused: AssertionError at `assert args.micro_batch_size"),
-        (
-            [*PLAIN, "--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"],
-            "stage 0 cannot be built: bias is not supported in the shared experts",
-        ),
-        (
-            [*PLAIN, *["--multi-latent-attention", "--rope-type", "rope"], *ROPE],
-            "stage 0 cannot be built: apply_rope_fusion for MLA only works with YARN",
-        ),
-    ],
-)
-def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -> None:
-    done = python("-m", "megatron_mhc", "doctor", "--args", *flags, "--mhc")
-    assert done.returncode == (2 if says else 0), done.stdout
-    assert "Traceback" not in done.stdout
-    assert (says or "the whole model: 259,672 parameters") in done.stdout
-
-
-@NEEDS_0_19
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
         (["--num-experts", "73"], "Number of experts should be a multiple of expert model"),
         (["--fp32-residual-connection"], "the streams are kept in the model's dtype"),
     ],
@@ -250,52 +139,6 @@ def test_flags_that_are_refused_are_named(flags: list[str], says: str) -> None:
     done = launch("moe/cluster.sh", *flags, CHECK="1")
     assert done.returncode == 2 and says in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@NEEDS_0_19
-@pytest.mark.parametrize("flags", ["--mhc-backend torch", "--mhc-variant hc", ""])
-def test_the_dry_run_says_whose_activations_it_reckons(flags: str) -> None:
-    result = python("-m", "megatron_mhc", "doctor", "--args", *TINY, "--mhc", *flags.split())
-    assert result.returncode == 0, result.stdout
-    assert ("the reference keeps more" in result.stdout) == bool(flags)
-
-
-COUNT = """
-import sys
-from megatron_mhc.patches import cpu, registry
-cpu.enter()
-from megatron_mhc.start.activate import activate
-activate()
-from megatron_mhc.tools.dry_run import parse
-from megatron.training import training
-for extra in ([], ["--mhc"], ["--mhc", "--mhc-num-streams", "2"]):
-    args = parse([*sys.argv[1:], *extra])
-    counted = training.num_floating_point_operations(args, 6)
-    packed = training.num_floating_point_operations(args, 6, 6 * 16**2, 40)
-    registry.undo("throughput")
-    plain = training.num_floating_point_operations(args, 6)
-    plain_packed = training.num_floating_point_operations(args, 6, 6 * 16**2, 40)
-    activate()
-    print("counted", counted - plain, packed - plain_packed)
-"""
-
-
-def test_megatrons_throughput_counts_mhc() -> None:
-    """6 samples of 16 tokens; then 40 real tokens, as packed sequences have them."""
-    done = python("-c", COUNT, *TINY)
-    assert done.returncode == 0, done.stdout[-3000:]
-    counted = [
-        tuple(float(value) for value in line.split()[1:])
-        for line in done.stdout.splitlines()
-        if line.startswith("counted")
-    ]
-
-    def by_hand(n: int, sites: int = 4, width: int = 32) -> int:
-        forward = 2 * width * sites * (n + (n * n + 2 * n) * n + n + n * (n + 1))
-        return 3 * forward
-
-    wanted = [(0.0, 0.0)] + [(96.0 * by_hand(n), 40.0 * by_hand(n)) for n in (4, 2)]
-    assert counted == wanted
 
 
 SCRIPTS = [
@@ -315,9 +158,3 @@ def test_the_tiny_scripts_flags_are_accepted(kind: str) -> None:
     done = launch(f"{kind}/tiny.sh", CHECK="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^stage 0, a GPU: [\d,]+ parameters", done.stdout, re.M)
-
-
-@pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 has what doctor --args builds")
-def test_megatron_0_18_is_refused_by_the_dry_run() -> None:
-    result = python("-m", "megatron_mhc", "doctor", "--args", *TINY, "--mhc")
-    assert result.returncode == 2 and "install 0.19" in result.stdout

@@ -3,14 +3,12 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_mhc.tools.plot_runs import Run, read_run
-from tests.megatron.common.launch import ROOT
-from tests.megatron.examples.test_gpt import environment
+from tests.megatron.common.launch import ROOT, forking_python, quiet
 
 EXAMPLE = ROOT / "examples" / "stability"
 REDUCED = ["--iterations", "20", "--learning-rates", "3e-2", "--num-layers", "12"]
@@ -18,8 +16,8 @@ REDUCED = ["--iterations", "20", "--learning-rates", "3e-2", "--num-layers", "12
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """An example's script, run as a user does."""
-    command = [sys.executable, str(EXAMPLE / name), *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    command = [forking_python(), str(EXAMPLE / name), *arguments]
+    return subprocess.run(command, env=quiet(), capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")

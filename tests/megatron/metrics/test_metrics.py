@@ -11,18 +11,14 @@ from megatron_mhc.kernels import reference
 from megatron_mhc.metrics.formulas import gains, residual_metrics, stream_geometry
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
+from tests.megatron.common.settings import FULL_RECOMPUTE, VIRTUAL, stages
 
-RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
 ALONE: dict[str, dict[str, Any]] = {
     "mhc": {},
     "unrecorded": {"log": False},
     "no boundary fused": {"fuse": "none"},
     "no boundary fused across layers": {"fuse": "layer"},
-    "full recompute": {"config": RECOMPUTE},
+    "full recompute": {"config": FULL_RECOMPUTE},
     "streams recomputed": {"mhc": {"recompute": 2}},
     "hc": {"mhc": {"variant": "hc"}},
     "deepseek_v4": {"mhc": {"convention": "deepseek_v4"}},
@@ -30,24 +26,21 @@ ALONE: dict[str, dict[str, Any]] = {
 }
 SHARDED = {"use_distributed_optimizer": True}
 TWO: dict[str, dict[str, Any]] = {
-    "two stages": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "two stages": {"parallel": stages(2)},
     "two stages, hc": {
-        "parallel": {"pipeline_model_parallel_size": 2},
+        "parallel": stages(2),
         "mhc": {"variant": "hc"},
     },
     "two stages, full recompute": {
-        "parallel": {"pipeline_model_parallel_size": 2},
-        "config": RECOMPUTE,
+        "parallel": stages(2),
+        "config": FULL_RECOMPUTE,
     },
     "two stages, streams recomputed": {
-        "parallel": {"pipeline_model_parallel_size": 2},
+        "parallel": stages(2),
         "mhc": {"recompute": 1},
     },
     "two interleaved stages": {
-        "parallel": {
-            "pipeline_model_parallel_size": 2,
-            "virtual_pipeline_model_parallel_size": 2,
-        }
+        "parallel": VIRTUAL,
     },
     "data parallel": {},
     "distributed optimizer": {"ddp": SHARDED},
@@ -63,7 +56,9 @@ TWO: dict[str, dict[str, Any]] = {
 
 def train(processes: int, scenarios: dict[str, Any]) -> dict[str, Any]:
     """Two steps of every scenario, recorded (`metrics.worker.run`)."""
-    settings = {name: {"steps": 2, **scenario} for name, scenario in scenarios.items()}
+    settings = {
+        name: {"sinkhorn_iterations": 20, **scenario} for name, scenario in scenarios.items()
+    }
     return run_scenarios(processes, settings, "metrics.worker")
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_mhc.metrics.monitor import METRICS_FILE
 from megatron_mhc.tools.plot_runs import read_run
+from tests.megatron.common.flags import SCRIPT, TINY, training_log
 from tests.megatron.common.launch import forked_run
-from tests.megatron.start.test_plugin import SCRIPT, TINY, training_log
 
 FP16 = [
     *("--fp16", "--initial-loss-scale", str(2**20), "--hysteresis", "1", "--train-iters", "12"),

@@ -8,10 +8,9 @@ import pytest
 
 from megatron_mhc.patches.releases import is_installed
 from tests.megatron.common.compare import assert_same_training
-from tests.megatron.common.launch import ROOT, forked_run, run_scenarios
-from tests.megatron.model.test_training import SGD, SUMMATION_ORDER
-from tests.megatron.pipeline.test_schedules import stages
-from tests.megatron.start.test_plugin import RUN, SCRIPT, TINY, losses, python
+from tests.megatron.common.flags import ROPE, RUN, SOURCE, TINY, losses
+from tests.megatron.common.launch import forked_python, forked_run, run_scenarios
+from tests.megatron.common.settings import SGD, SUMMATION_ORDER, VIRTUAL, stages
 
 pytestmark = pytest.mark.skipif(is_installed("<0.19"), reason="MTP is refused with Megatron 0.18")
 
@@ -29,7 +28,7 @@ PIPELINED: dict[str, Any] = {
 }
 SINGLE: dict[str, dict[str, Any]] = {
     "ordinary": {**START, "steps": 1, "mhc": None},
-    "mhc": {**START, "steps": 20},
+    "mhc": {**START, "steps": 5, "optimizer": {"lr": 3e-3}},
     "ordinary, two": {**START, "steps": 1, "mhc": None, "config": TWO},
     "mhc, two": {**START, "steps": 2, "config": TWO},
     "ordinary MoE": {**START, "steps": 1, "mhc": None, "kind": "moe"},
@@ -47,7 +46,7 @@ PAIR: dict[str, dict[str, Any]] = {
     "pipelined": {**PIPELINED, "parallel": stages(2)},
     "interleaved": {
         **PIPELINED,
-        "parallel": stages(2, virtual_pipeline_model_parallel_size=2),
+        "parallel": VIRTUAL,
     },
     "overlapped": {**PIPELINED, "parallel": stages(2), "mhc": {"overlap_p2p": True}},
     "tensor parallel": {
@@ -126,24 +125,22 @@ def test_a_stage_of_its_own_is_refused() -> None:
 
 def test_the_runner_gives_it_sites() -> None:
     """Megatron's builder takes the layer of multi-token prediction from its own defaults."""
-    flag = ["--mtp-num-layers", "1", "--position-embedding-type", "rope"]
-    ordinary, wide = python(*RUN, *flag), python(*RUN, *flag, "--mhc")
+    flag = ["--mtp-num-layers", "1", *ROPE]
+    ordinary, wide = forked_python(*RUN, *flag), forked_python(*RUN, *flag, "--mhc")
     assert ordinary.returncode == 0, ordinary.stdout[-3000:]
     assert wide.returncode == 0, wide.stdout[-3000:]
     assert "6 sites, 18,594 extra parameters" in wide.stdout
     mtp = [re.findall(r"mtp_1 loss: (\S+)", run.stdout) for run in (ordinary, wide)]
     assert len(mtp[0]) == 3 and mtp[0][0] == mtp[1][0] and mtp[0][2] != mtp[1][2]
-    assert losses(ordinary)[0] == losses(wide)[0]
+    assert losses(ordinary.stdout)[0] == losses(wide.stdout)[0]
 
 
 def test_one_layer_at_every_depth_is_counted_once(tmp_path: Path) -> None:
     """Its parameters once; its work, memory and FLOPs, at each depth."""
     flags = ["--mtp-num-layers", "2", "--mtp-use-repeated-layer"]
     script = tmp_path / "count.py"
-    script.write_text(f"{(ROOT / SCRIPT).read_text()}\n{COUNTED}")
-    status, printed = forked_run(
-        1, str(script), *TINY, *flags, "--position-embedding-type", "rope", "--mhc"
-    )
+    script.write_text(f"{SOURCE}\n{COUNTED}")
+    status, printed = forked_run(1, str(script), *TINY, *flags, *ROPE, "--mhc")
     assert status == 0, printed[-3000:]
     counted = re.search(r"built: (\d+) sites, (\d+) parameters", printed)
     assert counted and f"; {counted[1]} sites, {int(counted[2]):,} extra parameters" in printed
@@ -160,8 +157,11 @@ print(f"built: {len(built)} sites, {parameters} parameters")
 
 
 def test_the_dry_run_counts_it_at_every_depth() -> None:
-    flags = [*TINY, "--mtp-num-layers", "2", "--position-embedding-type", "rope", "--mhc"]
-    both = [python("-m", "megatron_mhc", "doctor", "--args", *flags, *more).stdout for more in WAYS]
+    flags = [*TINY, "--mtp-num-layers", "2", *ROPE, "--mhc"]
+    both = [
+        forked_python("-m", "megatron_mhc", "doctor", "--args", *flags, *more).stdout
+        for more in WAYS
+    ]
     pages = [re.search(DRY_RUN, page, re.S) for page in both]
     assert pages[0] and pages[1], both
     assert (pages[0][1], pages[1][1]) == ("8 sites, 24,792", "6 sites, 18,594")

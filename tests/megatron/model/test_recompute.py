@@ -7,6 +7,7 @@ import pytest
 
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
+from tests.megatron.common.settings import VIRTUAL, stages
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
@@ -14,11 +15,6 @@ DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 def selective(*modules: str) -> dict[str, Any]:
     """Megatron's own recompute of parts of a layer."""
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
-
-
-def stages(size: int, **more: int) -> dict[str, int]:
-    """Arguments of initialize_model_parallel for so many stages."""
-    return {"pipeline_model_parallel_size": size, **more}
 
 
 LONG = {"microbatches": 4, "batch": 8, "tied": False}
@@ -52,7 +48,7 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
     "interleaved": (
         2,
         1,
-        {**LONG, "parallel": stages(2, virtual_pipeline_model_parallel_size=2)},
+        {**LONG, "parallel": VIRTUAL},
     ),
     "interleaved, two layers a chunk": (
         2,
@@ -60,7 +56,7 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
         {
             **LONG,
             "config": {"num_layers": 8},
-            "parallel": stages(2, virtual_pipeline_model_parallel_size=2),
+            "parallel": VIRTUAL,
             "rebuild_ahead": True,
         },
     ),

@@ -1,18 +1,16 @@
 """Checkpoints of one file a rank (`--ckpt-format torch`): they resume, and settings are checked."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.megatron.common.launch import ROOT, forked_run
-from tests.megatron.patches.test_checkpoint import DISTRIBUTED as OVERLAPPED
-from tests.megatron.patches.test_checkpoint import FLAGS, MOE
+from tests.megatron.common.flags import DISTRIBUTED as OVERLAPPED
+from tests.megatron.common.flags import MOE, RESUMED, SCRIPT, SOURCE, SPEC, STAND_IN, losses
+from tests.megatron.common.launch import forked_run
 
-SCRIPT = "examples/pretrain_gpt.py"
-PLAIN = [flag for flag in FLAGS if flag not in ("--bf16", "--mhc")]
+PLAIN = [flag for flag in RESUMED if flag not in ("--bf16", "--mhc")]
 LEGACY = ["--ckpt-format", "torch"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
@@ -47,17 +45,17 @@ CONVERSIONS: dict[str, tuple[list[str], str]] = {
 def train(processes: int, flags: list[str]) -> tuple[list[str], str]:
     """Run the example's script with mHC if a flag says so: the losses and all that it prints."""
     _, printed = forked_run(processes, SCRIPT, *PLAIN, *flags)
-    return re.findall(r"iteration +\d+/.*lm loss: (\S+)", printed), printed
+    return losses(printed), printed
 
 
 def whole(processes: int, flags: list[str], folder: Path) -> list[str]:
     """The losses of seven iterations with a checkpoint after the third, which is the last one."""
     save = ["--save", str(folder), "--save-interval", "3"]
-    losses, printed = train(processes, ["--mhc", *flags, *save])
-    assert len(losses) == 7, printed[-3000:]
-    assert float(losses[-1]) < float(losses[0]) - 0.1, "it does not train"
+    got, printed = train(processes, ["--mhc", *flags, *save])
+    assert len(got) == 7, printed[-3000:]
+    assert float(got[-1]) < float(got[0]) - 0.1, "it does not train"
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
-    return losses
+    return got
 
 
 def assert_resumes(processes: int, flags: list[str], folder: Path, losses: list[str]) -> None:
@@ -129,16 +127,16 @@ def test_other_settings_are_refused(other: str, load: list[str], folder: Path) -
     source = folder / "-".join(["saved", *before])
     if not source.exists():
         save = ["--save", str(source), "--save-interval", "1", "--exit-interval", "1"]
-        losses, printed = train(1, [*LEGACY, *before, *save])
-        assert len(losses) == 1, printed[-3000:]
-    losses, printed = train(1, [*LEGACY, *after, *load, str(source)])
-    assert not losses and "CheckpointSettingsError: the checkpoint " in printed, printed[-3000:]
+        got, printed = train(1, [*LEGACY, *before, *save])
+        assert len(got) == 1, printed[-3000:]
+    got, printed = train(1, [*LEGACY, *after, *load, str(source)])
+    assert not got and "CheckpointSettingsError: the checkpoint " in printed, printed[-3000:]
     assert message in printed
 
 
 # what inference scripts do: Megatron then swallows whatever the model says of the state
 FORGIVING = f"""
-{(ROOT / SCRIPT).read_text().split("if __name__")[0]}
+{SOURCE.split("if __name__")[0]}
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training import training
 
@@ -156,15 +154,13 @@ else:
 load_checkpoint(ddp_model=model, optimizer=None, opt_param_scheduler=None, strict=False)
 print("loaded it")
 """
-ALONE = "from megatron_mhc.patches import cpu\ncpu.enter()\n"
-"""In front of a script that runs without the runner."""
 
 
 def saved(folder: Path, *flags: str) -> str:
     """The folder of a legacy checkpoint after one iteration."""
     save = ["--save", str(folder), "--save-interval", "1", "--exit-interval", "1"]
-    losses, printed = train(1, [*LEGACY, *flags, *save])
-    assert len(losses) == 1, printed[-3000:]
+    got, printed = train(1, [*LEGACY, *flags, *save])
+    assert len(got) == 1, printed[-3000:]
     return str(folder)
 
 
@@ -180,8 +176,8 @@ def test_a_forgiving_load_is_refused(tmp_path: Path) -> None:
 
 def test_the_spec_route_checks_too(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(ALONE + (ROOT / SCRIPT).read_text())
-    command = [str(script), *PLAIN, *LEGACY, "--spec", "megatron_mhc.spec", "gpt_layer_spec"]
+    script.write_text(STAND_IN + SOURCE)
+    command = [str(script), *PLAIN, *LEGACY, *SPEC]
     command += ["--no-load-optim", "--load"]
     ordinary, mhc = saved(tmp_path / "ordinary"), saved(tmp_path / "mhc", "--mhc")
     status, printed = forked_run(1, *command, ordinary, runner=False)
@@ -194,10 +190,10 @@ def test_the_spec_route_checks_too(tmp_path: Path) -> None:
 def test_other_settings_are_refused_in_a_non_persistent_checkpoint(tmp_path: Path) -> None:
     every = ["--non-persistent-ckpt-type", "global", "--non-persistent-save-interval", "1"]
     save = ["--save", str(tmp_path), "--save-interval", "100", "--load", str(tmp_path)]
-    losses, printed = train(1, ["--mhc", *every, *save, "--train-iters", "2"])
-    assert len(losses) == 2, printed[-3000:]
-    losses, printed = train(1, [*every, *save, "--no-load-optim"])
-    assert not losses and "is of a model with mHC and this model has none" in printed
+    got, printed = train(1, ["--mhc", *every, *save, "--train-iters", "2"])
+    assert len(got) == 2, printed[-3000:]
+    got, printed = train(1, [*every, *save, "--no-load-optim"])
+    assert not got and "is of a model with mHC and this model has none" in printed
 
 
 @pytest.fixture(scope="module")

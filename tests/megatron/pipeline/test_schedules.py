@@ -1,5 +1,6 @@
 """n-wide streams between pipeline stages: every schedule trains as one process does."""
 
+import json
 import re
 from typing import Any
 
@@ -15,7 +16,15 @@ from megatron_mhc.patches import registry
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.model.test_training import SGD, SUMMATION_ORDER, UNCLIPPED
+from tests.megatron.common.settings import (
+    FULL_RECOMPUTE,
+    HEAD,
+    SGD,
+    SUMMATION_ORDER,
+    UNCLIPPED,
+    VIRTUAL,
+    stages,
+)
 
 # No gradient norm and no tied weight: both are summed in another order over stages. Boundaries
 # between layers apart, as they are between stages: fusing one adds its gradients in another order.
@@ -26,20 +35,6 @@ EXACT: dict[str, Any] = {
     "evaluate": True,
     "batch": 8,
 }
-HEAD = {"convention": "deepseek_v4"}
-FULL_RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
-
-
-def stages(size: int, **more: int) -> dict[str, int]:
-    """Arguments of initialize_model_parallel for so many stages."""
-    return {"pipeline_model_parallel_size": size, **more}
-
-
-VIRTUAL = stages(2, virtual_pipeline_model_parallel_size=2)
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
 EMBEDDING = {"num_layers": 3, "account_for_embedding_in_pipeline_split": True}
 # microbatches fewer than, as many as and more than the stages
@@ -99,15 +94,18 @@ ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a case trains in its stages, and in one process; all of a size in one torchrun."""
+    """What a case trains in its stages, and in one process; all of a size in one launch."""
     split: dict[int, dict[str, dict[str, Any]]] = {2: {}, 4: {}}
+    # many cases share one
     alone: dict[str, dict[str, Any]] = {}
+    alone_of: dict[str, str] = {}
     for table, common in ((CASES, EXACT), (ROUNDED, {})):
         for name, (size, both, apart) in table.items():
-            alone[name] = {**common, **both}
+            alone_of[name] = json.dumps({**common, **both}, sort_keys=True)
+            alone[alone_of[name]] = {**common, **both}
             split[size][name] = {**common, **both, **apart}
     size = (CASES | ROUNDED)[case][0]
-    return run_scenarios(size, split[size])[case], run_scenarios(1, alone)[case]
+    return run_scenarios(size, split[size])[case], run_scenarios(1, alone)[alone_of[case]]
 
 
 @pytest.mark.parametrize("case", CASES)

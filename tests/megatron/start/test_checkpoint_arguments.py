@@ -1,14 +1,13 @@
 """`--use-checkpoint-args`: a run that takes its arguments from a checkpoint goes on as it was."""
 
-import re
 from pathlib import Path
 
 import pytest
 
-from tests.megatron.common.launch import ROOT, forked_run
-from tests.megatron.patches.test_checkpoint import FLAGS
+from tests.megatron.common.flags import RESUMED, SOURCE, losses
+from tests.megatron.common.launch import forked_run
 
-PLAIN = [flag for flag in FLAGS if flag != "--mhc"]
+PLAIN = [flag for flag in RESUMED if flag != "--mhc"]
 OWN_SPECS = """
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -37,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the script is, with specs of its own beside it, and checkpoints."""
     path = tmp_path_factory.mktemp("arguments")
     (path / "my_specs.py").write_text(OWN_SPECS)
-    script = (ROOT / "examples/pretrain_gpt.py").read_text()
-    (path / "train.py").write_text(f"import sys\nsys.path.insert(0, {str(path)!r})\n{script}")
+    (path / "train.py").write_text(f"import sys\nsys.path.insert(0, {str(path)!r})\n{SOURCE}")
     return path
 
 
@@ -48,17 +46,17 @@ def train(
     """The losses of a run, and all that it prints."""
     script = (str(folder / "train.py"), *PLAIN)
     _, printed = forked_run(1, *script, *flags, runner=runner, **environment)
-    return re.findall(r"iteration +\d+/.*lm loss: (\S+)", printed), printed
+    return losses(printed), printed
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> list[str]:
     """The losses of a run around a spec of its own, with a checkpoint after three steps."""
     save = ["--save", str(folder / "own"), "--save-interval", "3"]
-    losses, printed = train(folder, "--mhc", *SETTINGS, *BASE, *save)
-    assert len(losses) == 7, printed[-3000:]
+    got, printed = train(folder, "--mhc", *SETTINGS, *BASE, *save)
+    assert len(got) == 7, printed[-3000:]
     (folder / "own" / "latest_checkpointed_iteration.txt").write_text("3")
-    return losses
+    return got
 
 
 @pytest.mark.parametrize(
@@ -75,21 +73,21 @@ def whole(folder: Path) -> list[str]:
 def test_a_resumed_run_computes_the_same_function(
     flags: list[str], folder: Path, whole: list[str]
 ) -> None:
-    losses, printed = train(folder, *flags, USE, "--load", str(folder / "own"))
-    assert len(losses) == 4, printed[-3000:]
+    got, printed = train(folder, *flags, USE, "--load", str(folder / "own"))
+    assert len(got) == 4, printed[-3000:]
     # the second loss that Megatron logs after a start is the mean of the first two
-    assert [losses[0], *losses[2:]] == [whole[3], *whole[5:]]
+    assert [got[0], *got[2:]] == [whole[3], *whole[5:]]
     assert "> mHC is on: 2 streams" in printed and ", 3 Sinkhorn iterations" in printed
 
 
 def test_a_setting_that_was_given_stays_and_is_refused(folder: Path, whole: list[str]) -> None:
     flags = ["--mhc", "--mhc-num-streams", "4", USE, "--load", str(folder / "own")]
-    losses, printed = train(folder, *flags)
-    assert not losses and "num_streams is 2 there and 4 here" in printed, printed[-3000:]
+    got, printed = train(folder, *flags)
+    assert not got and "num_streams is 2 there and 4 here" in printed, printed[-3000:]
 
 
 def test_the_spec_route_finds_the_base_spec_too(folder: Path, whole: list[str]) -> None:
     flags = [USE, "--load", str(folder / "own")]
-    losses, printed = train(folder, *flags, runner=False, **SPEC_ROUTE)
-    assert len(losses) == 4, printed[-3000:]
-    assert [losses[0], *losses[2:]] == [whole[3], *whole[5:]]
+    got, printed = train(folder, *flags, runner=False, **SPEC_ROUTE)
+    assert len(got) == 4, printed[-3000:]
+    assert [got[0], *got[2:]] == [whole[3], *whole[5:]]

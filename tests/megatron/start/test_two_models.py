@@ -1,19 +1,12 @@
 """Which model of a process gets mHC, which may stay ordinary, and which stops the run."""
 
-import re
-
 import pytest
 
+from tests.megatron.common.flags import BANNER, TINY, losses
 from tests.megatron.common.launch import forked_run
-from tests.megatron.start.test_plugin import BANNER, TINY
 
 LLAVA = "tests/megatron/start/train_llava.py"
 TWO_MODELS = "tests/megatron/start/train_two_models.py"
-
-
-def losses(printed: str) -> list[str]:
-    """The losses in Megatron's iteration log."""
-    return re.findall(r"lm loss: (\S+)", printed)
 
 
 def test_llava_trains_by_flags_with_an_ordinary_vision_tower() -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.common.launch import ROOT, forked_run
-
-SCRIPT = str(ROOT / "examples/pretrain_gpt.py")
+from tests.megatron.common.flags import SCRIPT
+from tests.megatron.common.launch import forked_run
 
 
 @pytest.mark.parametrize(

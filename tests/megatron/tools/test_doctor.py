@@ -6,8 +6,9 @@ import pytest
 
 from megatron_mhc import with_mhc
 from megatron_mhc.patches.releases import REFUSED, SUPPORTED, megatron_core_version
+from tests.megatron.common.flags import RUN
+from tests.megatron.common.launch import cold_python, forked_python
 from tests.megatron.model.test_specs import specs
-from tests.megatron.start.test_plugin import RUN, python
 
 REFUSALS = [
     *((f"{series}.1", f"{series}.1 is not supported: {why}. ") for series, why in REFUSED.items()),
@@ -39,7 +40,7 @@ def installed(release: str, folder: Path) -> dict[str, str]:
 def test_an_unsupported_megatron_is_refused_by_name(
     release: str, message: str, way: str, tmp_path: Path
 ) -> None:
-    result = python(*WAYS[way], **installed(release, tmp_path))
+    result = forked_python(*WAYS[way], stage="torch", **installed(release, tmp_path))
     assert result.returncode != 0
     assert (
         f"UnsupportedMegatronError: Megatron-Core {message}megatron_mhc works with {SUPPORTED}:"
@@ -48,7 +49,8 @@ def test_an_unsupported_megatron_is_refused_by_name(
 
 
 def test_doctor_knows_every_hook_and_patch() -> None:
-    result = python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES="-parameter-groups")
+    """As a user starts it."""
+    result = cold_python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES="-parameter-groups")
     assert result.returncode == 0, result.stdout
     assert "MISSING" not in result.stdout and "ERROR" not in result.stdout
     assert f"megatron-core              {megatron_core_version()}" in result.stdout
@@ -58,7 +60,7 @@ def test_doctor_knows_every_hook_and_patch() -> None:
 
 
 def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
-    result = python("-m", "megatron_mhc", "doctor", **installed("0.21.0", tmp_path))
+    result = forked_python("-m", "megatron_mhc", "doctor", **installed("0.21.0", tmp_path))
     assert result.returncode == 1, result.stdout
     assert "  ERROR Megatron-Core 0.21.0 is not supported. " in result.stdout
     assert "Traceback" not in result.stdout
@@ -83,7 +85,7 @@ def test_doctor_fails_where_a_hook_is_missing(monkeypatch: pytest.MonkeyPatch) -
 def test_doctor_fails_where_a_patch_that_is_turned_off_does_not_exist(
     ids: str, message: str
 ) -> None:
-    result = python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES=ids)
+    result = forked_python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES=ids)
     assert result.returncode == 1, result.stdout
     assert message in result.stdout and "Traceback" not in result.stdout
 

@@ -1,0 +1,112 @@
+"""The runner, `python -m megatron_mhc.run`: what it trains, what it says and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.common.flags import BANNER, RUN, SCRIPT, TINY, losses
+from tests.megatron.common.launch import RUNNER, cold_python, forked_python
+
+
+@pytest.fixture(scope="module")
+def wide() -> str:
+    """What the runner prints with --mhc, as a user starts it."""
+    result = cold_python(*RUN, "--mhc")
+    assert result.returncode == 0, result.stdout[-3000:]
+    return result.stdout
+
+
+def test_the_runner_trains_with_one_banner_line(wide: str) -> None:
+    ordinary = forked_python(*RUN, stage="torch")
+    assert wide.count("mHC is on") == 1 and BANNER in wide
+    assert ordinary.returncode == 0 and "mHC is on" not in ordinary.stdout
+    assert len(losses(wide)) == len(losses(ordinary.stdout)) == 3
+    assert losses(wide)[0] == losses(ordinary.stdout)[0], "step 0 is the ordinary network's"
+    assert losses(wide)[2] != losses(ordinary.stdout)[2]
+
+
+def test_a_fork_of_the_tests_trains_as_what_a_user_starts(wide: str) -> None:
+    """Most tests take one: it saves the start and the imports. This one imports Megatron."""
+    result = forked_python(*RUN, "--mhc", stage="torch")
+    assert BANNER in result.stdout and losses(result.stdout) == losses(wide)
+
+
+def test_the_runner_says_how_it_recomputes() -> None:
+    result, kept = (
+        forked_python(*RUN, "--mhc", *more) for more in (["--mhc-recompute", "auto"], [])
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert (
+        "12,396 extra parameters; recompute in blocks of 1 layer (auto) (what it saves is predicted"
+        " for backend triton alone) (settings from flags)"
+    ) in result.stdout
+    assert losses(result.stdout) == losses(kept.stdout)
+
+
+def test_the_runner_says_that_the_reference_gives_no_bf16_streams_back() -> None:
+    result = forked_python(*RUN, "--bf16", "--mhc", "--mhc-recompute", "1")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "blocks of 1 layer gives no streams back: backend torch keeps fp32" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected an int"),
+        (["--mhc-sinkhorn-iterations", "0"], "ValueError: sinkhorn_iterations is 0"),
+        (["--mhc-convention", "v4"], "argument --mhc-convention: invalid choice: 'v4'"),
+        (["--mhc-backend", "triton"], "ValueError: backend is 'triton', but Triton needs a CUDA"),
+        (
+            ["--fp32-residual-connection", "--bf16"],
+            "ValueError: mHC does not work with these settings: --fp32-residual-connection: the",
+        ),
+    ],
+)
+def test_bad_flags_stop_before_training(flags: list[str], message: str) -> None:
+    result = forked_python(*RUN, "--mhc", *flags)
+    assert result.returncode != 0
+    assert message in result.stdout
+    assert not losses(result.stdout)
+
+
+def test_a_script_that_is_not_megatrons(tmp_path: Path) -> None:
+    script = tmp_path / "other.py"
+    script.write_text("print('hello')\n")
+    result = forked_python(*RUNNER, str(script), "--mhc")
+    assert result.returncode != 0 and "hello" in result.stdout
+    assert "ended without asking Megatron for its arguments" in result.stdout
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
+def test_a_script_that_builds_its_own_model(end: str, tmp_path: Path) -> None:
+    """It asks Megatron for its arguments, --mhc among them, and for nothing else."""
+    script = tmp_path / "own.py"
+    script.write_text(
+        "from megatron.training.arguments import parse_args, validate_args\n"
+        "validate_args(parse_args())\n"
+        f"print('trained')\n{end}\n"
+    )
+    result = forked_python(*RUNNER, str(script), *TINY, "--mhc")
+    assert result.returncode != 0 and "trained" in result.stdout
+    assert "own.py got --mhc and ended without a layer with mHC" in result.stdout
+
+
+def test_the_runner_without_a_gpu_names_the_flag() -> None:
+    result = forked_python("-m", "megatron_mhc.run", SCRIPT, *TINY, "--mhc")
+    assert result.returncode != 0
+    assert result.stdout.strip() == (
+        "megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU"
+    )
+
+
+def test_the_runner_without_a_file() -> None:
+    result = forked_python(*RUNNER, "nothing.py")
+    assert result.returncode == 2 and "there is no file 'nothing.py'" in result.stdout
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--cpu", "-h"]])
+def test_the_runners_help_lists_our_flags(flags: list[str]) -> None:
+    result = forked_python("-m", "megatron_mhc.run", *flags)
+    assert result.returncode == 0
+    for flag in ("--cpu", "--mhc ", "--mhc-num-streams", "--mhc-variant"):
+        assert flag in result.stdout

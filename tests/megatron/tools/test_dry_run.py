@@ -1,0 +1,151 @@
+"""`doctor --args`, the dry run: a model's parameters, FLOPs and memory from a script's flags."""
+
+import re
+
+import pytest
+
+from megatron_mhc.costs.recompute_plan import Plan
+from megatron_mhc.patches.releases import is_installed
+from tests.megatron.common.flags import ROPE, TINY
+from tests.megatron.common.launch import forked_python
+from tests.megatron.common.scripts import NEEDS_0_19, launch
+
+DRY_RUN = ("-m", "megatron_mhc", "doctor", "--args")
+PLAIN = [
+    *("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"),
+    *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "1"),
+    *("--global-batch-size", "2", "--train-iters", "2", "--lr", "1e-3", "--bf16"),
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
+]
+
+
+FULL = ["--mhc-recompute", "off", "--recompute-granularity", "full"]
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ["--mhc-overlap-p2p", "--mhc-overlap-in-flight", "2", "--mhc-recompute", "off"],
+            (7, 5, 3, 1),
+        ),
+        # a step of two microbatches
+        (["--mhc-recompute", "off", "--global-batch-size", "64"], (2, 2, 2, 1)),
+    ],
+)
+def test_the_dry_run_knows_how_many_microbatches_a_stage_holds(
+    flags: list[str], says: tuple[int, ...]
+) -> None:
+    done = launch("moe/cluster.sh", *flags, CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^stage .* \((\d) microbatch(?:es)? in flight\)", done.stdout, re.M)
+    assert tuple(int(number) for number in found) == says
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("method", "length", "streams", "layers"),
+    # stage 1: 8 layers, 3 microbatches in flight; 3 streams more a block, layers that keep all
+    [("uniform", 8, 3 * 3 * 1, 8), ("block", 6, 3 * 3 * 6, 3 * 2 + 1)],
+)
+def test_the_dry_run_knows_what_full_recompute_keeps(
+    method: str, length: int, streams: int, layers: int
+) -> None:
+    blocks = ["--recompute-method", method, "--recompute-num-layers", str(length)]
+    done = launch("moe/cluster.sh", *FULL, *blocks, CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    layer = 2 * (5 * 2560 * 2 + 4 * (4 + 16 + 24 + 1))
+    wanted = streams * 2560 * 2 + layers * layer
+    assert re.search(rf"^stage 1.*activations {wanted:,} bytes a token", done.stdout, re.M)
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("kind", "width", "layers", "norms"), [("gpt", 4096, 8, 0), ("moe", 2560, 8, 2)]
+)
+def test_the_dry_run_drops_the_norms_that_transformer_engine_keeps_apart(
+    kind: str, width: int, layers: int, norms: int
+) -> None:
+    """A dense layer's are parts of its projections; those before MLA and MoE are not."""
+    done = launch(f"{kind}/cluster.sh", CHECK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    bytes_a_token = Plan(4, width, (layers,), 3, norms, "auto").bytes_a_token
+    wanted = f"{sum(bytes_a_token.values()):,.0f}"
+    assert re.search(rf"^stage 1.*activations {wanted} bytes a token", done.stdout, re.M)
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        # Megatron's defaults that want CUDA kernels, and a norm that Transformer Engine alone has
+        ([*PLAIN, "--transformer-impl", "transformer_engine", "--apply-layernorm-1p"], ""),
+        (["--num-layers", "2"], "refused: AssertionError at `assert args.micro_batch_size"),
+        (
+            [*PLAIN, "--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"],
+            "stage 0 cannot be built: bias is not supported in the shared experts",
+        ),
+        (
+            [*PLAIN, *["--multi-latent-attention", "--rope-type", "rope"], *ROPE],
+            "stage 0 cannot be built: apply_rope_fusion for MLA only works with YARN",
+        ),
+    ],
+)
+def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -> None:
+    done = forked_python(*DRY_RUN, *flags, "--mhc")
+    assert done.returncode == (2 if says else 0), done.stdout
+    assert "Traceback" not in done.stdout
+    assert (says or "the whole model: 259,672 parameters") in done.stdout
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize("flags", ["--mhc-backend torch", "--mhc-variant hc", ""])
+def test_the_dry_run_says_whose_activations_it_reckons(flags: str) -> None:
+    result = forked_python(*DRY_RUN, *TINY, "--mhc", *flags.split())
+    assert result.returncode == 0, result.stdout
+    assert ("the reference keeps more" in result.stdout) == bool(flags)
+
+
+COUNT = """
+import sys
+from megatron_mhc.patches import cpu, registry
+cpu.enter()
+from megatron_mhc.start.activate import activate
+activate()
+from megatron_mhc.tools.dry_run import parse
+from megatron.training import training
+for extra in ([], ["--mhc"], ["--mhc", "--mhc-num-streams", "2"]):
+    args = parse([*sys.argv[1:], *extra])
+    counted = training.num_floating_point_operations(args, 6)
+    packed = training.num_floating_point_operations(args, 6, 6 * 16**2, 40)
+    registry.undo("throughput")
+    plain = training.num_floating_point_operations(args, 6)
+    plain_packed = training.num_floating_point_operations(args, 6, 6 * 16**2, 40)
+    activate()
+    print("counted", counted - plain, packed - plain_packed)
+"""
+
+
+def test_megatrons_throughput_counts_mhc() -> None:
+    """6 samples of 16 tokens; then 40 real tokens, as packed sequences have them."""
+    done = forked_python("-c", COUNT, *TINY, stage="megatron")
+    assert done.returncode == 0, done.stdout[-3000:]
+    counted = [
+        tuple(float(value) for value in line.split()[1:])
+        for line in done.stdout.splitlines()
+        if line.startswith("counted")
+    ]
+
+    def by_hand(n: int, sites: int = 4, width: int = 32) -> int:
+        forward = 2 * width * sites * (n + (n * n + 2 * n) * n + n + n * (n + 1))
+        return 3 * forward
+
+    wanted = [(0.0, 0.0)] + [(96.0 * by_hand(n), 40.0 * by_hand(n)) for n in (4, 2)]
+    assert counted == wanted
+
+
+@pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 has what doctor --args builds")
+def test_megatron_0_18_is_refused_by_the_dry_run() -> None:
+    result = forked_python(*DRY_RUN, *TINY, "--mhc")
+    assert result.returncode == 2 and "install 0.19" in result.stdout
