@@ -23,7 +23,8 @@ def _detach_each(original: Callable[..., Any]) -> Callable[..., Any]:
     def detach(self: Any, value: Any) -> Any:
         if not isinstance(value, tuple):
             return original(self, value)
-        return type(value)(*(part if part is None else original(self, part) for part in value))
+        parts = [detach(self, part) for part in value]
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
 
     return detach
 

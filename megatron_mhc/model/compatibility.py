@@ -33,6 +33,16 @@ def _whole_step_is_a_graph(settings: Any) -> bool:
     return getattr(settings, "cuda_graph_impl", None) == "full_iteration"
 
 
+def _layers_are_graphs(settings: Any, *implementations: str) -> bool:
+    return getattr(settings, "cuda_graph_impl", None) in (
+        implementations or ("local", "transformer_engine")
+    )
+
+
+def _is_graphed(settings: Any) -> bool:
+    return _whole_step_is_a_graph(settings) or _layers_are_graphs(settings)
+
+
 def _last_layer_has_experts(settings: Any) -> bool:
     """Whether the model's last layer is an MoE layer (Megatron's `moe_layer_freq`)."""
     layers = settings.num_layers
@@ -52,8 +62,8 @@ CONFLICTS_OF_0_18 = (
         " install 0.19",
     ),
     Conflict(
-        "--cuda-graph-impl full_iteration",
-        _whole_step_is_a_graph,
+        "--cuda-graph-impl",
+        _is_graphed,
         "CUDA graphs with mHC are tried with Megatron-Core 0.19 alone; use --cuda-graph-impl none",
     ),
 )
@@ -99,26 +109,30 @@ CONFLICTS = (
         "mHC has sites for TransformerLayers, and a HybridModel has others too; use a GPTModel",
     ),
     Conflict(
-        "--cuda-graph-impl of single layers",
-        _is_set("cuda_graph_impl", "none", "full_iteration"),
-        "Megatron's local graphs refuse the hooks in mHC's norm slots, Transformer Engine's hand"
-        " a layer one stream; use --cuda-graph-impl none"
-        + ("" if is_installed("<0.19") else ", or full_iteration"),
+        "--cuda-graph-impl local with experts",
+        lambda s: _layers_are_graphs(s, "local") and bool(getattr(s, "num_moe_experts", None)),
+        "Megatron's local graphs hold whole layers, and experts that drop no token do not fit in"
+        " one; use --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
     ),
     Conflict(
-        "--cuda-graph-impl full_iteration with --mhc-log-interval",
-        lambda s: _whole_step_is_a_graph(s) and bool(getattr(s, "mhc_log_interval", 0)),
-        "a replayed step runs none of the code that would record it; drop one of the two",
+        "--cuda-graph-impl with --mhc-log-interval",
+        lambda s: _is_graphed(s) and bool(getattr(s, "mhc_log_interval", 0)),
+        "a replayed graph runs none of the code that would record it; drop one of the two",
     ),
     Conflict(
         "--cpu-offloading-num-layers",
         _is_set("cpu_offloading"),
-        "activation offloading is not tried yet; drop the flag",
+        "activation offloading of whole layers is not tried yet; use"
+        " --fine-grained-activation-offloading",
     ),
     Conflict(
-        "--fine-grained-activation-offloading",
-        _is_set("fine_grained_activation_offloading"),
-        "it replaces the residual between the slots; drop the flag",
+        "--offload-modules attn_norm or mlp_norm",
+        lambda s: (
+            _is_set("fine_grained_activation_offloading")(s)
+            and not {"attn_norm", "mlp_norm"}.isdisjoint(getattr(s, "offload_modules", None) or ())
+        ),
+        "these norms read the streams, which the residual slot reads again; take them off the"
+        " list (the modules inside a sublayer work)",
     ),
     Conflict(
         "--inference-fuse-tp-communication",
@@ -147,6 +161,11 @@ _INTERLEAVED = "virtual_pipeline_model_parallel_size"
 
 RECOMPUTE_CONFLICTS = (
     Conflict(
+        "--delay-offload-until-cuda-graph beside --mhc-recompute",
+        _is_set("delay_offload_until_cuda_graph"),
+        "what is offloaded late has been dropped by then; use one of the two",
+    ),
+    Conflict(
         "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
         _is_set("overlap_moe_expert_parallel_comm"),
         "what one node of its schedule drops another one on another stream would read; use one of"
@@ -159,9 +178,10 @@ RECOMPUTE_CONFLICTS = (
         " work for nothing; use one of the two (selective goes with --mhc-recompute)",
     ),
     Conflict(
-        "--cuda-graph-impl full_iteration beside --mhc-recompute",
-        _whole_step_is_a_graph,
-        "a graph has not been tried with it yet; use one of the two",
+        "--cuda-graph-impl beside --mhc-recompute",
+        _is_graphed,
+        "a graph reads the memory that it was captured with, and recompute gives that away; use one"
+        " of the two",
     ),
 )
 """What selective recompute of the streams cannot work with."""
@@ -205,12 +225,22 @@ OVERLAP_CONFLICTS = (
         "its schedule does not stash experts' activations; turn one of the two off",
     ),
     Conflict(
-        "--mhc-overlap-p2p with --cuda-graph-impl full_iteration",
-        _whole_step_is_a_graph,
-        "a graph has not been tried with it yet; use one of the two",
+        "--mhc-overlap-p2p with --cuda-graph-impl",
+        _is_graphed,
+        "the ends of a stage run on streams that a graph does not know; use one of the two",
     ),
 )
 """What the schedules of `overlap_p2p` have no place for."""
+
+REFERENCE_CONFLICTS = (
+    Conflict(
+        "--cuda-graph-impl local without Triton's kernels",
+        lambda s: _layers_are_graphs(s, "local"),
+        "it keeps what Python functions save for the backward, and PyTorch's own operations save"
+        " unseen; use --mhc-backend triton and --mhc-variant mhc, or another implementation",
+    ),
+)
+"""What the reference cannot work with: backend "torch", and variant "hc", which has no other."""
 
 IN_FLIGHT_CONFLICTS = (
     Conflict(
@@ -238,6 +268,8 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
     )
     if mhc is not None and mhc.overlap_p2p:
         asked += OVERLAP_CONFLICTS
+    if mhc is not None and (mhc.backend == "torch" or mhc.variant == "hc"):
+        asked += REFERENCE_CONFLICTS
     if mhc is not None and mhc.overlap_in_flight > 1:
         asked += IN_FLIGHT_CONFLICTS
     conflicts = CONFLICTS + asked

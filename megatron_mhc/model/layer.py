@@ -11,6 +11,7 @@ import functools
 import pkgutil
 from typing import Any
 
+import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -142,6 +143,29 @@ class MHCLayer(TransformerLayer):
             self.mlp_norm_manager = None  # where Megatron (0.19) keeps what its MLP's norm reads
             raise
 
+    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
+        """What Megatron captures this layer's CUDA graph with: n streams, but at the entry."""
+        inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
+        if not self.is_entry:
+            one = inputs["hidden_states"]
+            inputs["hidden_states"] = (
+                one.detach().repeat(1, 1, self.mhc.num_streams).requires_grad_(one.requires_grad)
+            )
+        return inputs
+
+    def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:
+        """Megatron's, and what the slots that they have read: parameters are gathered for them."""
+        held = super()._get_submodules_under_cudagraphs()
+        if held == [self]:
+            return held
+        if self.input_layernorm in held:
+            held.append(self.attention_connection)
+        if self.pre_mlp_layernorm in held:
+            held.append(self.mlp_connection)
+        if self.mlp in held and self.is_exit and self.mhc.learned_head:
+            held.append(self.head)
+        return held
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
@@ -171,9 +195,14 @@ def _is_one_region(config: Any, is_moe: bool) -> bool:
     """Whether a layer's residual slot of attention and norm slot of the MLP are in one region.
 
     The nodes of expert-parallel overlap end behind an MoE layer's router, and in front of a dense
-    layer's MLP.
+    layer's MLP. Transformer Engine's graphs may hold attention alone, or the MLP's part alone.
     """
-    return is_moe or not config.overlap_moe_expert_parallel_comm
+    if config.overlap_moe_expert_parallel_comm and not is_moe:
+        return False
+    if config.cuda_graph_impl != "transformer_engine":
+        return True
+    held = {module.name for module in config.cuda_graph_modules}
+    return not held or {"attn"} < held & {"attn", *(("moe", "moe_router") if is_moe else ("mlp",))}
 
 
 @functools.cache

@@ -24,28 +24,25 @@ from .recompute import Block, RecomputeRecord, are_unchanged
 class Residual(NamedTuple):
     """What a norm slot hands to the residual slot of its sublayer, where Megatron has one tensor.
 
-    A tuple of tensors: what takes a residual apart (a CUDA graph, a node of a schedule) sees each.
+    A tuple of tensors: what takes it apart (a CUDA graph, a node of a schedule) sees each of them.
 
     Attributes:
         streams: [s, b, n, C], which the site read.
         h_post: [s, b, n], fp32.
         h_res: [s, b, n, n] (destination, source), fp32.
-        h_pre, u, normed: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where
-            that is another tensor than u; else None.
+        rebuilt: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where that is
+            another tensor than u; else nothing.
     """
 
     streams: Tensor
     h_post: Tensor
     h_res: Tensor
-    h_pre: Tensor | None = None
-    u: Tensor | None = None
-    normed: Tensor | None = None
+    rebuilt: tuple[Tensor, ...] = ()
 
     def record_stream(self, stream: Any) -> None:
         """Tell the allocator that `stream` uses every one of these (as `Tensor.record_stream`)."""
-        for tensor in self:
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for tensor in (*self[:3], *self.rebuilt):
+            tensor.record_stream(stream)
 
 
 class Inline:
@@ -150,7 +147,7 @@ class Site:
         if h_pre is None:
             return normed, Residual(x, h_post, h_res)
         is_u = normed.data_ptr() == u.data_ptr()
-        return normed, Residual(x, h_post, h_res, h_pre, u, None if is_u else normed)
+        return normed, Residual(x, h_post, h_res, (h_pre, u) if is_u else (h_pre, u, normed))
 
     def _streams(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""
@@ -234,11 +231,10 @@ class Site:
             streams = site_input.x.flatten(-2)
             region = _autograd_region()
             self.following._ahead = _Ahead(streams, streams._version, region, site_input)
-        if self.block is not None and residual.h_pre is not None and mixing.h_post.requires_grad:
-            assert residual.u is not None
-            record = RecomputeRecord(
-                x, residual.u, residual.h_pre, self._norm, residual.normed, mixing
-            )
+        if self.block is not None and residual.rebuilt and mixing.h_post.requires_grad:
+            h_pre, u, *other = residual.rebuilt
+            normed = other[0] if other else None
+            record = RecomputeRecord(x, u, h_pre, self._norm, normed, mixing)
             self.block.passed(self, record, streams)
         return streams
 

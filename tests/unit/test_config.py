@@ -1,6 +1,7 @@
 """MHCConfig, its flags and its environment variables."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_mhc.model.compatibility import (
     IN_FLIGHT_CONFLICTS,
     OVERLAP_CONFLICTS,
     RECOMPUTE_CONFLICTS,
+    REFERENCE_CONFLICTS,
     check_transformer_config,
 )
 from megatron_mhc.model.connection import Head, HyperConnection
@@ -175,19 +177,33 @@ GIVEN = {
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
     "--mtp-num-layers": {"mtp_num_layers": 1},  # with Megatron-Core 0.18
     "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
-    "--cuda-graph-impl full_iteration": {"cuda_graph_impl": "full_iteration"},  # the same
-    "--cuda-graph-impl of single layers": {"cuda_graph_impl": "transformer_engine"},
-    "--cuda-graph-impl full_iteration with --mhc-log-interval": {
-        "cuda_graph_impl": "full_iteration",
+    "--cuda-graph-impl": {"cuda_graph_impl": "full_iteration"},  # the same
+    "--cuda-graph-impl local with experts": {"cuda_graph_impl": "local", "num_moe_experts": 8},
+    "--cuda-graph-impl with --mhc-log-interval": {
+        "cuda_graph_impl": "transformer_engine",
         "mhc_log_interval": 10,
     },
-    "--cuda-graph-impl full_iteration beside --mhc-recompute": {
-        "cuda_graph_impl": "full_iteration"
-    },
+    "--cuda-graph-impl beside --mhc-recompute": {"cuda_graph_impl": "transformer_engine"},
+    "--cuda-graph-impl local without Triton's kernels": {"cuda_graph_impl": "local"},
     "--cpu-offloading-num-layers": {"cpu_offloading": True},
-    "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
+    "--offload-modules attn_norm or mlp_norm": {
+        "fine_grained_activation_offloading": True,
+        "offload_modules": ["core_attn", "mlp_norm"],
+    },
+    "--delay-offload-until-cuda-graph beside --mhc-recompute": {
+        "delay_offload_until_cuda_graph": True
+    },
     "--inference-fuse-tp-communication": {"inference_fuse_tp_communication": True},
-    "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
+    "--overlap-moe-expert-parallel-comm with a dense last layer": {
+        "overlap_moe_expert_parallel_comm": True,
+        "num_layers": 4,
+        "moe_layer_freq": [1, 1, 1, 0],
+    },
+    "--overlap-moe-expert-parallel-comm beside --mhc-recompute": {
+        "overlap_moe_expert_parallel_comm": True,
+        "num_layers": 4,
+        "moe_layer_freq": 1,
+    },
     "--use-megatron-fsdp": {"use_megatron_fsdp": True},
     "--use-torch-fsdp2": {"use_torch_fsdp2": True},
     "--recompute-granularity full beside --mhc-recompute": {"recompute_granularity": "full"},
@@ -212,10 +228,35 @@ def test_conflicts_are_named(conflict) -> None:
     assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
 
 
-def test_graphs_of_single_layers_are_refused_by_either_implementation() -> None:
-    for implementation in ("local", "transformer_engine"):
-        with pytest.raises(ValueError, match=r"of single layers: .*use --cuda-graph-impl none"):
-            check_transformer_config(argparse.Namespace(cuda_graph_impl=implementation))
+@pytest.mark.parametrize("settings", [{"backend": "torch"}, {"variant": "hc"}], ids=str)
+@pytest.mark.parametrize("conflict", REFERENCE_CONFLICTS, ids=lambda conflict: conflict.flag)
+def test_conflicts_with_the_reference_are_named(conflict, settings: dict[str, Any]) -> None:
+    given = argparse.Namespace(**GIVEN[conflict.flag])
+    if not refused_anyway(given):
+        check_transformer_config(given, MHCConfig())
+    with pytest.raises(ValueError) as error:
+        check_transformer_config(given, MHCConfig(**settings))
+    assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_experts"),
+    [
+        ({"moe_layer_freq": 1}, True),
+        ({"moe_layer_freq": 2}, False),  # layers 0 and 2 of four
+        ({"moe_layer_freq": 3}, True),
+        ({"moe_layer_freq": [1, 1, 0, 0]}, False),
+        ({"moe_layer_freq": [0, 0, 0, 1]}, True),
+    ],
+    ids=str,
+)
+def test_overlap_wants_experts_in_the_last_layer(
+    settings: dict[str, Any], has_experts: bool
+) -> None:
+    given = {"overlap_moe_expert_parallel_comm": True, "num_layers": 4, **settings}
+    outcome = contextlib.nullcontext() if has_experts else pytest.raises(ValueError, match="dense")
+    with outcome:
+        check_transformer_config(argparse.Namespace(**given))
 
 
 @pytest.mark.parametrize("conflict", RECOMPUTE_CONFLICTS, ids=lambda conflict: conflict.flag)
@@ -256,7 +297,12 @@ GIVEN_WITH_OVERLAP = {
         "num_microbatches_with_partial_activation_checkpoints": 1
     },
     "with moe_paged_stash": {"moe_paged_stash": True},
-    "with --cuda-graph-impl full_iteration": {"cuda_graph_impl": "full_iteration"},
+    "with --cuda-graph-impl": {"cuda_graph_impl": "local"},
+    "with --overlap-moe-expert-parallel-comm": {
+        "overlap_moe_expert_parallel_comm": True,
+        "num_layers": 4,
+        "moe_layer_freq": 1,
+    },
     "--mhc-overlap-in-flight 2 with virtual stages": {
         "virtual_pipeline_model_parallel_size": 2,
         "overlap_p2p_comm": True,
