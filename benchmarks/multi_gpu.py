@@ -15,6 +15,7 @@ not stop the others. What is timed runs last and alone, the rest `--jobs` launch
 * MoE over expert parallel ranks, TP with sequence parallelism, CP: losses against one GPU;
 * the paper's layers (MLA, mixture of experts, distributed optimizer with both overlaps), pipeline
   and expert parallel: recompute and overlap against stock order, digit for digit;
+* the paper's layers with expert-parallel overlap (`expert_overlap.py`);
 * save on several GPUs, resume on two and on one, and back, with the distributed optimizer;
 * step times of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC, with
   overlap, with recompute, and with both, in one launch a layout, three rounds (`rounds.py`); NCCL's
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expert_overlap import expert_overlap
 from launches import Bench, apart
 from spans import exposed
 
@@ -192,7 +194,11 @@ def step_times(bench: Bench, gpus: int) -> None:
         "paper-pp-ep": (f"{paper} {two} --expert-model-parallel-size {gpus // 2}", TIMED),
         "paper-ep": (
             f"{paper} --expert-model-parallel-size {gpus}",
-            {name: TIMED[name] for name in ("ordinary", "mhc", "recompute")},
+            {name: TIMED[name] for name in ("ordinary", "mhc", "recompute")}
+            | {
+                "ordinary-ep-overlap": "--overlap-moe-expert-parallel-comm",
+                "ep-overlap": "--mhc --overlap-moe-expert-parallel-comm",
+            },
         ),
     }
     for name, (flags, variants) in groups.items():
@@ -341,12 +347,18 @@ def resume(bench: Bench, gpus: int, size: str) -> Part:
     return [one_after_the_other, uninterrupted], [compare]
 
 
+def overlapped_experts(bench: Bench, gpus: int, _: str) -> Part:
+    """`expert_overlap.py` with the paper's layers."""
+    return expert_overlap(bench, gpus, paper_size(bench))
+
+
 CORRECT = {
     "pipelines": pipelines,
     "pipelines_beside": pipelines_beside,
     "other_parallelism": other_parallelism,
     "paper": paper,
     "resume": resume,
+    "expert_overlap": overlapped_experts,
 }
 """Parts whose launches may run side by side: nothing in them is timed."""
 PARTS = (*CORRECT, "step_times")
@@ -401,7 +413,7 @@ def main() -> int:
             not options.only or {*options.only} & {*STEP_TIMES}
         )
         bench.reserved = options.timing if timed else 0.0
-        if options.parts != ["paper"]:
+        if not {*options.parts} <= {"paper", "expert_overlap"}:
             bench.side_by_side(
                 [
                     partial(save_start, bench, "dense", f"{small} --mhc"),

@@ -107,16 +107,20 @@ def loss_func(
     return loss, num_tokens, {"lm loss": report}
 
 
-def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+def forward_step(
+    data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
     """Runs the model on one micro-batch; returns its output and the function that makes it a loss.
 
     On every pipeline stage but the last the output is a hidden state and the loss is not called.
+    With --overlap-moe-expert-parallel-comm Megatron asks for the plan of what computes the output.
     """
     timer = get_timers()("batch-generator", log_level=2)
     timer.start()
     batch = get_batch(data_iterator)
     timer.stop()
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch["tokens"],
         batch["position_ids"],
         batch.get("attention_mask"),
