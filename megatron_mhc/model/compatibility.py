@@ -7,8 +7,6 @@ from typing import Any
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.patches.releases import is_installed
 
-from .parameters import is_hyper_connection
-
 
 @dataclass(frozen=True)
 class Conflict:
@@ -51,8 +49,6 @@ def _last_layer_has_experts(settings: Any) -> bool:
         return (layers - 1) % frequency == 0
     return bool(frequency[-1])
 
-
-NO_FSDP = "FSDP is not tried yet; use DDP or the distributed optimizer"
 
 CONFLICTS_OF_0_18 = (
     Conflict(
@@ -146,14 +142,15 @@ CONFLICTS = (
         " experts (--moe-layer-freq), or drop the flag",
     ),
     Conflict(
-        "--use-megatron-fsdp",
-        _is_set("use_megatron_fsdp"),
-        NO_FSDP,
+        "--use-megatron-fsdp with --mhc-log-interval",
+        lambda s: _is_set("use_megatron_fsdp")(s) and bool(getattr(s, "mhc_log_interval", 0)),
+        "gradients are sharded in a way that the metrics do not know; drop one of the two",
     ),
     Conflict(
         "--use-torch-fsdp2",
         _is_set("use_torch_fsdp2"),
-        NO_FSDP,
+        "it wants one dtype in a layer, and mHC's parameters stay fp32; use --use-megatron-fsdp, or"
+        " the distributed optimizer",
     ),
 )
 
@@ -277,13 +274,3 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)
         raise ValueError(f"mHC does not work with these settings: {lines}")
-
-
-def refuse_fsdp(module: Any) -> None:
-    """What Megatron's FSDP wrappers ask before they wrap a module.
-
-    Raises:
-        ValueError: it has parameters of mHC.
-    """
-    if any(is_hyper_connection(parameter) for parameter in module.parameters()):
-        raise ValueError(f"mHC does not work with Megatron's FSDP wrappers: {NO_FSDP}")

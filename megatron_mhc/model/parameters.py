@@ -29,6 +29,7 @@ class Fp32Module(torch.nn.Module):
             setattr(parameter, MARK, True)
             # tensor-parallel ranks see different tokens then: Megatron sums the gradient over them
             parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+            parameter._tensor_parallel_mode = "replicated"  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
     def _start(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mhc.costs import formulas, recompute_plan
 from megatron_mhc.metrics import monitor
-from megatron_mhc.model import compatibility, config_marks, parameters, stored_settings
+from megatron_mhc.model import config_marks, parameters, stored_settings
 from megatron_mhc.patches import Patch, PatchError, registry
 from megatron_mhc.patches.block_forward import block_forward_patch
 from megatron_mhc.patches.checkpoint_load import (
@@ -119,6 +119,20 @@ def _prepare_plan(model: Any) -> None:
     prepare(model)
 
 
+def _prepare_fsdp(module: Any, ddp_config: Any) -> None:
+    """`sharding.prepare_fsdp`, imported when there is a model to wrap."""
+    from megatron_mhc.model.sharding import prepare_fsdp
+
+    prepare_fsdp(module, ddp_config)
+
+
+def _refuse_torch_fsdp(module: Any) -> None:
+    """`sharding.refuse_torch_fsdp`, the same."""
+    from megatron_mhc.model.sharding import refuse_torch_fsdp
+
+    refuse_torch_fsdp(module)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
@@ -130,7 +144,7 @@ def model_patches() -> tuple[Patch, ...]:
         mtp_patch(_like_decoder),
         block_forward_patch(_arrange),
         *schedule_plan_patches(_prepare_plan),
-        *fsdp_patches(compatibility.refuse_fsdp),
+        *fsdp_patches(_prepare_fsdp, _refuse_torch_fsdp, parameters.MARK),
     )
 
 

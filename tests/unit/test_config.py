@@ -204,7 +204,10 @@ GIVEN = {
         "num_layers": 4,
         "moe_layer_freq": 1,
     },
-    "--use-megatron-fsdp": {"use_megatron_fsdp": True},
+    "--use-megatron-fsdp with --mhc-log-interval": {
+        "use_megatron_fsdp": True,
+        "mhc_log_interval": 10,
+    },
     "--use-torch-fsdp2": {"use_torch_fsdp2": True},
     "--recompute-granularity full beside --mhc-recompute": {"recompute_granularity": "full"},
 }

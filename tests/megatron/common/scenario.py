@@ -22,6 +22,7 @@ class Scenario:
         tied: whether the output layer's weight is the embedding's.
         evaluate: after training, run the microbatches of one more step forward only.
         ddp, optimizer: settings of the distributed wrapper and the optimizer.
+        fsdp: Megatron-FSDP's sharding strategy, in the place of the distributed wrapper.
         align_grad_reduce: gradients of each stage are reduced when the schedule says so.
         kind: the spec: "dense", "moe", "mla", "mla moe", "block" (a dense
             TransformerBlockSubmodules) or "own norm" (`OwnNorm` in both norm slots).
@@ -57,6 +58,7 @@ class Scenario:
     share_config: bool = False
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fsdp: str | None = None
     align_grad_reduce: bool = False
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: str = "dense"

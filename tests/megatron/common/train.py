@@ -18,6 +18,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -32,6 +33,14 @@ from tests.megatron.common.generation import decoded, generated
 from tests.megatron.common.probes import fall_silent, held_bytes, interrupted
 from tests.megatron.common.scenario import SEQUENCE, Scenario
 from tests.megatron.common.steps import batches, forward_step, mean_loss, mtp_loss
+
+FSDP = {
+    "use_megatron_fsdp": True,
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "gradient_reduce_div_fusion": False,  # a sum that NCCL alone can scale
+}
 
 
 class Training:
@@ -110,7 +119,7 @@ class Training:
                 name: parameter.main_grad.detach().clone()
                 for core in self.cores
                 for name, parameter in core.named_parameters()
-                if is_hyper_connection(parameter)
+                if is_hyper_connection(parameter) and self.s.fsdp is None
             }
         )
         self.optimizer.step()
@@ -123,12 +132,17 @@ class Training:
     def described(self) -> dict[str, Any]:
         """What `worker.run` returns of the trained model."""
         s, core = self.s, self.cores[0]
-        names = {parameter: name for name, parameter in core.named_parameters()}
+        named = core.named_parameters()
+        if s.fsdp is not None:
+            named = self.model[0].param_and_grad_buffer.optimizer_named_parameters
+        names = {parameter: name for name, parameter in named}
         return {
             "losses": self.losses,
             "gradients": self.gradients,
             "mtp_losses": self.mtp_losses,
-            "parameters": models.full_parameters(self.cores),
+            "parameters": models.full_parameters(self.cores)
+            if s.fsdp is None
+            else {name: unsharded(s, parameter) for parameter, name in names.items()},
             "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
             "calls": {name: self.calls[name] / (s.steps * s.microbatches) for name in self.calls},
             "linked": [
@@ -160,10 +174,14 @@ def wrapped(
     s: Scenario, config: TransformerConfig, cores: list[GPTModel]
 ) -> list[DistributedDataParallel]:
     """The chunks in Megatron's own wrappers, which the configuration's schedule knows."""
+    wrapper, settings = DistributedDataParallel, s.ddp
+    if s.fsdp is not None:
+        wrapper = FullyShardedDataParallel
+        settings = s.ddp | FSDP | {"data_parallel_sharding_strategy": s.fsdp}
     model = [
-        DistributedDataParallel(
+        wrapper(
             config,
-            DistributedDataParallelConfig(**s.ddp),
+            DistributedDataParallelConfig(**settings),
             Float16Module(config, core) if s.bf16 else core,
             disable_bucketing=index > 0,
         )
@@ -189,12 +207,23 @@ def optimizer_of(
         "clip_grad": 1.0,
         "bf16": s.bf16,
         "params_dtype": config.params_dtype,
-        "use_distributed_optimizer": s.ddp.get("use_distributed_optimizer", False),
+        "use_distributed_optimizer": s.fsdp is not None
+        or s.ddp.get("use_distributed_optimizer", False),
         "overlap_param_gather": s.ddp.get("overlap_param_gather", False),
     }
     optimizer = get_megatron_optimizer(OptimizerConfig(**(settings | s.optimizer)), model)
     config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def unsharded(s: Scenario, parameter: Any) -> Tensor:
+    """A parameter of Megatron-FSDP's, whole but for tensor parallelism, flat."""
+    local = parameter.to_local().detach().clone().flatten()
+    if s.fsdp == "no_shard":
+        return local
+    shards: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
+    dist.all_gather_object(shards, local, group=parallel_state.get_data_parallel_group())
+    return torch.cat(shards)
 
 
 def train(s: Scenario) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Megatron-FSDP: shards train as whole models, and mHC's parameters stay what they are."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
+from tests.megatron.model.test_training import SUMMATION_ORDER
+
+# a large eps makes steps proportional to gradients: else roundings of tiny ones become whole steps
+ADAM = {"lr": 0.5, "min_lr": 0.5, "adam_eps": 1.0}
+STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "ordinary": {"mhc": None},
+    "experts": {"kind": "moe"},
+    "bf16": {"bf16": True},
+    "learned head": {"mhc": {"convention": "deepseek_v4"}},
+    "full recompute": {"config": FULL},
+    "sequence parallel": {
+        "parallel": {"tensor_model_parallel_size": 2},
+        "config": {"sequence_parallel": True},
+    },
+}
+EVERYWHERE = ("dense", "bf16")
+"""Models that are trained with every strategy; the others with none and with the last one."""
+
+
+def strategies(model: str) -> tuple[str, ...]:
+    """The strategies that a model is trained with."""
+    return STRATEGIES if model in EVERYWHERE else (STRATEGIES[0], STRATEGIES[-1])
+
+
+def trained(model: str) -> dict[str, Any]:
+    """Every model with its strategies, and without FSDP; of two processes or four."""
+    scenarios: dict[str, dict[str, Any]] = {}
+    processes = 4 if model == "sequence parallel" else 2
+    for name, settings in MODELS.items():
+        if (name == "sequence parallel") != (processes == 4):
+            continue
+        both = {"optimizer": ADAM, "tied": False, "fuse": "layer", **settings}
+        scenarios[name] = both
+        scenarios |= {f"{name}, {how}": both | {"fsdp": how} for how in strategies(name)}
+    return {
+        name: result
+        for name, result in run_scenarios(processes, scenarios).items()
+        if name.split(",")[0] == model
+    }
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shards_train_as_whole_parameters(model: str) -> None:
+    results = trained(model)
+    whole = results[f"{model}, no_shard"]
+    # gradients are reduced in other pieces; a bf16 gradient that rounds otherwise moves by 4e-3
+    bound = 1e-3 if model == "bf16" else SUMMATION_ORDER
+    for how in strategies(model)[1:]:
+        assert_same_training(results[f"{model}, {how}"], whole, bound=bound)
+    plain = results[model]["losses"]
+    for loss, want in zip(whole["losses"], plain, strict=True):
+        # bf16 weights are rounded from fp32 ones that took another path to them
+        assert loss == pytest.approx(want, rel=2e-2 if model == "bf16" else SUMMATION_ORDER)
+    assert plain[-1] != plain[0]
+
+
+def test_shards_of_mhc_are_fp32_and_not_decayed() -> None:
+    for how in STRATEGIES:
+        result = trained("bf16")[f"bf16, {how}"]
+        ours = [name for name in result["weight_decay"] if "_connection." in name]
+        assert len(ours) == 2 * 3 * 4  # phi, alpha and bias of eight sites
+        assert {result["weight_decay"][name] for name in ours} == {0.0}
+        assert {result["parameters"][name].dtype for name in ours} == {torch.float32}
+
+
+def test_a_lost_mark_would_be_seen() -> None:
+    """Ordinary matrices are decayed: the rule above is mHC's alone."""
+    decay = trained("bf16")["bf16, optim"]["weight_decay"]
+    assert 1.0 in {value for name, value in decay.items() if "_connection." not in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"mhc": {"recompute": 2}, "fsdp": "optim_grads_params"},
+            "runs the norms of a block again",
+        ),
+        (
+            {
+                "mhc": {"overlap_p2p": True},
+                "fsdp": "optim",
+                "parallel": {"pipeline_model_parallel_size": 2},
+            },
+            "whose hooks do not know the streams",
+        ),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        run_scenarios(2, {"bad": {"tied": False, **settings}})
+
+
+def test_recompute_works_where_parameters_are_whole() -> None:
+    both = {"optimizer": ADAM, "tied": False, "fsdp": "optim_grads"}
+    results = run_scenarios(2, {"kept": both, "dropped": both | {"mhc": {"recompute": 2}}})
+    assert_same_training(results["dropped"], results["kept"], bound=None)
