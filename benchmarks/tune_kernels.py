@@ -28,6 +28,7 @@ from bandwidth import copy_bandwidth
 from kernel_peers import Shapes, ours
 from site_kernels import captured, kernel_times
 
+from megatron_mhc.kernels.arguments import DEFAULT
 from megatron_mhc.kernels.triton import tiles as config
 from megatron_mhc.kernels.triton.aggregate import weighted_sum
 from megatron_mhc.kernels.triton.passes.finish import finish
@@ -124,18 +125,17 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     phi, bias = normal(rows, n * width) * 0.02, normal(rows)
     alpha = torch.full((3,), 0.5, device="cuda")
     mixing = (f, h_post, h_res, None)
-    eps = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "iterations": 20}
     y, partial = project(x, phi, mixing)
-    done = finish(y, partial, alpha, bias, aggregate=True, norm_eps=1e-6, **eps)
+    done = finish(y, partial, alpha, bias, DEFAULT, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
-    token_args = (y, done.normed, done.inverse, alpha, bias)
-    token = coefficients_gradients(*token_args, du=du, **small, **eps)
+    token_args = (y, done.normed, done.inverse, alpha, bias, DEFAULT)
+    token = coefficients_gradients(*token_args, du=du, **small)
 
     return {
         "project": lambda: project(x, phi, mixing),
-        "finish": lambda: finish(y, partial, alpha, bias, aggregate=False, norm_eps=1e-6, **eps),
+        "finish": lambda: finish(y, partial, alpha, bias, DEFAULT, aggregate=False),
         "aggregate": lambda: weighted_sum(y, done.h_pre),
-        "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small, **eps),
+        "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small),
         "streams_backward": lambda: streams_gradients(
             y, dy=dy, du=du, phi=phi, token=token, mixing=(x, *mixing)
         ),

@@ -113,13 +113,12 @@ def pre(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    *,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`coefficients` and `aggregate` together: all that happens in front of a sublayer.
+
+    Args:
+        options: the keywords of `coefficients`.
 
     Returns:
         u [..., C] in the dtype of x, h_post [..., n], h_res [..., n, n].
@@ -129,10 +128,7 @@ def pre(
         phi,
         alpha,
         bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
+        **options,
     )
     return aggregate(x, h_pre), h_post, h_res
 
@@ -168,14 +164,12 @@ def combine_pre(
     bias: Tensor,
     *,
     f_bias: Tensor | None = None,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One site's `combine` and the next site's `pre`: the boundary between two sites.
 
-    x, f, h_post, h_res and f_bias belong to the site that ends; phi, alpha and bias to the next.
+    x, f, h_post, h_res and f_bias belong to the site that ends; phi, alpha, bias and the options of
+    `coefficients` to the next.
 
     Returns:
         y [..., n, C]; u [..., C], h_post [..., n] and h_res [..., n, n] of the next site.
@@ -186,10 +180,7 @@ def combine_pre(
         phi,
         alpha,
         bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
+        **options,
     )
     return y, u, h_post, h_res
 
@@ -198,9 +189,6 @@ def pre_with_h_pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pre`, and the h_pre that it used: what `rebuild` wants, so it carries no gradient.
-
-    Args:
-        options: the keywords of `pre`.
 
     Returns:
         u, h_post and h_res as `pre` returns them; h_pre [..., n].

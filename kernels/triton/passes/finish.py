@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...arguments import Options
 from .. import tiles as config
 from ..aggregate import weighted_sum
 from ..device import sinkhorn_forward, sum_blocks
@@ -100,12 +101,9 @@ def finish(
     partial: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    options: Options,
     *,
     aggregate: bool,
-    iterations: int = 1,
-    norm_eps: float,
-    pre_eps: float,
-    sinkhorn_eps: float = 0.0,
 ) -> Finished:
     """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
     tokens, n, width = x.shape
@@ -131,14 +129,14 @@ def finish(
             normed,
             inverse,
             tokens,
-            norm_eps,
-            pre_eps,
+            options.norm_eps,
+            options.pre_eps,
             N=n,
             C=width,
             ROWS=rows,
             MIXING=mixing,
-            ITERATIONS=iterations,
-            SINKHORN_EPS=sinkhorn_eps,
+            ITERATIONS=options.iterations,
+            SINKHORN_EPS=options.sinkhorn_eps,
             BLOCKS=blocks,
             LOADS=max(config.FINISH_LOADS * tile.warps, n * n * block_tokens),
             TILE=tile_tokens,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...arguments import Options
 from .. import tiles as config
 from ..device import load_streams, sinkhorn_backward, widened
 from ..launch import dense, launch
@@ -151,14 +152,12 @@ def coefficients_gradients(
     inverse: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    options: Options,
     *,
     du: Tensor | None = None,
     d_pre: Tensor | None = None,
     d_post: Tensor | None = None,
     d_res: Tensor | None = None,
-    iterations: int = 1,
-    pre_eps: float,
-    sinkhorn_eps: float = 0.0,
 ) -> TokenGradients:
     """Launch `coefficients_kernel`.
 
@@ -193,7 +192,7 @@ def coefficients_gradients(
         h_pre,
         d_parameters,
         tokens,
-        pre_eps,
+        options.pre_eps,
         N=n,
         C=width,
         ROWS=rows,
@@ -201,8 +200,8 @@ def coefficients_gradients(
         MIXING=rows > n,
         HAS_POST=d_post is not None,
         HAS_RES=d_res is not None,
-        ITERATIONS=iterations,
-        SINKHORN_EPS=sinkhorn_eps,
+        ITERATIONS=options.iterations,
+        SINKHORN_EPS=options.sinkhorn_eps,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from megatron_mhc import kernels
 from megatron_mhc.kernels import reference
+from megatron_mhc.kernels.arguments import DEFAULT
 from megatron_mhc.kernels.triton import launch as triton_launch
 from megatron_mhc.kernels.triton import operations as triton_operations
 from tests.kernel_cases import (
@@ -255,12 +256,25 @@ class Operation:
                 assert all(map(torch.equal, got, wanted))
 
     def test_keywords_are_the_references(self) -> None:
-        theirs = inspect.signature(getattr(reference, self.operation)).parameters
-        ours = inspect.signature(getattr(triton_operations, self.operation)).parameters
-        assert [(p.name, p.default, p.kind) for p in ours.values()] == [
-            (p.name, p.default, p.kind) for p in theirs.values()
-        ]
-        assert set(settings(self.operation, PAPER, 20)) <= set(ours)
+        """Those of `coefficients` are one argument in Triton, with the same defaults."""
+
+        def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+            known = inspect.signature(function).parameters.values()
+            return [(p.name, p.default, p.kind) for p in known if p.name != "backend"]
+
+        public = parameters(getattr(kernels, self.operation))
+        triton = parameters(getattr(triton_operations, self.operation))
+        of_reference = parameters(getattr(reference, self.operation))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [(name, default, keyword) for name, default in DEFAULT._asdict().items()]
+        assert set(options) <= set(parameters(reference.coefficients))
+        takes_options = triton[-1] == ("options", DEFAULT, keyword)
+        assert public == (triton[:-1] + options if takes_options else triton)
+        if of_reference[-1][0] == "options":  # handed on to `coefficients` as they are
+            assert takes_options
+            of_reference[-1:] = options
+        assert public == of_reference
+        assert set(settings(self.operation, PAPER, 20)) <= {name for name, _, _ in public}
 
 
 class Projecting(Operation):
