@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import Options
+from .arguments import Mixing, Options
 from .backend import resolve
 from .checks import (
     check_dtype,
@@ -216,7 +216,7 @@ def combine_pre_with_h_pre(
 def rebuild(
     x: Tensor,
     h_pre: Sequence[Tensor],
-    ended: Sequence[reference.Mixing],
+    ended: Sequence[Mixing],
     *,
     ys: Sequence[Tensor] | None = None,
     us: Sequence[Tensor] | None = None,
@@ -242,6 +242,7 @@ def rebuild(
                 raise ValueError(f"{name}[{index}] is not contiguous; results are written into it")
     for index, weights in enumerate(h_pre):
         check_tokens(f"h_pre[{index}]", weights, x, (n,), reference.accumulation_dtype(x))
+    ended = [Mixing(*site) for site in ended]  # a plain tuple will do
     for index, site in enumerate(ended):
         _check_combine(x, *site, of=f"ended[{index}]'s ")
     return _run("rebuild", backend, n, x, h_pre, ended, ys=ys, us=us)
@@ -263,8 +264,8 @@ def head(
     check_parameter("fn", fn, (n, n * width), x)
     check_parameter("scale", scale, (1,), x)
     check_parameter("base", base, (n,), x)
-    eps = {"norm_eps": float(norm_eps), "pre_eps": float(pre_eps)}
-    return _run("head", backend, n, x, fn, scale, base, **eps)
+    norm_eps, pre_eps = float(norm_eps), float(pre_eps)
+    return _run("head", backend, n, x, fn, scale, base, norm_eps=norm_eps, pre_eps=pre_eps)
 
 
 def hc_coefficients(

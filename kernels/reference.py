@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Mixing = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""What a site leaves for its `combine` beside the streams: f, h_post, h_res, f_bias (or None)."""
+from .arguments import Mixing
 
 HC_NORM_EPS = 1e-6
 """eps of the RMS norm that HC applies to each stream (`hc_coefficients`)."""

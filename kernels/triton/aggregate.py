@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles as config
+from . import tiles
 from .device import load_columns, load_streams
 from .launch import dense, launch
 from .torch_operator import operator
@@ -84,7 +84,7 @@ def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
     u = x.new_empty(tokens, width)
     if tokens == 0:
         return u
-    tile = config.aggregate(n, width, x.dtype)
+    tile = tiles.aggregate(n, width, x.dtype)
     launch(
         aggregate_kernel,
         (triton.cdiv(tokens, tile.tokens) * triton.cdiv(width, tile.channels),),
@@ -112,7 +112,7 @@ def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, T
     """Gradients of x and h_pre."""
     tokens, n, width = x.shape
     dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
-    tile = config.aggregate(n, width, x.dtype)
+    tile = tiles.aggregate(n, width, x.dtype)
     if tokens > 0:
         launch(
             aggregate_backward_kernel,

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..arguments import Mixing
 from .launch import dense
 from .passes.projection import project
 from .passes.stream_gradients import streams_gradients
@@ -11,7 +12,7 @@ from .torch_operator import operator
 @operator("combine", "y")
 def _combine(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None) -> Tensor:
     """x [T, n, C] -> y [T, n, C]."""
-    y, _ = project(x, None, (f, h_post, h_res, f_bias))
+    y, _ = project(x, None, Mixing(f, h_post, h_res, f_bias))
     return y
 
 
@@ -19,7 +20,7 @@ def _combine(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor
 def _combine_backward(
     x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = streams_gradients(x, dy=dy, mixing=(x, f, h_post, h_res, f_bias))
+    out = streams_gradients(x, dy=dy, x=x, mixing=Mixing(f, h_post, h_res, f_bias))
     d_f_bias = x.new_empty(0) if out.d_f_bias is None else out.d_f_bias
     return out.dx, out.df, out.d_post, out.d_res, d_f_bias
 

@@ -6,7 +6,7 @@ so autograd has nothing to add.
 
 from torch import Tensor
 
-from ..arguments import DEFAULT, Options
+from ..arguments import DEFAULT, Mixing, Options
 from .launch import dense
 from .passes.finish import finish
 from .passes.projection import project
@@ -28,7 +28,7 @@ def _combine_pre(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, n, C] -> y; u, h_post, h_res, h_pre of the next site; for the backward z / r, 1 / r."""
-    y, partial = project(x, phi, (f, h_post, h_res, f_bias))
+    y, partial = project(x, phi, Mixing(f, h_post, h_res, f_bias))
     out = finish(y, partial, alpha, bias, options, aggregate=True)
     return y, out.u, out.h_post, out.h_res, out.h_pre, out.normed, out.inverse
 
@@ -54,8 +54,8 @@ def _combine_pre_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = {"du": du, "d_post": d_next_post, "d_res": d_next_res}
     token = coefficients_gradients(y, normed, inverse, alpha, bias, options, **given)
-    mixing = (x, f, h_post, h_res, f_bias)
-    out = streams_gradients(y, dy=dy, du=du, phi=phi, token=token, mixing=mixing)
+    mixing = Mixing(f, h_post, h_res, f_bias)
+    out = streams_gradients(y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing)
     d_f_bias = x.new_empty(0) if out.d_f_bias is None else out.d_f_bias
     to_sublayer = (out.dx, out.df, out.d_post, out.d_res)
     return (*to_sublayer, out.d_phi, token.d_alpha, token.d_bias, d_f_bias)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mhc import kernels
-from megatron_mhc.model.connection import Begun, HyperConnection
+from megatron_mhc.model.connection import HyperConnection, SiteInput
 from megatron_mhc.model.parameters import is_hyper_connection
 
 from .formulas import Values, residual_metrics, stream_geometry
@@ -75,7 +75,7 @@ class Recorder:
         indices = {connection: site for site, connection in self.connections.items()}
 
         @torch.no_grad()
-        def record(connection: HyperConnection, _: Any, begun: Begun) -> None:
+        def record(connection: HyperConnection, _: Any, begun: SiteInput) -> None:
             site = indices[connection]
             if site in self.h_res:
                 return

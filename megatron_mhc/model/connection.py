@@ -48,25 +48,7 @@ def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
     return torch.cat([_home_logits(n, site), torch.zeros(n), near_identity.flatten()])
 
 
-class Ended(NamedTuple):
-    """What a site leaves when its sublayer has run: all that `combine` wants beside the streams."""
-
-    f: Tensor
-    h_post: Tensor
-    h_res: Tensor
-    f_bias: Tensor | None
-
-    def detach(self) -> "Ended":
-        """The same tensors outside their graph."""
-        f_bias = None if self.f_bias is None else self.f_bias.detach()
-        return Ended(self.f.detach(), self.h_post.detach(), self.h_res.detach(), f_bias)
-
-    def combine(self, x: Tensor, backend: str) -> Tensor:
-        """The next streams [..., n, C] from the streams x that the site read."""
-        return kernels.combine(x, self.f, self.h_post, self.h_res, self.f_bias, backend=backend)
-
-
-class Begun(NamedTuple):
+class SiteInput(NamedTuple):
     """What stands in front of a sublayer: the streams that its site reads, and what comes of them.
 
     h_pre, outside the graph, is there for selective recompute alone.
@@ -118,24 +100,24 @@ class HyperConnection(Fp32Module):
         """The settings, for `print(model)`."""
         return f"{self.mhc.variant}, num_streams={self.mhc.num_streams}, C={self.hidden_size}"
 
-    def forward(self, x: Tensor, ended: Ended | None = None) -> Begun:
+    def forward(self, x: Tensor, mixing: kernels.Mixing | None = None) -> SiteInput:
         """What stands in front of the sublayer: `kernels.pre`, or `kernels.combine_pre`.
 
         Args:
-            x: [..., n, C], the streams; those of the site before where `ended` is given.
-            ended: what that site leaves, whose `combine` is then done here too, in one pass.
+            x: [..., n, C], the streams; those of the site before where `mixing` is given.
+            mixing: what that site leaves, whose `combine` is then done here too, in one pass.
 
         Returns:
-            The streams [..., n, C] that this site reads (x itself without `ended`); u [..., C] for
+            The streams [..., n, C] that this site reads (x itself without `mixing`); u [..., C] for
             the sublayer; h_post [..., n] and h_res [..., n, n] for this site's own `combine`; and
             under selective recompute h_pre [..., n].
         """
         mhc = self.mhc
         if mhc.variant == "hc":
-            if ended is not None:
-                x = ended.combine(x, mhc.backend)
+            if mixing is not None:
+                x = kernels.combine(x, *mixing, backend=mhc.backend)
             h_pre, h_post, h_res = kernels.hc_coefficients(x, self.theta, self.alpha, self.bias)
-            return Begun(x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res)
+            return SiteInput(x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res)
         options: dict[str, Any] = {
             "iterations": mhc.sinkhorn_iterations,
             "norm_eps": mhc.norm_eps,
@@ -145,12 +127,12 @@ class HyperConnection(Fp32Module):
         }
         parameters = (self.phi, self.alpha, self.bias)
         keep = mhc.recompute is not None
-        if ended is None:
+        if mixing is None:
             pre = kernels.pre_with_h_pre if keep else kernels.pre
-            return Begun(x, *pre(x, *parameters, **options))
-        f, h_post, h_res, f_bias = ended
+            return SiteInput(x, *pre(x, *parameters, **options))
+        f, h_post, h_res, f_bias = mixing
         combine_pre = kernels.combine_pre_with_h_pre if keep else kernels.combine_pre
-        return Begun(*combine_pre(x, f, h_post, h_res, *parameters, f_bias=f_bias, **options))
+        return SiteInput(*combine_pre(x, f, h_post, h_res, *parameters, f_bias=f_bias, **options))
 
 
 class Head(Fp32Module):

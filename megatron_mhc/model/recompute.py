@@ -23,16 +23,14 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
-from .connection import Ended
 
-
-class Passed(NamedTuple):
+class RecomputeRecord(NamedTuple):
     """What a site that has read and written hands to its block.
 
     Attributes:
         x: the streams [..., n, C] that it read; u: [..., C]; h_pre: [..., n].
         norm, normed: the norm slot's module, and norm(u) where that is not u itself.
-        ended: what it left for its `combine`.
+        mixing: what it left for its `combine`.
     """
 
     x: Tensor
@@ -40,7 +38,7 @@ class Passed(NamedTuple):
     h_pre: Tensor
     norm: torch.nn.Module
     normed: Tensor | None
-    ended: Ended
+    mixing: kernels.Mixing
 
 
 def are_unchanged(now: Tensor, then: Tensor, version: int) -> bool:
@@ -66,13 +64,13 @@ class Dropped:
         RuntimeError: a tensor to release is part of a larger storage.
     """
 
-    def __init__(self, passed: Sequence[Passed], backend: str) -> None:
+    def __init__(self, passed: Sequence[RecomputeRecord], backend: str) -> None:
         self._backend = backend
         self._start = _outside_the_graph(passed[0].x)
         self._ys = [_outside_the_graph(p.x) for p in passed[1:]]
         self._us = [_outside_the_graph(p.u) for p in passed]
         self._h_pre = [p.h_pre for p in passed]
-        self._ended = [p.ended.detach() for p in passed[:-1]]
+        self._mixings = [p.mixing.detach() for p in passed[:-1]]
         self._norms = [
             (_outside_the_graph(p.normed), u, p.norm)
             for p, u in zip(passed, self._us, strict=True)
@@ -102,7 +100,7 @@ class Dropped:
         kernels.rebuild(
             self._start,
             self._h_pre,
-            self._ended,
+            self._mixings,
             ys=self._ys,
             us=self._us,
             backend=self._backend,
@@ -114,7 +112,7 @@ class Dropped:
             normed.copy_(again.detach())
         self.is_rebuilt = True
         # what autograd still needs it holds itself, and frees as it goes
-        self._ys, self._us, self._norms, self._ended, self._h_pre = [], [], [], [], []
+        self._ys, self._us, self._norms, self._mixings, self._h_pre = [], [], [], [], []
         del self._start
 
 
@@ -130,7 +128,7 @@ class Block:
         self._layers = layers
         self._backend = backend
         self._sites: list[object] = []
-        self._passed: list[Passed] = []
+        self._passed: list[RecomputeRecord] = []
         self._written: tuple[Tensor, int] | None = None
         # held by the graphs alone: a graph that is gone takes its microbatch off this list
         self._microbatches: list[weakref.ref[Dropped]] = []
@@ -152,7 +150,7 @@ class Block:
         """Let go of a forward that an exception ended in this block."""
         self._passed, self._written = [], None
 
-    def passed(self, site: object, passed: Passed, streams: Tensor) -> None:
+    def passed(self, site: object, passed: RecomputeRecord, streams: Tensor) -> None:
         """A site has read and written; `streams` [s, b, n*C] is what it wrote.
 
         Raises:

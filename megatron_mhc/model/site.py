@@ -11,8 +11,10 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from .connection import Begun, Ended, HyperConnection
-from .recompute import Block, Passed, are_unchanged
+from megatron_mhc import kernels
+
+from .connection import HyperConnection, SiteInput
+from .recompute import Block, RecomputeRecord, are_unchanged
 
 
 class Inline:
@@ -49,7 +51,7 @@ class _Ahead(NamedTuple):
     streams: Tensor
     version: int
     region: tuple[bool, Any]
-    begun: Begun
+    begun: SiteInput
 
     def is_of(self, streams: Tensor) -> bool:
         """Whether these are the same streams, unchanged (`self` keeps their memory from reuse),
@@ -62,7 +64,7 @@ class _Pending(NamedTuple):
     """What a site has read and its `write` waits for; norm(u) joins when the norm has run."""
 
     streams: Tensor
-    begun: Begun
+    begun: SiteInput
     norm: torch.nn.Module
     has_graph: bool
     normed: Tensor | None = None
@@ -124,14 +126,14 @@ class Site:
         if self.block is not None:
             self.block.forget()
 
-    def _pre(self, streams: Tensor) -> Begun:
+    def _pre(self, streams: Tensor) -> SiteInput:
         """What this site's connection makes of streams that nobody has read for it."""
         n, width = self.connection.mhc.num_streams, self.connection.hidden_size
         return self.connection(streams.unflatten(-1, (n, width)))
 
-    def _combine(self, x: Tensor, *ended: Any) -> Tensor:
+    def _combine(self, x: Tensor, *mixing: Any) -> Tensor:
         """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
-        y = Ended(*ended).combine(x, self.connection.mhc.backend).flatten(-2)
+        y = kernels.combine(x, *mixing, backend=self.connection.mhc.backend).flatten(-2)
         return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -169,16 +171,16 @@ class Site:
         if dropout > 0:
             f = f if bias is None else f + bias
             f, bias = torch.nn.functional.dropout(f, dropout), None
-        ended = Ended(f, h_post, h_res, bias)
+        mixing = kernels.Mixing(f, h_post, h_res, bias)
         # an inference tensor does not tell whether somebody has changed it before the next site
         if self.following is None or torch.is_inference_mode_enabled():
-            streams = self.side_streams.run_detached(self._combine, x, *ended)
+            streams = self.side_streams.run_detached(self._combine, x, *mixing)
         else:
             # through the next connection's __call__: only then are its parameters sure to be there
-            begun = self.following.connection(x, ended)
+            begun = self.following.connection(x, mixing)
             streams = begun.x.flatten(-2)
             self.following._ahead = _Ahead(streams, streams._version, _autograd_region(), begun)
         if self.block is not None and pending.has_graph and h_pre is not None:
-            passed = Passed(x, u, h_pre, pending.norm, pending.normed, ended)
+            passed = RecomputeRecord(x, u, h_pre, pending.norm, pending.normed, mixing)
             self.block.passed(self, passed, streams)
         return streams

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...arguments import Options
-from .. import tiles as config
+from .. import tiles
 from ..aggregate import weighted_sum
 from ..device import sinkhorn_forward, sum_blocks
 from ..launch import launch
@@ -110,7 +110,7 @@ def finish(
     _, blocks, rows, tile_tokens = partial.shape
     rows -= 1
     mixing = rows > n
-    tile = config.finish(n, width, x.dtype)
+    tile = tiles.finish(n, width, x.dtype)
     block_tokens = min(tile.tokens, tile_tokens)
     h_pre = partial.new_empty(tokens, n)
     h_post = partial.new_empty(tokens, n) if mixing else None
@@ -138,7 +138,7 @@ def finish(
             ITERATIONS=options.iterations,
             SINKHORN_EPS=options.sinkhorn_eps,
             BLOCKS=blocks,
-            LOADS=max(config.FINISH_LOADS * tile.warps, n * n * block_tokens),
+            LOADS=max(tiles.FINISH_LOADS * tile.warps, n * n * block_tokens),
             TILE=tile_tokens,
             BT=block_tokens,
             num_warps=tile.warps,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from .. import tiles
 from ..device import product
 from ..launch import PHI_TERMS, launch
 from .sums import sum_rows
@@ -62,7 +62,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     """d_phi [rows, n*C] of y [T, n, C] and d_z [T, rows], in a kernel of its own."""
     tokens, n, width = y.shape
     rows = d_z.shape[1]
-    tile = config.phi_gradient(n, width, y.dtype)
+    tile = tiles.phi_gradient(n, width, y.dtype)
     splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
     partial = d_z.new_empty(splits, rows, n * width)
     launch(
@@ -74,7 +74,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
         tokens,
         WIDTH=n * width,
         ROWS=rows,
-        R=config.padded(rows),
+        R=tiles.padded(rows),
         TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
         BT=tile.tokens,
         BC=tile.channels,

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from ...arguments import Mixing
+from .. import tiles
 from ..device import (
     load_columns,
     load_streams,
@@ -241,16 +242,12 @@ def count_sums(rows: int, terms: int) -> int:
     return (1 if terms == 1 else 2) * full + (rest > 0)
 
 
-def project(
-    x: Tensor,
-    phi: Tensor | None,
-    mixing: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
-) -> tuple[Tensor, Tensor | None]:
+def project(x: Tensor, phi: Tensor | None, mixing: Mixing | None) -> tuple[Tensor, Tensor | None]:
     """Launch `project_kernel` on x [T, n, C].
 
     Args:
         phi: [rows, n*C], or None to combine alone.
-        mixing: (f, h_post, h_res, f_bias) of the site that ends, or None to project x itself.
+        mixing: of the site that ends, or None to project x itself.
 
     Returns:
         The streams that were projected (x itself without mixing), and the partial projections
@@ -258,23 +255,21 @@ def project(
         squares.
     """
     tokens, n, width = x.shape
-    tile = config.project(n, width, x.dtype)
-    blocks = triton.cdiv(width, tile.channels)
-    f, h_post, h_res, f_bias = mixing if mixing is not None else (None, None, None, None)
+    tile = tiles.project(n, width, x.dtype)
+    count, blocks = triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels)
+    f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
     y = x if mixing is None else torch.empty_like(x)
     partial = None
     rows, weights = n, None
     if phi is not None:
         rows, weights = phi.shape[0], pack_weights(phi, x.dtype)
-        shape = triton.cdiv(tokens, tile.tokens), blocks, rows + 1, tile.tokens
-        partial = x.new_empty(shape, dtype=torch.float32)
+        partial = x.new_empty(count, blocks, rows + 1, tile.tokens, dtype=torch.float32)
     if tokens == 0:
         return y, partial
     terms = 1 if weights is None else weights.shape[0]
-    tiles = triton.cdiv(tokens, tile.tokens)
     launch(
         project_kernel,
-        (blocks, min(tiles, MOST_PROGRAMS if phi is None else tile.splits)),
+        (blocks, min(count, MOST_PROGRAMS if phi is None else tile.splits)),
         x,
         f,
         f_bias,
@@ -287,7 +282,7 @@ def project(
         N=n,
         C=width,
         ROWS=rows,
-        R=config.padded(rows),
+        R=tiles.padded(rows),
         TERMS=terms,
         SUMS=0 if phi is None else count_sums(rows, terms),
         COMBINE=mixing is not None,

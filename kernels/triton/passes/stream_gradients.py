@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from ...arguments import Mixing
+from .. import tiles
 from ..device import load_columns, load_streams, product, rounded, row_sums, widened
 from ..launch import dense, launch, pack_weights
 from .phi_gradient import phi_gradient
@@ -285,7 +286,8 @@ def streams_gradients(
     du: Tensor | None = None,
     phi: Tensor | None = None,
     token: TokenGradients | None = None,
-    mixing: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    x: Tensor | None = None,
+    mixing: Mixing | None = None,
 ) -> StreamsGradients:
     """Launch `streams_kernel`.
 
@@ -294,12 +296,12 @@ def streams_gradients(
         dy, du: gradients of y and u; an absent one is zero.
         phi, token: the projection and what `coefficients_gradients` returned, or None where
             nothing was projected.
-        mixing: (x, f, h_post, h_res, f_bias) of the combine that made y, or None: dx is dY.
+        x, mixing: the arguments of the combine that made y, or None: dx is dY.
     """
     tokens, n, width = y.shape
-    tile = config.streams_backward(n, width, y.dtype)
+    tile = tiles.streams_backward(n, width, y.dtype)
     blocks = triton.cdiv(width, tile.channels)
-    x, f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 5
+    f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
     rows = n if phi is None else phi.shape[0]
     new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
     weights = None if phi is None else pack_weights(phi, y.dtype)
@@ -336,8 +338,8 @@ def streams_gradients(
         N=n,
         C=width,
         ROWS=rows,
-        R=config.padded(rows),
-        PART=config.streams_backward_rows(rows),
+        R=tiles.padded(rows),
+        PART=tiles.streams_backward_rows(rows),
         TERMS=1 if weights is None else weights.shape[0],
         PROJECT=phi is not None,
         HAS_DY=dy is not None,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...arguments import Options
-from .. import tiles as config
+from .. import tiles
 from ..device import load_streams, sinkhorn_backward, widened
 from ..launch import dense, launch
 from .sums import sum_rows
@@ -167,7 +167,7 @@ def coefficients_gradients(
     rows = normed.shape[1]
     if du is None and d_pre is None:
         d_pre = inverse.new_zeros(tokens, n)
-    tile = config.coefficients_backward(n, width, y.dtype)
+    tile = tiles.coefficients_backward(n, width, y.dtype)
     programs = triton.cdiv(tokens, tile.tokens)
     d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
     h_pre = inverse.new_empty(tokens, n)
