@@ -9,30 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mhc.kernels.triton import tiles as config
+from megatron_mhc.kernels.triton import tiles
 
 BF16 = torch.bfloat16
 
 
 def forget() -> None:
     """Have the tiles read anew."""
-    for cached in (config.tuned, *config.TUNABLE.values()):
+    for cached in (tiles.tuned, *tiles.TUNABLE.values()):
         cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is read once a process is read for each test, as on an H100."""
-    monkeypatch.setattr(config, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(config, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(config, "shared_memory", lambda: 232_448)
-    monkeypatch.delenv(config.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(tiles, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(tiles, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(tiles, "shared_memory", lambda: 232_448)
+    monkeypatch.delenv(tiles.ENVIRONMENT_VARIABLE, raising=False)
     forget()
     yield
     forget()
 
 
-def filled(tile: config.Tile, width: int, resident: int) -> float:
+def filled(tile: tiles.Tile, width: int, resident: int) -> float:
     """The part of its waves of `resident` programs that a kernel with this tile fills."""
     programs = -(-width // tile.channels) * tile.splits
     waves = -(-programs // resident)
@@ -45,13 +45,13 @@ WIDTHS = [1280, 2560, 4096, 5120, 7168, 8192]
 @pytest.mark.parametrize("width", WIDTHS)
 def test_streams_gradients_fill_the_waves_of_an_h100(width: int) -> None:
     """At C 2560 waves filled to 61 % cost a fifth of the kernel's time."""
-    assert filled(config.streams_backward(4, width, BF16), width, 4 * 132) > 0.95
+    assert filled(tiles.streams_backward(4, width, BF16), width, 4 * 132) > 0.95
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_projection_runs_as_one_wave(width: int) -> None:
     """At C 5120 one wave filled to 91 % takes 277 us, four filled to 98 % 302."""
-    tile = config.project(4, width, BF16)
+    tile = tiles.project(4, width, BF16)
     blocks = -(-width // tile.channels)
     assert blocks * tile.splits <= 132 < blocks * (tile.splits + 1)
     assert filled(tile, width, 132) > 0.8
@@ -63,24 +63,24 @@ def test_the_projection_fills_other_cards(
     width: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An A100, a narrower H100, an L40S, a B200."""
-    monkeypatch.setattr(config, "multiprocessors", lambda: count)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda: count)
     forget()
-    assert filled(config.project(4, width, BF16), width, count) > 0.8
+    assert filled(tiles.project(4, width, BF16), width, count) > 0.8
 
 
 @pytest.mark.parametrize("width", [6144, 9216, 12288, 128 * 133])
 def test_the_projection_takes_more_waves_where_one_stays_empty(width: int) -> None:
-    tile = config.project(4, width, BF16)
+    tile = tiles.project(4, width, BF16)
     assert tile.splits > 1 and filled(tile, width, 132) > 0.95
 
 
 def test_a_card_with_fewer_multiprocessors_has_its_own_shares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    of_an_h100 = config.streams_backward(4, 4096, BF16)
-    monkeypatch.setattr(config, "multiprocessors", lambda: 108)  # an A100
+    of_an_h100 = tiles.streams_backward(4, 4096, BF16)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda: 108)  # an A100
     forget()
-    of_an_a100 = config.streams_backward(4, 4096, BF16)
+    of_an_a100 = tiles.streams_backward(4, 4096, BF16)
     assert filled(of_an_a100, 4096, 4 * 108) > 0.95 > filled(of_an_h100, 4096, 4 * 108)
 
 
@@ -88,21 +88,21 @@ def test_a_card_with_fewer_multiprocessors_has_its_own_shares(
 def test_a_card_with_less_shared_memory_has_smaller_tiles(
     n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_an_h100 = config.project(n, 4096, dtype)
-    monkeypatch.setattr(config, "shared_memory", lambda: 166_912)  # an A100
+    of_an_h100 = tiles.project(n, 4096, dtype)
+    monkeypatch.setattr(tiles, "shared_memory", lambda: 166_912)  # an A100
     forget()
-    less = config.project(n, 4096, dtype)
+    less = tiles.project(n, 4096, dtype)
     assert less.channels * less.stages < of_an_h100.channels * of_an_h100.stages
 
 
 def test_eighty_rows_are_a_product_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [config.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 128]
-    monkeypatch.setattr(config, "shared_memory", lambda: 101_376)  # an L40S
-    assert [config.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 16]
+    assert [tiles.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 128]
+    monkeypatch.setattr(tiles, "shared_memory", lambda: 101_376)  # an L40S
+    assert [tiles.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 16]
 
 
-def use(file: Path, tiles: object) -> None:
-    file.write_text(json.dumps(tiles))
+def use(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content))
     forget()
 
 
@@ -110,19 +110,19 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     others = [(2, 4096, BF16), (4, 2560, BF16), (4, 4096, torch.float32)]
-    before = [config.project(*case) for case in others]
-    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
+    before = [tiles.project(*case) for case in others]
+    monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
     use(tmp_path / "tiles.json", {"project sm_90 n4 C4096 bfloat16": [16, 32, 8, 4, 2, 128]})
-    assert config.project(4, 4096, BF16) == config.Tile(16, 32, 8, 4, 2, 128)
-    assert [config.project(*case) for case in others] == before
-    assert config.streams_backward(4, 4096, BF16).tokens == 8
-    monkeypatch.setattr(config, "architecture", lambda: "sm_80")
+    assert tiles.project(4, 4096, BF16) == tiles.Tile(16, 32, 8, 4, 2, 128)
+    assert [tiles.project(*case) for case in others] == before
+    assert tiles.streams_backward(4, 4096, BF16).tokens == 8
+    monkeypatch.setattr(tiles, "architecture", lambda: "sm_80")
     forget()
-    assert config.project(4, 4096, BF16).channels == 128
+    assert tiles.project(4, 4096, BF16).channels == 128
 
 
 @pytest.mark.parametrize(
-    ("tiles", "says"),
+    ("content", "says"),
     [
         ({"projct sm_90 n4 C64 bfloat16": [16, 64]}, "names none of the kernels project, finish"),
         ({"project sm_90 n4 C64 bfloat16": [16]}, "is no tile"),
@@ -133,20 +133,20 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
     ],
 )
 def test_a_file_that_has_something_else_is_refused(
-    tiles: object, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    content: object, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
-    use(tmp_path / "tiles.json", tiles)
+    monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
+    use(tmp_path / "tiles.json", content)
     with pytest.raises(ValueError, match=says):
-        config.project(4, 4096, BF16)
+        tiles.project(4, 4096, BF16)
 
 
 def test_a_file_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(tmp_path / "none.json"))
+    monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json is not what"):
-        config.project(4, 4096, BF16)
+        tiles.project(4, 4096, BF16)
 
 
 def test_what_tune_kernels_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_what_tune_kernels_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_pa
     file = tmp_path / "tiles.json"
     for width, tokens in ((4096, 8), (2560, 32), (4096, 32)):
         tuning.save(file, {"project": (tokens, 64, 8, 2, 3, 255), "finish": (8, 1, 1, 4, 1)}, width)
-    monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(file))
+    monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(file))
     forget()
-    assert config.project(4, 4096, BF16) == config.Tile(32, 64, 8, 2, 3, 255)
-    assert config.project(4, 2560, BF16).tokens == 32
-    assert config.finish(4, 2560, BF16) == config.Tile(8, 1, 1, 4, 1)
+    assert tiles.project(4, 4096, BF16) == tiles.Tile(32, 64, 8, 2, 3, 255)
+    assert tiles.project(4, 2560, BF16).tokens == 32
+    assert tiles.finish(4, 2560, BF16) == tiles.Tile(8, 1, 1, 4, 1)

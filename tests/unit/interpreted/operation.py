@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_map_only
 from megatron_mhc import kernels
 from megatron_mhc.kernels import reference
 from megatron_mhc.kernels.arguments import DEFAULT
-from megatron_mhc.kernels.triton import launch as triton_launch
-from megatron_mhc.kernels.triton import operations as triton_operations
+from megatron_mhc.kernels.triton import launch, operations
 from tests.kernel_cases import (
     CANCELLING,
     DEEPSEEK,
@@ -164,16 +163,16 @@ class Operation:
         """A GPU's launch refuses an int where a kernel has a float: eps=0 stopped there."""
         handed: set[tuple[str, str, type]] = set()
 
-        def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        def note_eps(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
             for name, value in named.items():
                 if re.fullmatch("(.*_)?eps", name.lower()):
                     handed.add((kernel.__name__, name, type(value)))
-            triton_launch.launch(kernel, grid, *arguments, **constants)
+            launch.launch(kernel, grid, *arguments, **constants)
 
         for name, module in list(sys.modules.items()):
-            if name.startswith("megatron_mhc.kernels.triton.") and module is not triton_launch:
-                monkeypatch.setattr(module, "launch", launch, raising=False)
+            if name.startswith("megatron_mhc.kernels.triton.") and module is not launch:
+                monkeypatch.setattr(module, "launch", note_eps, raising=False)
         eps = {n: 1 for n in settings(self.operation, PAPER, 20) if n.endswith("eps")}
         for function in (self.operation, f"{self.operation}_with_h_pre"):
             if hasattr(kernels, function):
@@ -263,7 +262,7 @@ class Operation:
             return [(p.name, p.default, p.kind) for p in known if p.name != "backend"]
 
         public = parameters(getattr(kernels, self.operation))
-        triton = parameters(getattr(triton_operations, self.operation))
+        triton = parameters(getattr(operations, self.operation))
         of_reference = parameters(getattr(reference, self.operation))
         keyword = inspect.Parameter.KEYWORD_ONLY
         options = [(name, default, keyword) for name, default in DEFAULT._asdict().items()]
