@@ -108,11 +108,7 @@ def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    **options: Any,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`coefficients` and `aggregate` together: all that happens in front of a sublayer.
 
@@ -122,13 +118,7 @@ def pre(
     Returns:
         u [..., C] in the dtype of x, h_post [..., n], h_res [..., n, n].
     """
-    h_pre, h_post, h_res = coefficients(
-        x,
-        phi,
-        alpha,
-        bias,
-        **options,
-    )
+    h_pre, h_post, h_res = coefficients(x, phi, alpha, bias, **options)
     return aggregate(x, h_pre), h_post, h_res
 
 
@@ -174,14 +164,7 @@ def combine_pre(
         y [..., n, C]; u [..., C], h_post [..., n] and h_res [..., n, n] of the next site.
     """
     y = combine(x, f, h_post, h_res, f_bias)
-    u, h_post, h_res = pre(
-        y,
-        phi,
-        alpha,
-        bias,
-        **options,
-    )
-    return y, u, h_post, h_res
+    return y, *pre(y, phi, alpha, bias, **options)
 
 
 def pre_with_h_pre(

@@ -1,9 +1,8 @@
 """An operation as PyTorch knows it: a custom operator, and two shorter ways around it.
 
-torch.compile and whatever else traces needs operators. A training step needs none, and they cost
-its host 0.2 ms a site (both ways, measured on a CPU without launches): it calls the same functions
-under an autograd.Function. The transforms of torch.func want such a Function in another style,
-which costs its host more.
+torch.compile, and whatever else traces, needs operators. A training step does not, and they cost
+its host time (docs/measured-facts.md): it calls the same functions under an autograd.Function.
+The transforms of torch.func want that Function in another style, which costs more.
 """
 
 import inspect
@@ -87,13 +86,17 @@ class Operator:
         return made if len(made) > 1 else made[0]
 
     def gradient(self, function: Callable[..., Any]) -> "Operator":
-        """A decorator: the function, as an operator of its own, is this one's gradient.
+        """A decorator: the function becomes an operator of its own, the gradient of this one.
 
-        It returns the gradients of this one's tensors in their order, that of an absent one empty.
-        Its arguments: tensors that bear the names of this one's arguments or results, gradients of
-        this one's first results, and what else it needs of this one's arguments, by their names.
+        It returns the gradients of this one's tensors, in their order; that of an absent one is
+        empty. Its arguments, in this order, say what is saved for it:
+            all of this one's tensors, by their names;
+            results of this one, by their names in RESULTS;
+            gradients of this one's first results, by any other name: zeros where the type is
+                Tensor and there is none, None where the type allows it;
+            this one's other arguments, as far as it needs them, by their names.
 
-        Either way the gradient has none of its own: asking for it raises a RuntimeError.
+        A gradient has no gradient: asking for one raises a RuntimeError.
         """
         backward = Operator(f"{self._name.partition('::')[2]}_backward", function)
         mine, its = list(self._parameters), backward._parameters
@@ -104,7 +107,7 @@ class Operator:
         gradients = [kind for name, kind in its.items() if name not in known]
         count, due, rest = len(tensors), len(gradients), (None,) * (len(mine) - len(tensors))
         absent = [i for i, name in enumerate(tensors) if self._parameters[name] is not Tensor]
-        single = count == 1
+        single, materialize = count == 1, Tensor in gradients
 
         def fake(*arguments: Any) -> Any:
             x = arguments[0]
@@ -117,7 +120,7 @@ class Operator:
         def setup(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.save_for_backward(*inputs[:count], *(output[index] for index in kept))
             ctx.constants = [inputs[index] for index in constants]
-            ctx.set_materialize_grads(Tensor in gradients)
+            ctx.set_materialize_grads(materialize)
 
         def derive(ctx: Any, *given: Any) -> Any:
             saved = ctx.saved_tensors

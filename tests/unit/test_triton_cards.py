@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia.compiler import CUDABackend
 
+from megatron_mhc.kernels import Mixing
 from megatron_mhc.kernels.triton import launch, tiles
 from tests.kernel_cases import OPERATIONS, inputs, run
 from tests.triton_driver import Driver, active, modules
@@ -87,7 +88,7 @@ def call(operation: str, n: int, dtype: torch.dtype) -> None:
     function = getattr(modules()["operations"], operation)
     if operation == "rebuild":
         x, f, h_post, h_res = (given[name].detach() for name in ("x", "f", "h_post", "h_res"))
-        function(x, [h_post] * 6, [(f, h_post, h_res, f[0])] * 5)
+        function(x, [h_post] * 6, [Mixing(f, h_post, h_res, f[0])] * 5)
         return
     for name in ("f_bias", None):
         out = run(function, given)

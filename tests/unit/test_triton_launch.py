@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
+from megatron_mhc.kernels import Mixing
 from megatron_mhc.kernels.triton import launch
 from tests.triton_driver import Driver, active, launched, modules
 
@@ -90,7 +91,7 @@ def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
     x, f, h_post = torch.zeros(5, 4, 16), torch.zeros(5, 16), torch.zeros(5, 4)
     operations.aggregate(x[:0], h_post[:0])
     operations.aggregate(x, h_post)
-    operations.rebuild(x, [h_post] * 3, [(f, h_post, logits, None)] * 2)
+    operations.rebuild(x, [h_post] * 3, [Mixing(f, h_post, logits)] * 2)
     modules()["passes.sums"].sum_rows(torch.zeros(7, 40), torch.zeros(40))
     modules()["launch"].pack_weights(torch.zeros(24, 64), torch.bfloat16)
     assert set(compared) == {

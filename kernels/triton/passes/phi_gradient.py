@@ -1,6 +1,6 @@
 """d_phi = d_z^T vec(y): the backward's last pass over the streams.
 
-In the kernel that makes the streams' gradient its accumulators would cost more than the pass.
+It is a pass of its own: in the kernel of the streams' gradient, its accumulators would cost more.
 """
 
 import torch
@@ -14,8 +14,8 @@ from ..launch import PHI_TERMS, launch
 from .sums import sum_rows
 
 LONGEST_SUM = 4096
-"""Tokens that one program adds up at most. A sum over 65,536 tokens was 2e-4 off on an H100: the
-matrix units cut sums off, towards zero (inferred), and such an error grows with the sum."""
+"""Tokens that one program adds up at most. The matrix units seem to cut sums off towards zero, and
+that error grows with the sum (docs/measured-facts.md)."""
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,7 +33,7 @@ def phi_kernel(
     STAGES: tl.constexpr,
 ):
     """d_phi [programs a block, ROWS, N*C] = d_z^T vec(y): one block of the N*C columns and every
-    so-many-th tile of tokens, from the last to the first, a program."""
+    P-th tile of tokens, P = programs a block, from the last tile to the first."""
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     part = tl.program_id(1)
     row = tl.arange(0, R)

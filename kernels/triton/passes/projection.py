@@ -50,9 +50,10 @@ def as_operand(tile):
 def as_transposed_operand(tile):
     """[BT, BC] -> [BC, BT], its channels in an order in which nothing has to move.
 
-    A thread loads 8 channels in a row (16 bits each), where a product of matrices wants 2 of each 8
-    from it. A product is the same in whatever order both factors name the channels, so they are
-    named such that every thread has loaded its part of the product. (fp32 factors move anyway.)
+    A thread loads 8 channels in a row (16 bits each). A product of matrices wants 2 of each 8 from
+    it. A product does not depend on the order of the channels, if both factors have the same one.
+    So both name the channels such that every thread has already loaded its part of the product.
+    (fp32 factors move anyway.)
     """
     BT: tl.constexpr = tile.shape[0]
     BC: tl.constexpr = tile.shape[1]
@@ -73,8 +74,8 @@ def load_phi(
 ):
     """The tiles [16, BC] of phi for stream i that `add_products` multiplies with.
 
-    16 rows at a time, a tile for each term. Of the rest, 8 rows at most, three terms fill two
-    tiles: the first over the second, zeros over the third.
+    16 rows at a time, a tile for each term. The rest is 8 rows at most. Its three terms fill two
+    tiles: the first term over the second, and zeros over the third.
     """
     FULL: tl.constexpr = ROWS // 16
     row = tl.arange(0, 16)
@@ -101,8 +102,8 @@ def load_phi(
 def add_products(phi, y, sums, ROWS: tl.constexpr, TERMS: tl.constexpr):
     """The sums [16, BT] with phi y [BC, BT] of one stream added.
 
-    With three terms there are two sums for 16 rows, of the first term and of the two others, and
-    one for the rest: the first term in its upper half, the others in its lower half.
+    With three terms, 16 rows have two sums: one of the first term, one of the two others. The rest
+    has one: the first term in its upper half, the others in its lower half.
     """
     FULL: tl.constexpr = ROWS // 16
     longer = ()
@@ -167,11 +168,11 @@ def project_kernel(
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
-    A program keeps phi of its STEPS * BC channels in shared memory and takes every so-many-th tile
-    of BT tokens, so that all programs read and write side by side; Triton copies the tiles that
-    come next to shared memory meanwhile.
+    A program keeps phi of its STEPS * BC channels in shared memory. It takes every P-th tile of BT
+    tokens, P = programs a block, so that all programs read and write side by side. Triton copies
+    the tiles that come next to shared memory meanwhile.
     x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [tiles of BT tokens, blocks,
-    ROWS + 1, BT]: z and the sum of squares, in one piece a program and in one a tile.
+    ROWS + 1, BT]: z and the sum of squares. Each program's part of a tile is contiguous.
     """
     BLOCKS: tl.constexpr = (C + STEPS * BC - 1) // (STEPS * BC)
     block = tl.program_id(0)
@@ -232,8 +233,8 @@ STEP = 32
 
 
 MOST_PROGRAMS = 2**15
-"""Most programs a block of channels where nothing is projected: a tile each up to so many, as there
-is no phi to load. CUDA's grid ends at 65,535 in its second dimension."""
+"""Most programs a block of channels where nothing is projected. There is no phi to load, so each
+tile has a program, up to this many: CUDA's grid ends at 65,535 in its second dimension."""
 
 
 def count_sums(rows: int, terms: int) -> int:

@@ -175,24 +175,11 @@ def coefficients_gradients(
     if tokens == 0:
         zeros = torch.zeros_like
         return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
+    # fmt: off
     launch(
-        coefficients_kernel,
-        (programs,),
-        y,
-        dense(du),
-        dense(d_pre),
-        dense(d_post),
-        dense(d_res),
-        normed,
-        inverse,
-        alpha,
-        bias,
-        d_z,
-        k,
-        h_pre,
-        d_parameters,
-        tokens,
-        options.pre_eps,
+        coefficients_kernel, (programs,),
+        y, dense(du), dense(d_pre), dense(d_post), dense(d_res),
+        normed, inverse, alpha, bias, d_z, k, h_pre, d_parameters, tokens, options.pre_eps,
         N=n,
         C=width,
         ROWS=rows,
@@ -207,6 +194,7 @@ def coefficients_gradients(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    # fmt: on
     d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
     sum_rows(d_parameters, d_bias, d_alpha)
     return TokenGradients(d_z, k, h_pre, d_alpha, d_bias)
