@@ -18,17 +18,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from megatron_mhc.kernels import Mixing
 from megatron_mhc.kernels.triton import launch, tiles
-from tests.kernel_cases import OPERATIONS, inputs, run
+from tests.kernel_cases import CARDS, OPERATIONS, inputs, run
 from tests.triton_driver import Driver, active, modules
 
-CARDS = {
-    # compute capability, bytes of shared memory a program, multiprocessors
-    "A100": (80, 166_912, 108),
-    "L40S": (89, 101_376, 142),
-    "H100": (90, 232_448, 132),
-    "B200": (100, 232_448, 148),
-    "RTX5090": (120, 101_376, 170),
-}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL = tuple(itertools.product(CARDS, (1, 2, 4, 8), DTYPES, (*OPERATIONS, "rebuild")))
 LARGEST = (

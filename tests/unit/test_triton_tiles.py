@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_mhc.kernels.triton import tiles
+from tests.kernel_cases import CARDS
 
 BF16 = torch.bfloat16
 
@@ -93,6 +94,57 @@ def test_a_card_with_less_shared_memory_has_smaller_tiles(
     forget()
     less = tiles.project(n, 4096, dtype)
     assert less.channels * less.stages < of_an_h100.channels * of_an_h100.stages
+
+
+def projections_need(n: int, dtype: torch.dtype, tile: tiles.Tile) -> int:
+    """Bytes of shared memory of a `project_kernel` that combines and projects.
+
+    phi in tiles of 16 rows, the copies of x and f that are on their way, and what tiles change
+    their layout over: compiled for an H100, with bf16 streams, 8,192 bytes at n 4 and 20,608 at
+    n 8.
+    """
+    full, rest = divmod(n * n + 2 * n, 16)
+    phi_tiles = 3 * full + 2 * (rest > 0) if dtype == BF16 else full + (rest > 0)
+    phi = n * phi_tiles * 16 * tile.channels * (2 if dtype == BF16 else 4)
+    copies = (tile.stages - 1) * (n + 1) * tile.tokens * tile.channels * dtype.itemsize
+    return phi + copies + (20_608 if n == 8 else 8_192)
+
+
+@pytest.mark.parametrize("width", [64, *WIDTHS])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_the_tiles_of_every_card_fit_it(
+    n: int, dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels have smaller tiles where there is less shared memory: by what they need of it.
+
+    The others have the same on every card, whatever its number of multiprocessors decides beside:
+    those that test_triton_cards.py compiles for the cards with the least.
+    """
+    chosen: dict[str, set[tuple[int, ...]]] = {}
+    rows = n * n + 2 * n
+    for capability, shared_memory, multiprocessors in CARDS.values():
+        monkeypatch.setattr(tiles, "architecture", lambda c=capability: f"sm_{c}")
+        monkeypatch.setattr(tiles, "shared_memory", lambda s=shared_memory: s)
+        monkeypatch.setattr(tiles, "multiprocessors", lambda m=multiprocessors: m)
+        forget()
+        for kernel in tiles.TUNABLE:
+            tile = getattr(tiles, kernel)(n, width, dtype)
+            shape = (tile.tokens, tile.channels, tile.warps, tile.stages)
+            chosen.setdefault(kernel, set()).add(shape)
+            assert tile.splits >= 1
+        assert projections_need(n, dtype, tiles.project(n, width, dtype)) <= shared_memory
+        if n == 8:  # compiled: 155,648 bytes with 128 rows at once, 93,184 with 16, in fp32
+            all_at_once = tiles.streams_backward_rows(rows) == 128
+            assert (155_648 if all_at_once else 93_184) <= shared_memory
+    different = {kernel for kernel, shapes in chosen.items() if len(shapes) > 1}
+    assert different <= {"project"}
+
+
+def test_a_projections_need_is_the_compilers() -> None:
+    """Compiled for an H100: see docs/measured-facts.md."""
+    assert abs(projections_need(4, BF16, tiles.project(4, 4096, BF16)) - 171_520) <= 1024
+    assert projections_need(8, BF16, tiles.project(8, 4096, BF16)) == 180_352
 
 
 def test_eighty_rows_are_a_product_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
