@@ -29,7 +29,7 @@ from megatron.core import parallel_state
 
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.costs.recompute_plan import Plan, plan_of
-from megatron_mhc.kernels.triton import rebuild as triton_rebuild
+from megatron_mhc.kernels.triton import rebuild
 from megatron_mhc.pipeline.state import rebuild_ahead
 
 GIB = 2**30
@@ -155,8 +155,8 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
     ]
     ys = [torch.empty_like(x) for _ in ended]
     us = [torch.empty(tokens, width, **like) for _ in h_pre]
-    usual, result = triton_rebuild.SITES, {}
-    for triton_rebuild.SITES in (1, 2, 4, sites):
+    usual, result = rebuild.SITES, {}
+    for rebuild.SITES in (1, 2, 4, sites):
         times = []
         for _ in range(13):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -165,8 +165,8 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
-        result[triton_rebuild.SITES] = 1000 * statistics.median(times[3:]) / sites
-    triton_rebuild.SITES = usual
+        result[rebuild.SITES] = 1000 * statistics.median(times[3:]) / sites
+    rebuild.SITES = usual
     return result
 
 

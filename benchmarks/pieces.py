@@ -5,7 +5,7 @@
 
 A kernel reads x [T, 4, C] and f [T, C] and writes [T, 4, C], bf16: the 9 passes of
 `projection.project_kernel`, in its pattern. A program holds a block of channels and goes
-through tokens: a share of its own, or every so-many-th tile, next to what the other programs read.
+through tokens: a share of its own, or every P-th tile (P = programs), next to what the others read.
 us are medians over CUDA events, the L2 cache emptied before each run.
 """
 
@@ -33,7 +33,7 @@ def pieces_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """y = x + f on one block of channels: `share` tokens, or every so-many-th tile of BT."""
+    """y = x + f on one block of channels: `share` tokens, or every P-th tile of BT."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     if NEIGHBOURS:
         first, last, jump = tl.program_id(1) * BT, T, tl.num_programs(1) * BT

@@ -28,7 +28,8 @@ from bandwidth import copy_bandwidth
 from kernel_peers import Shapes, ours
 from site_kernels import captured, kernel_times
 
-from megatron_mhc.kernels.triton import tiles as config
+from megatron_mhc.kernels.arguments import DEFAULT, Mixing
+from megatron_mhc.kernels.triton import tiles
 from megatron_mhc.kernels.triton.aggregate import weighted_sum
 from megatron_mhc.kernels.triton.passes.finish import finish
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
@@ -90,22 +91,22 @@ def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
 
 def running(kernel: str, width: int) -> tuple[int, ...]:
     """The tile of `kernels.triton.tiles`, for n = 4 and bf16, as `--tiles` takes it."""
-    tile = dataclasses.astuple(getattr(config, kernel)(4, width, torch.bfloat16))
+    tile = dataclasses.astuple(getattr(tiles, kernel)(4, width, torch.bfloat16))
     return tile[:-1] if tile[-1] is None else tile
 
 
 def use_tile(kernel: str, numbers: tuple[int, ...]) -> None:
     """Have every later launch of a kernel in this process run with this tile."""
-    tile = config.Tile(*numbers)
-    setattr(config, kernel, lambda *_: tile)
+    tile = tiles.Tile(*numbers)
+    setattr(tiles, kernel, lambda *_: tile)
 
 
 def save(file: Path, fastest: dict[str, tuple[int, ...]], width: int) -> None:
     """Add the fastest tiles to a file that MEGATRON_MHC_TILES may name; others in it stay."""
-    tiles = json.loads(file.read_text()) if file.exists() else {}
+    saved = json.loads(file.read_text()) if file.exists() else {}
     for kernel, numbers in fastest.items():
-        tiles[config.key(kernel, 4, width, torch.bfloat16)] = numbers
-    lines = (f"  {json.dumps(name)}: {json.dumps(tiles[name])}" for name in sorted(tiles))
+        saved[tiles.key(kernel, 4, width, torch.bfloat16)] = numbers
+    lines = (f"  {json.dumps(name)}: {json.dumps(saved[name])}" for name in sorted(saved))
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -123,35 +124,34 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     h_res = torch.softmax(normal(tokens, n, n), -1)
     phi, bias = normal(rows, n * width) * 0.02, normal(rows)
     alpha = torch.full((3,), 0.5, device="cuda")
-    mixing = (f, h_post, h_res, None)
-    eps = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "iterations": 20}
+    mixing = Mixing(f, h_post, h_res)
     y, partial = project(x, phi, mixing)
-    done = finish(y, partial, alpha, bias, aggregate=True, norm_eps=1e-6, **eps)
+    done = finish(y, partial, alpha, bias, DEFAULT, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
-    token_args = (y, done.normed, done.inverse, alpha, bias)
-    token = coefficients_gradients(*token_args, du=du, **small, **eps)
+    token_args = (y, done.normed, done.inverse, alpha, bias, DEFAULT)
+    token = coefficients_gradients(*token_args, du=du, **small)
 
     return {
         "project": lambda: project(x, phi, mixing),
-        "finish": lambda: finish(y, partial, alpha, bias, aggregate=False, norm_eps=1e-6, **eps),
+        "finish": lambda: finish(y, partial, alpha, bias, DEFAULT, aggregate=False),
         "aggregate": lambda: weighted_sum(y, done.h_pre),
-        "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small, **eps),
+        "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small),
         "streams_backward": lambda: streams_gradients(
-            y, dy=dy, du=du, phi=phi, token=token, mixing=(x, *mixing)
+            y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
         ),
         "phi_gradient": lambda: phi_gradient(y, token.d_z),
     }
 
 
-def compile_tiles(width: int, tiles: list[tuple[str, tuple[int, ...]]]) -> None:
+def compile_tiles(width: int, listed: list[tuple[str, tuple[int, ...]]]) -> None:
     """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
     calls = subjects(64, width)
-    for kernel, numbers in tiles:
-        default = getattr(config, kernel)
+    for kernel, numbers in listed:
+        default = getattr(tiles, kernel)
         use_tile(kernel, numbers)
         with contextlib.suppress(Exception):  # main reports it
             calls[kernel]()
-        setattr(config, kernel, default)
+        setattr(tiles, kernel, default)
 
 
 def in_site(tokens: int, width: int) -> Callable[[str], tuple[float, float]]:
@@ -224,7 +224,7 @@ def main() -> None:
     times_us = in_site(arguments.tokens, arguments.width)
     fastest: dict[str, tuple[int, ...]] = {}
     for kernel, grid in grids.items():
-        results, default = [], getattr(config, kernel)
+        results, default = [], getattr(tiles, kernel)
         share = arguments.seconds / len(grids)
         begun = time.monotonic()
         for numbers in grid:
@@ -236,7 +236,7 @@ def main() -> None:
                 results.append((*times_us(kernel), numbers))
             except Exception as error:  # too much shared memory, or a tile Triton refuses
                 print(f"{kernel} {numbers}: {type(error).__name__} {str(error)[:80]}")
-        setattr(config, kernel, default)
+        setattr(tiles, kernel, default)
         results.sort()
         if results:
             fastest[kernel] = results[0][2]

@@ -1,6 +1,7 @@
 """The mathematics of mHC: `kernels.reference` defines it, the operations here are what to call."""
 
 from . import reference
+from .arguments import Mixing
 from .backend import TRITON_STREAMS, use_backend, why_not_triton
 from .backend import resolve as resolve_backend
 from .functional import (
@@ -19,6 +20,7 @@ from .functional import (
 
 __all__ = [
     "TRITON_STREAMS",
+    "Mixing",
     "aggregate",
     "coefficients",
     "combine",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .arguments import Mixing, Options
 from .backend import resolve
 from .checks import (
     check_dtype,
@@ -23,8 +24,6 @@ from .checks import (
     check_tokens,
 )
 
-EPS = ("eps", "norm_eps", "pre_eps", "sinkhorn_eps")
-
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast would round the reference's products to 16 bits; "meta" tensors know of none."""
@@ -33,25 +32,39 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _run(operation: str, backend: str | None, n: int, x: Tensor, *args: Any, **kw: Any) -> Any:
+def _checked(options: Options) -> Options:
+    """At least one iteration, and every eps a float: Triton compiles a kernel for each integer."""
+    check_iterations(options.iterations)
+    return Options(options.iterations, *(float(eps) for eps in options[1:]))
+
+
+def _run(
+    operation: str,
+    backend: str | None,
+    n: int,
+    x: Tensor,
+    *args: Any,
+    options: Options | None = None,
+    **kw: Any,
+) -> Any:
     """Call `operation` on x, of n streams, in the Triton implementation or in the reference."""
-    # an int is a value to compile a kernel for
-    kw = {name: float(value) if name in EPS else value for name, value in kw.items()}
     if resolve(backend, n, x.device, x.dtype) == "torch":
+        named = {} if options is None else dict(zip(Options._fields, options, strict=True))
         with _without_autocast(x):
-            return getattr(reference, operation)(x, *args, **kw)
+            return getattr(reference, operation)(x, *args, **kw, **named)
     from .triton import operations  # imports triton: only where it is wanted
 
+    if options is not None:
+        kw["options"] = options
     return getattr(operations, operation)(x, *args, **kw)
 
 
-def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int) -> None:
+def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> None:
     n, width = x.shape[-2:]
     rows = n * n + 2 * n
     check_parameter("phi", phi, (rows, n * width), x)
     check_parameter("alpha", alpha, (3,), x)
     check_parameter("bias", bias, (rows,), x)
-    check_iterations(iterations)
 
 
 def _check_combine(
@@ -73,7 +86,7 @@ def sinkhorn(
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [..., n, n]")
     check_dtype("logits", logits)
     check_iterations(iterations)
-    return _run("sinkhorn", backend, logits.shape[-1], logits, iterations, eps=eps)
+    return _run("sinkhorn", backend, logits.shape[-1], logits, iterations, float(eps))
 
 
 def coefficients(
@@ -90,20 +103,9 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.coefficients`."""
     check_streams("x", x)
-    _check_projection(x, phi, alpha, bias, iterations)
-    return _run(
-        "coefficients",
-        backend,
-        x.shape[-2],
-        x,
-        phi,
-        alpha,
-        bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
+    _check_projection(x, phi, alpha, bias)
+    options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
+    return _run("coefficients", backend, x.shape[-2], x, phi, alpha, bias, options=options)
 
 
 def aggregate(x: Tensor, h_pre: Tensor, *, backend: str | None = None) -> Tensor:
@@ -127,20 +129,9 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
     check_streams("x", x)
-    _check_projection(x, phi, alpha, bias, iterations)
-    return _run(
-        "pre",
-        backend,
-        x.shape[-2],
-        x,
-        phi,
-        alpha,
-        bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
+    _check_projection(x, phi, alpha, bias)
+    options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
+    return _run("pre", backend, x.shape[-2], x, phi, alpha, bias, options=options)
 
 
 def combine(
@@ -177,24 +168,10 @@ def combine_pre(
     """See `reference.combine_pre`."""
     check_streams("x", x)
     _check_combine(x, f, h_post, h_res, f_bias)
-    _check_projection(x, phi, alpha, bias, iterations)
-    return _run(
-        "combine_pre",
-        backend,
-        x.shape[-2],
-        x,
-        f,
-        h_post,
-        h_res,
-        phi,
-        alpha,
-        bias,
-        f_bias=f_bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
+    _check_projection(x, phi, alpha, bias)
+    options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
+    tensors = (x, f, h_post, h_res, phi, alpha, bias)
+    return _run("combine_pre", backend, x.shape[-2], *tensors, f_bias=f_bias, options=options)
 
 
 def pre_with_h_pre(
@@ -208,8 +185,9 @@ def pre_with_h_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_with_h_pre`."""
     check_streams("x", x)
-    _check_projection(x, phi, alpha, bias, options.get("iterations", 20))
-    return _run("pre_with_h_pre", backend, x.shape[-2], x, phi, alpha, bias, **options)
+    _check_projection(x, phi, alpha, bias)
+    checked = _checked(Options(**options))
+    return _run("pre_with_h_pre", backend, x.shape[-2], x, phi, alpha, bias, options=checked)
 
 
 def combine_pre_with_h_pre(
@@ -228,17 +206,17 @@ def combine_pre_with_h_pre(
     """See `reference.combine_pre_with_h_pre`."""
     check_streams("x", x)
     _check_combine(x, f, h_post, h_res, f_bias)
-    _check_projection(x, phi, alpha, bias, options.get("iterations", 20))
+    _check_projection(x, phi, alpha, bias)
     tensors = (x, f, h_post, h_res, phi, alpha, bias)
-    n = x.shape[-2]
-    return _run("combine_pre_with_h_pre", backend, n, *tensors, f_bias=f_bias, **options)
+    n, checked = x.shape[-2], _checked(Options(**options))
+    return _run("combine_pre_with_h_pre", backend, n, *tensors, f_bias=f_bias, options=checked)
 
 
 @torch.no_grad()
 def rebuild(
     x: Tensor,
     h_pre: Sequence[Tensor],
-    ended: Sequence[reference.Mixing],
+    ended: Sequence[Mixing],
     *,
     ys: Sequence[Tensor] | None = None,
     us: Sequence[Tensor] | None = None,
@@ -264,6 +242,7 @@ def rebuild(
                 raise ValueError(f"{name}[{index}] is not contiguous; results are written into it")
     for index, weights in enumerate(h_pre):
         check_tokens(f"h_pre[{index}]", weights, x, (n,), reference.accumulation_dtype(x))
+    ended = [Mixing(*site) for site in ended]  # a plain tuple will do
     for index, site in enumerate(ended):
         _check_combine(x, *site, of=f"ended[{index}]'s ")
     return _run("rebuild", backend, n, x, h_pre, ended, ys=ys, us=us)
@@ -285,6 +264,7 @@ def head(
     check_parameter("fn", fn, (n, n * width), x)
     check_parameter("scale", scale, (1,), x)
     check_parameter("base", base, (n,), x)
+    norm_eps, pre_eps = float(norm_eps), float(pre_eps)
     return _run("head", backend, n, x, fn, scale, base, norm_eps=norm_eps, pre_eps=pre_eps)
 
 

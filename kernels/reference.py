@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Mixing = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""What a site leaves for its `combine` beside the streams: f, h_post, h_res, f_bias (or None)."""
+from .arguments import Mixing
 
 HC_NORM_EPS = 1e-6
 """eps of the RMS norm that HC applies to each stream (`hc_coefficients`)."""
@@ -109,31 +108,17 @@ def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`coefficients` and `aggregate` together: all that happens in front of a sublayer.
+
+    Args:
+        options: the keywords of `coefficients`.
 
     Returns:
         u [..., C] in the dtype of x, h_post [..., n], h_res [..., n, n].
     """
-    h_pre, h_post, h_res = coefficients(
-        x,
-        phi,
-        alpha,
-        bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
+    h_pre, h_post, h_res = coefficients(x, phi, alpha, bias, **options)
     return aggregate(x, h_pre), h_post, h_res
 
 
@@ -168,39 +153,24 @@ def combine_pre(
     bias: Tensor,
     *,
     f_bias: Tensor | None = None,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One site's `combine` and the next site's `pre`: the boundary between two sites.
 
-    x, f, h_post, h_res and f_bias belong to the site that ends; phi, alpha and bias to the next.
+    x, f, h_post, h_res and f_bias belong to the site that ends; phi, alpha, bias and the options of
+    `coefficients` to the next.
 
     Returns:
         y [..., n, C]; u [..., C], h_post [..., n] and h_res [..., n, n] of the next site.
     """
     y = combine(x, f, h_post, h_res, f_bias)
-    u, h_post, h_res = pre(
-        y,
-        phi,
-        alpha,
-        bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
-    return y, u, h_post, h_res
+    return y, *pre(y, phi, alpha, bias, **options)
 
 
 def pre_with_h_pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pre`, and the h_pre that it used: what `rebuild` wants, so it carries no gradient.
-
-    Args:
-        options: the keywords of `pre`.
 
     Returns:
         u, h_post and h_res as `pre` returns them; h_pre [..., n].

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles as config
+from . import tiles
 from .device import load_columns, load_streams
 from .launch import dense, launch
 from .torch_operator import operator
@@ -84,7 +84,7 @@ def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
     u = x.new_empty(tokens, width)
     if tokens == 0:
         return u
-    tile = config.aggregate(n, width, x.dtype)
+    tile = tiles.aggregate(n, width, x.dtype)
     launch(
         aggregate_kernel,
         (triton.cdiv(tokens, tile.tokens) * triton.cdiv(width, tile.channels),),
@@ -101,23 +101,18 @@ def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
     return u
 
 
-@operator("aggregate")
+@operator("aggregate", "u")
 def _aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
     """x [T, n, C], h_pre [T, n] -> u [T, C]."""
     return weighted_sum(x, h_pre)
 
 
-@_aggregate.register_fake
-def _(x, h_pre):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[2])
-
-
-@operator("aggregate_backward")
+@_aggregate.gradient
 def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and h_pre."""
     tokens, n, width = x.shape
     dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
-    tile = config.aggregate(n, width, x.dtype)
+    tile = tiles.aggregate(n, width, x.dtype)
     if tokens > 0:
         launch(
             aggregate_backward_kernel,
@@ -136,22 +131,6 @@ def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, T
             num_stages=tile.stages,
         )
     return dx, d_pre
-
-
-@_aggregate_backward.register_fake
-def _(x, h_pre, du):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(h_pre)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, du):  # type: ignore[no-untyped-def]
-    return _aggregate_backward(*ctx.saved_tensors, du)
-
-
-_aggregate.register_autograd(_backward, setup_context=_setup)
 
 
 def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:

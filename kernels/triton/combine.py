@@ -1,53 +1,28 @@
 """`combine` in Triton: y = H_res x + H_post^T (f + f_bias)."""
 
-import torch
 from torch import Tensor
 
+from ..arguments import Mixing
 from .launch import dense
 from .passes.projection import project
 from .passes.stream_gradients import streams_gradients
 from .torch_operator import operator
 
 
-@operator("combine")
+@operator("combine", "y")
 def _combine(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None) -> Tensor:
     """x [T, n, C] -> y [T, n, C]."""
-    y, _ = project(x, None, (f, h_post, h_res, f_bias))
+    y, _ = project(x, None, Mixing(f, h_post, h_res, f_bias))
     return y
 
 
-@_combine.register_fake
-def _(x, f, h_post, h_res, f_bias):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
-
-
-@operator("combine_backward")
+@_combine.gradient
 def _combine_backward(
     x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the five; an empty tensor for an absent f_bias."""
-    out = streams_gradients(x, dy=dy, mixing=(x, f, h_post, h_res, f_bias))
+    out = streams_gradients(x, dy=dy, x=x, mixing=Mixing(f, h_post, h_res, f_bias))
     d_f_bias = x.new_empty(0) if out.d_f_bias is None else out.d_f_bias
     return out.dx, out.df, out.d_post, out.d_res, d_f_bias
-
-
-@_combine_backward.register_fake
-def _(x, f, h_post, h_res, f_bias, dy):  # type: ignore[no-untyped-def]
-    d_f_bias = x.new_empty(0) if f_bias is None else torch.empty_like(f_bias)
-    return (*(torch.empty_like(tensor) for tensor in (x, f, h_post, h_res)), d_f_bias)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
-    f_bias = ctx.saved_tensors[-1]
-    *gradients, d_f_bias = _combine_backward(*ctx.saved_tensors, dy)
-    return (*gradients, None if f_bias is None else d_f_bias)
-
-
-_combine.register_autograd(_backward, setup_context=_setup)
 
 
 def combine(

@@ -22,8 +22,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """`kernel[grid](*arguments, **constants)` on the device of its first argument.
 
     Triton looks at every argument at every launch. All that it looks for is in `_kind` and the
-    constants, so what it compiled once is launched directly from then on: 4 to 10 us of the host's
-    time for 7 to 18 (measured on a CPU, without the launch itself).
+    constants. So what it compiled once is launched directly from then on, which takes the host half
+    the time (docs/measured-facts.md).
 
     Args:
         kernel: a function under `triton.jit`.

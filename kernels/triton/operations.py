@@ -1,11 +1,10 @@
-"""The operations in Triton, under the names and signatures of `reference`."""
+"""The operations in Triton, named as in `reference`, with the options of `coefficients` as one."""
 
 from .aggregate import aggregate
-from .coefficients import coefficients
 from .combine import combine
 from .combine_pre import combine_pre, combine_pre_with_h_pre
 from .head import head
-from .pre import pre, pre_with_h_pre
+from .pre import coefficients, pre, pre_with_h_pre
 from .rebuild import rebuild
 from .sinkhorn import sinkhorn
 

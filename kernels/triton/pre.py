@@ -1,56 +1,48 @@
-"""`pre` in Triton: coefficients of a site and u = H_pre x."""
+"""`pre` in Triton, and `coefficients`, which is `pre` without u = H_pre x."""
 
-import torch
 from torch import Tensor
 
-from .passes.finish import finish
+from ..arguments import DEFAULT, Options
+from .passes.finish import Finished, finish
 from .passes.projection import project
 from .passes.stream_gradients import streams_gradients
 from .passes.token_gradients import coefficients_gradients
 from .torch_operator import operator
 
 
-@operator("pre")
-def _pre(
+def _forward(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options, *, aggregate: bool
+) -> Finished:
+    _, partial = project(x, phi, None)
+    return finish(x, partial, alpha, bias, options, aggregate=aggregate)
+
+
+def _gradients(
     x: Tensor,
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    iterations: int,
-    norm_eps: float,
-    pre_eps: float,
-    sinkhorn_eps: float,
+    normed: Tensor,
+    inverse: Tensor,
+    options: Options,
+    **given: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, phi, alpha and bias from those of u or h_pre, of h_post and of h_res."""
+    token = coefficients_gradients(x, normed, inverse, alpha, bias, options, **given)
+    out = streams_gradients(x, du=given.get("du"), phi=phi, token=token)
+    return out.dx, out.d_phi, token.d_alpha, token.d_bias
+
+
+@operator("pre", "u", "h_post", "h_res", "h_pre", "normed", "inverse")
+def _pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, n, C] -> u, h_post, h_res, h_pre; for the backward z / r [T, rows] and 1 / r [T]."""
-    _, partial = project(x, phi, None)
-    out = finish(
-        x,
-        partial,
-        alpha,
-        bias,
-        aggregate=True,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
+    out = _forward(x, phi, alpha, bias, options, aggregate=True)
     return out.u, out.h_post, out.h_res, out.h_pre, out.normed, out.inverse
 
 
-@_pre.register_fake
-def _(x, phi, alpha, bias, iterations, norm_eps, pre_eps, sinkhorn_eps):  # type: ignore[no-untyped-def]
-    tokens, n, width = x.shape
-    return (
-        x.new_empty(tokens, width),
-        alpha.new_empty(tokens, n),
-        alpha.new_empty(tokens, n, n),
-        alpha.new_empty(tokens, n),
-        alpha.new_empty(tokens, phi.shape[0]),
-        alpha.new_empty(tokens),
-    )
-
-
-@operator("pre_backward")
+@_pre.gradient
 def _pre_backward(
     x: Tensor,
     phi: Tensor,
@@ -61,72 +53,59 @@ def _pre_backward(
     du: Tensor | None,
     d_post: Tensor | None,
     d_res: Tensor | None,
-    iterations: int,
-    pre_eps: float,
-    sinkhorn_eps: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha and bias."""
-    token = coefficients_gradients(
-        x,
-        normed,
-        inverse,
-        alpha,
-        bias,
-        du=du,
-        d_post=d_post,
-        d_res=d_res,
-        iterations=iterations,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )
-    out = streams_gradients(x, du=du, phi=phi, token=token)
-    return out.dx, out.d_phi, token.d_alpha, token.d_bias
+    given = {"du": du, "d_post": d_post, "d_res": d_res}
+    return _gradients(x, phi, alpha, bias, normed, inverse, options, **given)
 
 
-@_pre_backward.register_fake
-def _(x, phi, alpha, bias, *rest):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(tensor) for tensor in (x, phi, alpha, bias))
+@operator("coefficients", "h_pre", "h_post", "h_res", "normed", "inverse")
+def _coefficients(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [T, n, C] -> h_pre, h_post, h_res, and for the backward z / r [T, rows] and 1 / r [T]."""
+    out = _forward(x, phi, alpha, bias, options, aggregate=False)
+    return out.h_pre, out.h_post, out.h_res, out.normed, out.inverse
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, phi, alpha, bias, ctx.iterations, _, ctx.pre_eps, ctx.sinkhorn_eps = inputs
-    ctx.save_for_backward(x, phi, alpha, bias, *output[-2:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, du, d_post, d_res, *_):  # type: ignore[no-untyped-def]
-    gradients = _pre_backward(
-        *ctx.saved_tensors, du, d_post, d_res, ctx.iterations, ctx.pre_eps, ctx.sinkhorn_eps
-    )
-    return (*gradients, None, None, None, None)
-
-
-_pre.register_autograd(_backward, setup_context=_setup)
-
-
-def pre_with_h_pre(
+@_coefficients.gradient
+def _coefficients_backward(
     x: Tensor,
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    *,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
+    normed: Tensor,
+    inverse: Tensor,
+    d_pre: Tensor | None,
+    d_post: Tensor | None,
+    d_res: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = {"d_pre": d_pre, "d_post": d_post, "d_res": d_res}
+    return _gradients(x, phi, alpha, bias, normed, inverse, options, **given)
+
+
+def _dense(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The token dimensions of x as one; all of them contiguous."""
+    flat = x.reshape(-1, *x.shape[-2:]).contiguous()
+    return flat, *(parameter.contiguous() for parameter in parameters)
+
+
+def coefficients(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, options: Options = DEFAULT
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.coefficients`."""
+    tokens, n = x.shape[:-2], x.shape[-2]
+    h_pre, h_post, h_res, _, _ = _coefficients(*_dense(x, phi, alpha, bias), *options)
+    return h_pre.view(*tokens, n), h_post.view(*tokens, n), h_res.view(*tokens, n, n)
+
+
+def pre_with_h_pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, options: Options = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_with_h_pre`."""
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    u, h_post, h_res, h_pre, _, _ = _pre(
-        x.reshape(-1, n, width).contiguous(),
-        phi.contiguous(),
-        alpha.contiguous(),
-        bias.contiguous(),
-        iterations,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-    )
+    u, h_post, h_res, h_pre, _, _ = _pre(*_dense(x, phi, alpha, bias), *options)
     return (
         u.view(*tokens, width),
         h_post.view(*tokens, n),
@@ -136,24 +115,7 @@ def pre_with_h_pre(
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    iterations: int = 20,
-    norm_eps: float = 1e-6,
-    pre_eps: float = 0.0,
-    sinkhorn_eps: float = 0.0,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, options: Options = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
-    return pre_with_h_pre(
-        x,
-        phi,
-        alpha,
-        bias,
-        iterations=iterations,
-        norm_eps=norm_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-    )[:3]
+    return pre_with_h_pre(x, phi, alpha, bias, options=options)[:3]

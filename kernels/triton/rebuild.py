@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import Mixing
+from ..arguments import Mixing
 from .device import load_columns, load_streams, mixed_stream
 from .launch import dense, launch
 from .tiles import Tile
@@ -113,17 +113,17 @@ def rebuild(
         part = slice(start, start + SITES)
         after = slice(start + 1, start + 1 + SITES)
         sites = ended[part]
-        biases = [f if f_bias is None else dense(f_bias) for f, _, _, f_bias in sites]
+        biases = [site.f if site.f_bias is None else dense(site.f_bias) for site in sites]
         launch(
             rebuild_kernel,
             grid,
             streams,
             us[0],
             first_h_pre,
-            tuple(_flat(f, 1) for f, *_ in sites),
+            tuple(_flat(site.f, 1) for site in sites),
             tuple(biases),
-            tuple(_flat(h_post, 1) for _, h_post, _, _ in sites),
-            tuple(_flat(h_res, 2) for _, _, h_res, _ in sites),
+            tuple(_flat(site.h_post, 1) for site in sites),
+            tuple(_flat(site.h_res, 2) for site in sites),
             tuple(_flat(h, 1) for h in h_pre[after]),
             tuple(ys[part]),
             tuple(us[after]),
@@ -132,7 +132,7 @@ def rebuild(
             C=width,
             FIRST=start == 0,
             SITES=len(sites),
-            BIASES=sum(1 << k for k, site in enumerate(sites) if site[3] is not None),
+            BIASES=sum(1 << k for k, site in enumerate(sites) if site.f_bias is not None),
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.warps,

@@ -59,38 +59,16 @@ def _launch(logits: Tensor, gradient: Tensor | None, iterations: int, eps: float
     return out
 
 
-@operator("sinkhorn")
+@operator("sinkhorn", "h_res")
 def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """logits [T, n, n] fp32 -> [T, n, n] fp32."""
     return _launch(logits, None, iterations, eps)
 
 
-@_sinkhorn.register_fake
-def _(logits, iterations, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits)
-
-
-@operator("sinkhorn_backward")
+@_sinkhorn.gradient
 def _sinkhorn_backward(logits: Tensor, gradient: Tensor, iterations: int, eps: float) -> Tensor:
     """The gradient of the logits."""
     return _launch(logits, gradient, iterations, eps)
-
-
-@_sinkhorn_backward.register_fake
-def _(logits, gradient, iterations, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, ctx.iterations, ctx.eps = inputs
-    ctx.save_for_backward(logits)
-
-
-def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
-    return _sinkhorn_backward(*ctx.saved_tensors, gradient, ctx.iterations, ctx.eps), None, None
-
-
-_sinkhorn.register_autograd(_backward, setup_context=_setup)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:

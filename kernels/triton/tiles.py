@@ -1,9 +1,9 @@
 """Tile sizes of the Triton kernels: fixed for (n, C, dtype) and a GPU, whatever the token count.
 
-A kernel's configuration never depends on the token count: the same inputs give the same bits
-whatever batch they are part of, and nothing is compiled or tuned again. The numbers below are an
-H100's. Others, found by `benchmarks/tune_kernels.py --save FILE`, take their place where
-MEGATRON_MHC_TILES=FILE asks for it; a key names one tile: `project sm_90 n4 C4096 bfloat16`.
+So the same inputs give the same bits in every batch, and a new token count compiles and tunes
+nothing. The numbers below suit an H100; docs/measured-facts.md says what was measured.
+`benchmarks/tune_kernels.py --save FILE` finds others, and MEGATRON_MHC_TILES=FILE uses them. A key
+of the file names one tile: `project sm_90 n4 C4096 bfloat16`.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Tile:
 
     Attributes:
         tokens, channels: the tile that it goes through; powers of two, as warps are.
-        splits: programs that share the tokens of one block of channels (not where `project` only
-            combines).
+        splits: programs that share the tokens of one block of channels; `project` ignores it where
+            it only combines.
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
     """
 
@@ -129,7 +129,7 @@ def padded(count: int) -> int:
 def shares(blocks: int, resident: int) -> int:
     """Shares of the tokens, 4 to 26, with which `blocks` of channels fill whole waves best.
 
-    A wave is what runs at once, `resident` programs; the last one costs as much when half empty.
+    A wave is what runs at once: `resident` programs. The last wave costs as much when half empty.
     """
 
     def filled(count: int) -> float:
@@ -141,12 +141,12 @@ def shares(blocks: int, resident: int) -> int:
 
 @tunable
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.projection.project_kernel`: a block of channels, every so-many-th tile of tokens.
+    """`passes.projection.project_kernel`: a block of channels and every P-th tile of tokens, P =
+    programs a block.
 
-    A program of bf16 and n = 4 has a multiprocessor to itself (171,520 bytes of shared memory;
-    180,352 at n = 8), and all run at once where that fills 0.8 of them: each loads phi first. Wide
-    pieces of a token matter: reading x and f and writing y, 64 bytes at a time, takes 280 us at
-    T 8192, C 4096, 128 bytes 229, 256 bytes 218, 512 bytes 217.
+    With bf16 and n = 4 a program takes most of a multiprocessor's shared memory. Every program
+    loads phi first, so all of them run at once where that fills 0.8 of the multiprocessors.
+    128 channels, as wide pieces of a token are read faster (docs/measured-facts.md).
     """
     roomy = shared_memory() >= 200_000
     stages = 1 if n == 8 and not roomy else 3
@@ -171,9 +171,8 @@ def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 FINISH_LOADS = 256
-"""Partial sums that a warp of `finish_kernel` loads at once (twice as many at n = 8). More are
-slower, their code being longer and fetched anew by each launch: with blocks of 64 channels, eight
-times as many took 37 us for 31 at C 4096 and 53 for 22 at C 2560."""
+"""Partial sums that a warp of `finish_kernel` loads at once, twice as many at n = 8. More are
+slower: the code is longer, and each launch fetches it anew (docs/measured-facts.md)."""
 
 
 @tunable
@@ -184,7 +183,7 @@ def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.stream_gradients.streams_kernel`: as `project`, four programs a multiprocessor."""
+    """`passes.streams_kernel`: as `project`, four programs a multiprocessor."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -195,19 +194,20 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 def streams_backward_rows(rows: int) -> int:
     """Rows of phi that a product of `streams_kernel` takes.
 
-    All in one, filled up with zeros to a power of two: at n = 8, 128 for 80, which want up to
-    155,648 bytes of shared memory (fp32). Where a card has less, 16 at a time (93,184 bytes).
+    All at once, padded to a power of two. At n = 8 that is 128 for 80, which take up to 155,648
+    bytes of shared memory (fp32). Where a card has less, 16 at a time: 93,184 bytes.
     """
     return padded(rows) if rows <= 64 or shared_memory() >= 155_648 else 16
 
 
 @tunable
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.phi_gradient.phi_kernel`: a block of the n*C columns, every so-many-th tile."""
+    """`passes.phi_gradient.phi_kernel`: a block of the n*C columns and every P-th tile of tokens,
+    P = programs a block."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
     blocks = -(-n * width // 128)
-    if blocks > 160:  # at C 7168 a site took 1876 us, for 1906 with 64 tokens
+    if blocks > 160:  # above C 5120 at n = 4; measured at C 7168 (docs/measured-facts.md)
         return Tile(32, 128, splits=4, warps=4, stages=2)
     return Tile(64, 128, splits=min(max(512 // blocks, 4), 16), warps=4, stages=2)
 

@@ -1,11 +1,11 @@
 """An operation as PyTorch knows it: a custom operator, and two shorter ways around it.
 
-torch.compile and whatever else traces needs operators. A training step needs none, and they cost
-its host 0.2 ms a site (both ways, measured on a CPU without launches): it calls the same functions
-under an autograd.Function. The transforms of torch.func want such a Function in another style,
-which costs its host more.
+torch.compile, and whatever else traces, needs operators. A training step does not, and they cost
+its host time (docs/measured-facts.md): it calls the same functions under an autograd.Function.
+The transforms of torch.func want that Function in another style, which costs more.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,30 +13,131 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from ..arguments import Options
+
+RESULTS = {
+    "y": "TnC",
+    "u": "TC",
+    "h_pre": "Tn",
+    "h_post": "Tn",
+    "h_res": "Tnn",
+    "normed": "TR",
+    "inverse": "T",
+}
+"""The shape of what an operation returns under this name: T tokens, n streams, C their width, R
+rows of the projection. What has C is in the dtype of x; all else is fp32."""
+
+
+def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the fields of its last argument, `options`, in place of that one: a custom
+    operator's schema knows no tuples with names."""
+    signature = inspect.signature(function, eval_str=True)
+    *parameters, last = signature.parameters.values()
+    if last.annotation is not Options:
+        return function
+    first = len(parameters)
+
+    def flat(*arguments: Any) -> Any:
+        return function(*arguments[:first], Options(*arguments[first:]))
+
+    fields = inspect.get_annotations(Options, eval_str=True).items()
+    parameters += [inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields]
+    flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return flat
+
 
 class Operator:
-    """`megatron_mhc::NAME`, whose arguments begin with a tensor.
+    """`megatron_mhc::NAME`, whose arguments begin with a tensor, x.
 
     Args:
         name: of the operator.
-        function: what it does, with types that a custom operator's schema has.
+        function: what it does: tensors, then the rest, with types that a custom operator's schema
+            has; and, at the end, `Options`.
+        results: the names in RESULTS of what it returns, or None for a gradient.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self._name = f"megatron_mhc::{name}"
-        self._given = function
-        self._direct: Callable[..., Any] = self._gradient
-        self._traced = torch.library.custom_op(self._name, function, mutates_args=())
-        self._transformed = self._for_transforms(_refuse, lambda *_: None)
-        self.register_fake = self._traced.register_fake
-
-    def register_autograd(
-        self, backward: Callable[..., Any], *, setup_context: Callable[..., None]
+    def __init__(
+        self, name: str, function: Callable[..., Any], results: tuple[str, ...] | None = None
     ) -> None:
-        """As PyTorch's: `setup_context(ctx, inputs, output)`, `backward(ctx, *gradients)`.
+        self._name = f"megatron_mhc::{name}"
+        self._given = _flat(function)
+        parameters = inspect.signature(self._given, eval_str=True).parameters
+        self._parameters = {name: p.annotation for name, p in parameters.items()}
+        self._results = results or ()
+        self._direct: Callable[..., Any] = self._gradient
+        self._traced = torch.library.custom_op(self._name, self._given, mutates_args=())
+        self._transformed = self._for_transforms(_refuse, lambda *_: None)
+        if results is not None:
+            self._traced.register_fake(self._fake)
 
-        Either way the gradient has none of its own: asking for it raises a RuntimeError.
+    def _fake(self, *arguments: Any) -> Any:
+        """Results without values."""
+        named = dict(zip(self._parameters, arguments, strict=True))
+        x, sizes = arguments[0], dict(zip("TnC", arguments[0].shape, strict=True))
+        for projection in {"phi", "fn"} & named.keys():
+            sizes["R"] = named[projection].shape[0]
+        made = tuple(
+            x.new_empty(
+                [sizes[size] for size in RESULTS[result]],
+                dtype=x.dtype if "C" in RESULTS[result] else torch.float32,
+            )
+            for result in self._results
+        )
+        return made if len(made) > 1 else made[0]
+
+    def gradient(self, function: Callable[..., Any]) -> "Operator":
+        """A decorator: the function becomes an operator of its own, the gradient of this one.
+
+        It returns the gradients of this one's tensors, in their order; that of an absent one is
+        empty. Its arguments, in this order, say what is saved for it:
+            all of this one's tensors, by their names;
+            results of this one, by their names in RESULTS;
+            gradients of this one's first results, by any other name: zeros where the type is
+                Tensor and there is none, None where the type allows it;
+            this one's other arguments, as far as it needs them, by their names.
+
+        A gradient has no gradient: asking for one raises a RuntimeError.
         """
+        backward = Operator(f"{self._name.partition('::')[2]}_backward", function)
+        mine, its = list(self._parameters), backward._parameters
+        tensors = [name for name in mine if self._parameters[name] in _TENSORS]
+        constants = [mine.index(name) for name in its if name in mine and name not in tensors]
+        kept = [self._results.index(n) for n in its if n in self._results and n not in mine]
+        known = {*mine, *self._results}
+        gradients = [kind for name, kind in its.items() if name not in known]
+        count, due, rest = len(tensors), len(gradients), (None,) * (len(mine) - len(tensors))
+        absent = [i for i, name in enumerate(tensors) if self._parameters[name] is not Tensor]
+        single, materialize = count == 1, Tensor in gradients
+
+        def fake(*arguments: Any) -> Any:
+            x = arguments[0]
+            made = tuple(
+                x.new_empty(0) if tensor is None else torch.empty_like(tensor)
+                for tensor in arguments[:count]
+            )
+            return made[0] if single else made
+
+        def setup(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:count], *(output[index] for index in kept))
+            ctx.constants = [inputs[index] for index in constants]
+            ctx.set_materialize_grads(materialize)
+
+        def derive(ctx: Any, *given: Any) -> Any:
+            saved = ctx.saved_tensors
+            found = backward(*saved, *given[:due], *ctx.constants)
+            found = [found] if single else list(found)
+            for index in absent:
+                if saved[index] is None:
+                    found[index] = None
+            return (*found, *rest)
+
+        backward._traced.register_fake(fake)
+        self._register_autograd(derive, setup)
+        return backward
+
+    def _register_autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
         self._traced.register_autograd(backward, setup_context=setup_context)
         self._transformed = self._for_transforms(backward, setup_context)
         function = self._given
@@ -114,6 +215,7 @@ def _no_vmap(*_: Any) -> Any:
     )
 
 
+_TENSORS = (Tensor, Tensor | None)
 PLAIN = (Tensor, torch.nn.Parameter)
 """Tensors that nobody traces with."""
 
@@ -128,6 +230,6 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """A decorator: the function as `Operator`."""
-    return lambda function: Operator(name, function)
+def operator(name: str, *results: str) -> Callable[[Callable[..., Any]], Operator]:
+    """A decorator: the function as `Operator`, whose results have these names."""
+    return lambda function: Operator(name, function, results)

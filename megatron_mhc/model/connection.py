@@ -48,24 +48,6 @@ def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
     return torch.cat([_home_logits(n, site), torch.zeros(n), near_identity.flatten()])
 
 
-class Mixing(NamedTuple):
-    """What a site leaves when its sublayer has run: all that `combine` wants beside the streams."""
-
-    f: Tensor
-    h_post: Tensor
-    h_res: Tensor
-    f_bias: Tensor | None
-
-    def detach(self) -> "Mixing":
-        """The same tensors outside their graph."""
-        f_bias = None if self.f_bias is None else self.f_bias.detach()
-        return Mixing(self.f.detach(), self.h_post.detach(), self.h_res.detach(), f_bias)
-
-    def combine(self, x: Tensor, backend: str) -> Tensor:
-        """The next streams [..., n, C] from the streams x that the site read."""
-        return kernels.combine(x, self.f, self.h_post, self.h_res, self.f_bias, backend=backend)
-
-
 class SiteInput(NamedTuple):
     """What stands in front of a sublayer: the streams that its site reads, and what comes of them.
 
@@ -118,7 +100,7 @@ class HyperConnection(Fp32Module):
         """The settings, for `print(model)`."""
         return f"{self.mhc.variant}, num_streams={self.mhc.num_streams}, C={self.hidden_size}"
 
-    def forward(self, x: Tensor, mixing: Mixing | None = None) -> SiteInput:
+    def forward(self, x: Tensor, mixing: kernels.Mixing | None = None) -> SiteInput:
         """What stands in front of the sublayer: `kernels.pre`, or `kernels.combine_pre`.
 
         Args:
@@ -133,7 +115,7 @@ class HyperConnection(Fp32Module):
         mhc = self.mhc
         if mhc.variant == "hc":
             if mixing is not None:
-                x = mixing.combine(x, mhc.backend)
+                x = kernels.combine(x, *mixing, backend=mhc.backend)
             h_pre, h_post, h_res = kernels.hc_coefficients(x, self.theta, self.alpha, self.bias)
             return SiteInput(x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res)
         options: dict[str, Any] = {

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
-from .connection import Mixing
-
 
 class RecomputeRecord(NamedTuple):
     """What a site that has read and written hands to its block.
@@ -40,7 +38,7 @@ class RecomputeRecord(NamedTuple):
     h_pre: Tensor
     norm: Callable[..., Tensor]
     normed: Tensor | None
-    mixing: Mixing
+    mixing: kernels.Mixing
 
 
 def are_unchanged(now: Tensor, then: Tensor, version: int) -> bool:

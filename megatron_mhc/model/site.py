@@ -17,7 +17,9 @@ import torch
 from megatron.core.utils import make_viewless_tensor, nvtx_decorator
 from torch import Tensor
 
-from .connection import HyperConnection, Mixing, SiteInput
+from megatron_mhc import kernels
+
+from .connection import HyperConnection, SiteInput
 from .recompute import Block, RecomputeRecord, are_unchanged
 
 
@@ -201,7 +203,7 @@ class Site:
             if training and dropout > 0:
                 f = torch.nn.functional.dropout(f if bias is None else f + bias, dropout)
                 bias = None
-            streams = self._mix(residual, Mixing(f, residual.h_post, residual.h_res, bias))
+            streams = self._mix(residual, kernels.Mixing(f, residual.h_post, residual.h_res, bias))
             if self.contract is None:
                 return streams
             return self.contract(self._unflatten(streams))
@@ -219,7 +221,7 @@ class Site:
     def _unflatten(self, streams: Tensor) -> Tensor:
         return streams.unflatten(-1, (self.connection.mhc.num_streams, -1))
 
-    def _mix(self, residual: Residual, mixing: Mixing) -> Tensor:
+    def _mix(self, residual: Residual, mixing: kernels.Mixing) -> Tensor:
         """The next streams [s, b, n*C]; with them the next site's input, where that is fused."""
         x = residual.streams
         # an inference tensor does not tell whether somebody has changed it before the next site
@@ -240,7 +242,7 @@ class Site:
 
     def _combine(self, x: Tensor, *mixing: Any) -> Tensor:
         """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
-        y = Mixing(*mixing).combine(x, self.connection.mhc.backend).flatten(-2)
+        y = kernels.combine(x, *mixing, backend=self.connection.mhc.backend).flatten(-2)
         return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
 
     def forget(self) -> None:

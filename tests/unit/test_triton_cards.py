@@ -16,19 +16,11 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia.compiler import CUDABackend
 
-from megatron_mhc.kernels.triton import launch as triton_launch
-from megatron_mhc.kernels.triton import tiles as config
-from tests.kernel_cases import OPERATIONS, inputs, run
+from megatron_mhc.kernels import Mixing
+from megatron_mhc.kernels.triton import launch, tiles
+from tests.kernel_cases import CARDS, OPERATIONS, inputs, run
 from tests.triton_driver import Driver, active, modules
 
-CARDS = {
-    # compute capability, bytes of shared memory a program, multiprocessors
-    "A100": (80, 166_912, 108),
-    "L40S": (89, 101_376, 142),
-    "H100": (90, 232_448, 132),
-    "B200": (100, 232_448, 148),
-    "RTX5090": (120, 101_376, 170),
-}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL = tuple(itertools.product(CARDS, (1, 2, 4, 8), DTYPES, (*OPERATIONS, "rebuild")))
 LARGEST = (
@@ -57,28 +49,28 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         stages_of(self, stages, *arguments)
         stages.update(ptx=no_ptx, cubin=lambda *_: b"")
 
-    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        triton_launch.launch_here(0, kernel, grid, arguments, constants)
+    def for_card(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        launch.launch_here(0, kernel, grid, arguments, constants)
         names.append(kernel.__name__)
 
     monkeypatch.setattr(CUDABackend, "add_stages", add_stages)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nobody else is to find these
-    monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_compiled", {})
     for module in modules().values():
         if hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", launch)
+            monkeypatch.setattr(module, "launch", for_card)
     return names
 
 
 def use_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the tiles and the compiler of this card."""
     capability, shared_memory, multiprocessors = CARDS[name]
-    monkeypatch.setattr(config, "architecture", lambda: f"sm_{capability}")
-    monkeypatch.setattr(config, "shared_memory", lambda: shared_memory)
-    monkeypatch.setattr(config, "multiprocessors", lambda: multiprocessors)
-    for tile in config.TUNABLE:
+    monkeypatch.setattr(tiles, "architecture", lambda: f"sm_{capability}")
+    monkeypatch.setattr(tiles, "shared_memory", lambda: shared_memory)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda: multiprocessors)
+    for kernel in tiles.TUNABLE:
         # without what is kept of another card
-        monkeypatch.setattr(config, tile, config.TUNABLE[tile].__wrapped__)
+        monkeypatch.setattr(tiles, kernel, tiles.TUNABLE[kernel].__wrapped__)
     monkeypatch.setattr(*active(), Driver(capability, shared_memory))
 
 
@@ -88,7 +80,7 @@ def call(operation: str, n: int, dtype: torch.dtype) -> None:
     function = getattr(modules()["operations"], operation)
     if operation == "rebuild":
         x, f, h_post, h_res = (given[name].detach() for name in ("x", "f", "h_post", "h_res"))
-        function(x, [h_post] * 6, [(f, h_post, h_res, f[0])] * 5)
+        function(x, [h_post] * 6, [Mixing(f, h_post, h_res, f[0])] * 5)
         return
     for name in ("f_bias", None):
         out = run(function, given)

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from megatron_mhc.kernels.triton import launch as triton_launch
+from megatron_mhc.kernels import Mixing
+from megatron_mhc.kernels.triton import launch
 from tests.triton_driver import Driver, active, launched, modules
 
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
@@ -47,13 +48,13 @@ GIVEN = {"BW": 128, "N": 4, "num_warps": 4, "BB": 16, "BLOCKS": 64}
 
 
 def test_constants_are_put_in_the_kernels_order() -> None:
-    assert triton_launch._constants(KERNEL, (None, None, None, 5), GIVEN) == [4, 64, 16, 128]
+    assert launch._constants(KERNEL, (None, None, None, 5), GIVEN) == [4, 64, 16, 128]
 
 
 @pytest.mark.parametrize("arguments", [(None, None, None, 5, 4), (None, 7, None, 5)])
 def test_what_triton_would_compile_anew_is_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError, match=r"sum_mixing_kernel: (N|d_post_ptr) is compiled for each"):
-        triton_launch._constants(KERNEL, arguments, GIVEN)
+        launch._constants(KERNEL, arguments, GIVEN)
 
 
 def comparable(value: Any) -> Any:
@@ -68,14 +69,14 @@ def comparable(value: Any) -> Any:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
 def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers, absent tensors, tuples of tensors, one and three dimensions of a grid."""
-    monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_compiled", {})
     compared = []
 
     def both(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         launched.clear()
         kernel[grid](*arguments, **constants)
         for _ in range(2):  # it compiles, then launches directly
-            triton_launch.launch_here(0, kernel, grid, arguments, constants)
+            launch.launch_here(0, kernel, grid, arguments, constants)
         triton, first, direct = map(comparable, map(tuple, launched))
         assert triton == first == direct
         compared.append(kernel.__name__)
@@ -90,7 +91,7 @@ def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
     x, f, h_post = torch.zeros(5, 4, 16), torch.zeros(5, 16), torch.zeros(5, 4)
     operations.aggregate(x[:0], h_post[:0])
     operations.aggregate(x, h_post)
-    operations.rebuild(x, [h_post] * 3, [(f, h_post, logits, None)] * 2)
+    operations.rebuild(x, [h_post] * 3, [Mixing(f, h_post, logits)] * 2)
     modules()["passes.sums"].sum_rows(torch.zeros(7, 40), torch.zeros(40))
     modules()["launch"].pack_weights(torch.zeros(24, 64), torch.bfloat16)
     assert set(compared) == {
@@ -103,9 +104,9 @@ def test_a_kernel_is_compiled_for_what_triton_looks_at() -> None:
     """The kinds of `launch` are Triton's own: whether 16 bytes divide a pointer, and so on."""
     aligned = torch.zeros(64)
     kinds = [
-        triton_launch._kind(value)
+        launch._kind(value)
         for value in (aligned, aligned[1:], aligned.bfloat16(), None, 1, 2**31, 0.5, (aligned,))
     ]
     assert len(set(kinds)) == len(kinds)
-    assert triton_launch._kind(16) == triton_launch._kind(1)
-    assert triton_launch._kind(aligned[4:]) == triton_launch._kind(aligned)
+    assert launch._kind(16) == launch._kind(1)
+    assert launch._kind(aligned[4:]) == launch._kind(aligned)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from ...arguments import Options
+from .. import tiles
 from ..aggregate import weighted_sum
 from ..device import sinkhorn_forward, sum_blocks
 from ..launch import launch
@@ -100,19 +101,16 @@ def finish(
     partial: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    options: Options,
     *,
     aggregate: bool,
-    iterations: int = 1,
-    norm_eps: float,
-    pre_eps: float,
-    sinkhorn_eps: float = 0.0,
 ) -> Finished:
     """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
     tokens, n, width = x.shape
     _, blocks, rows, tile_tokens = partial.shape
     rows -= 1
     mixing = rows > n
-    tile = config.finish(n, width, x.dtype)
+    tile = tiles.finish(n, width, x.dtype)
     block_tokens = min(tile.tokens, tile_tokens)
     h_pre = partial.new_empty(tokens, n)
     h_post = partial.new_empty(tokens, n) if mixing else None
@@ -131,16 +129,16 @@ def finish(
             normed,
             inverse,
             tokens,
-            norm_eps,
-            pre_eps,
+            options.norm_eps,
+            options.pre_eps,
             N=n,
             C=width,
             ROWS=rows,
             MIXING=mixing,
-            ITERATIONS=iterations,
-            SINKHORN_EPS=sinkhorn_eps,
+            ITERATIONS=options.iterations,
+            SINKHORN_EPS=options.sinkhorn_eps,
             BLOCKS=blocks,
-            LOADS=max(config.FINISH_LOADS * tile.warps, n * n * block_tokens),
+            LOADS=max(tiles.FINISH_LOADS * tile.warps, n * n * block_tokens),
             TILE=tile_tokens,
             BT=block_tokens,
             num_warps=tile.warps,

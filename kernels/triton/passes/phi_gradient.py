@@ -1,6 +1,6 @@
 """d_phi = d_z^T vec(y): the backward's last pass over the streams.
 
-In the kernel that makes the streams' gradient its accumulators would cost more than the pass.
+It is a pass of its own: in the kernel of the streams' gradient, its accumulators would cost more.
 """
 
 import torch
@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from .. import tiles
 from ..device import product
 from ..launch import PHI_TERMS, launch
 from .sums import sum_rows
 
 LONGEST_SUM = 4096
-"""Tokens that one program adds up at most. A sum over 65,536 tokens was 2e-4 off on an H100: the
-matrix units cut sums off, towards zero (inferred), and such an error grows with the sum."""
+"""Tokens that one program adds up at most. The matrix units seem to cut sums off towards zero, and
+that error grows with the sum (docs/measured-facts.md)."""
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,7 +33,7 @@ def phi_kernel(
     STAGES: tl.constexpr,
 ):
     """d_phi [programs a block, ROWS, N*C] = d_z^T vec(y): one block of the N*C columns and every
-    so-many-th tile of tokens, from the last to the first, a program."""
+    P-th tile of tokens, P = programs a block, from the last tile to the first."""
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     part = tl.program_id(1)
     row = tl.arange(0, R)
@@ -62,7 +62,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     """d_phi [rows, n*C] of y [T, n, C] and d_z [T, rows], in a kernel of its own."""
     tokens, n, width = y.shape
     rows = d_z.shape[1]
-    tile = config.phi_gradient(n, width, y.dtype)
+    tile = tiles.phi_gradient(n, width, y.dtype)
     splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
     partial = d_z.new_empty(splits, rows, n * width)
     launch(
@@ -74,7 +74,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
         tokens,
         WIDTH=n * width,
         ROWS=rows,
-        R=config.padded(rows),
+        R=tiles.padded(rows),
         TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
         BT=tile.tokens,
         BC=tile.channels,

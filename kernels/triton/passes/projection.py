@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from ...arguments import Mixing
+from .. import tiles
 from ..device import (
     load_columns,
     load_streams,
@@ -49,9 +50,10 @@ def as_operand(tile):
 def as_transposed_operand(tile):
     """[BT, BC] -> [BC, BT], its channels in an order in which nothing has to move.
 
-    A thread loads 8 channels in a row (16 bits each), where a product of matrices wants 2 of each 8
-    from it. A product is the same in whatever order both factors name the channels, so they are
-    named such that every thread has loaded its part of the product. (fp32 factors move anyway.)
+    A thread loads 8 channels in a row (16 bits each). A product of matrices wants 2 of each 8 from
+    it. A product does not depend on the order of the channels, if both factors have the same one.
+    So both name the channels such that every thread has already loaded its part of the product.
+    (fp32 factors move anyway.)
     """
     BT: tl.constexpr = tile.shape[0]
     BC: tl.constexpr = tile.shape[1]
@@ -72,8 +74,8 @@ def load_phi(
 ):
     """The tiles [16, BC] of phi for stream i that `add_products` multiplies with.
 
-    16 rows at a time, a tile for each term. Of the rest, 8 rows at most, three terms fill two
-    tiles: the first over the second, zeros over the third.
+    16 rows at a time, a tile for each term. The rest is 8 rows at most. Its three terms fill two
+    tiles: the first term over the second, and zeros over the third.
     """
     FULL: tl.constexpr = ROWS // 16
     row = tl.arange(0, 16)
@@ -100,8 +102,8 @@ def load_phi(
 def add_products(phi, y, sums, ROWS: tl.constexpr, TERMS: tl.constexpr):
     """The sums [16, BT] with phi y [BC, BT] of one stream added.
 
-    With three terms there are two sums for 16 rows, of the first term and of the two others, and
-    one for the rest: the first term in its upper half, the others in its lower half.
+    With three terms, 16 rows have two sums: one of the first term, one of the two others. The rest
+    has one: the first term in its upper half, the others in its lower half.
     """
     FULL: tl.constexpr = ROWS // 16
     longer = ()
@@ -166,11 +168,11 @@ def project_kernel(
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
     z = vec(y) phi^T and the sum of squares of y (PROJECT).
 
-    A program keeps phi of its STEPS * BC channels in shared memory and takes every so-many-th tile
-    of BT tokens, so that all programs read and write side by side; Triton copies the tiles that
-    come next to shared memory meanwhile.
+    A program keeps phi of its STEPS * BC channels in shared memory. It takes every P-th tile of BT
+    tokens, P = programs a block, so that all programs read and write side by side. Triton copies
+    the tiles that come next to shared memory meanwhile.
     x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [tiles of BT tokens, blocks,
-    ROWS + 1, BT]: z and the sum of squares, in one piece a program and in one a tile.
+    ROWS + 1, BT]: z and the sum of squares. Each program's part of a tile is contiguous.
     """
     BLOCKS: tl.constexpr = (C + STEPS * BC - 1) // (STEPS * BC)
     block = tl.program_id(0)
@@ -231,8 +233,8 @@ STEP = 32
 
 
 MOST_PROGRAMS = 2**15
-"""Most programs a block of channels where nothing is projected: a tile each up to so many, as there
-is no phi to load. CUDA's grid ends at 65,535 in its second dimension."""
+"""Most programs a block of channels where nothing is projected. There is no phi to load, so each
+tile has a program, up to this many: CUDA's grid ends at 65,535 in its second dimension."""
 
 
 def count_sums(rows: int, terms: int) -> int:
@@ -241,16 +243,12 @@ def count_sums(rows: int, terms: int) -> int:
     return (1 if terms == 1 else 2) * full + (rest > 0)
 
 
-def project(
-    x: Tensor,
-    phi: Tensor | None,
-    mixing: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
-) -> tuple[Tensor, Tensor | None]:
+def project(x: Tensor, phi: Tensor | None, mixing: Mixing | None) -> tuple[Tensor, Tensor | None]:
     """Launch `project_kernel` on x [T, n, C].
 
     Args:
         phi: [rows, n*C], or None to combine alone.
-        mixing: (f, h_post, h_res, f_bias) of the site that ends, or None to project x itself.
+        mixing: of the site that ends, or None to project x itself.
 
     Returns:
         The streams that were projected (x itself without mixing), and the partial projections
@@ -258,23 +256,21 @@ def project(
         squares.
     """
     tokens, n, width = x.shape
-    tile = config.project(n, width, x.dtype)
-    blocks = triton.cdiv(width, tile.channels)
-    f, h_post, h_res, f_bias = mixing if mixing is not None else (None, None, None, None)
+    tile = tiles.project(n, width, x.dtype)
+    count, blocks = triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels)
+    f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
     y = x if mixing is None else torch.empty_like(x)
     partial = None
     rows, weights = n, None
     if phi is not None:
         rows, weights = phi.shape[0], pack_weights(phi, x.dtype)
-        shape = triton.cdiv(tokens, tile.tokens), blocks, rows + 1, tile.tokens
-        partial = x.new_empty(shape, dtype=torch.float32)
+        partial = x.new_empty(count, blocks, rows + 1, tile.tokens, dtype=torch.float32)
     if tokens == 0:
         return y, partial
     terms = 1 if weights is None else weights.shape[0]
-    tiles = triton.cdiv(tokens, tile.tokens)
     launch(
         project_kernel,
-        (blocks, min(tiles, MOST_PROGRAMS if phi is None else tile.splits)),
+        (blocks, min(count, MOST_PROGRAMS if phi is None else tile.splits)),
         x,
         f,
         f_bias,
@@ -287,7 +283,7 @@ def project(
         N=n,
         C=width,
         ROWS=rows,
-        R=config.padded(rows),
+        R=tiles.padded(rows),
         TERMS=terms,
         SUMS=0 if phi is None else count_sums(rows, terms),
         COMBINE=mixing is not None,

@@ -58,6 +58,24 @@ def sum_mixing_kernel(
     tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & (entry >= N))
 
 
+def sum_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor) -> None:
+    """The sum over the first dimension of `partial` [blocks, T, n + n*n], into the other two."""
+    blocks, tokens, width = partial.shape
+    launch(
+        sum_mixing_kernel,
+        (triton.cdiv(tokens * width, 128),),
+        partial,
+        d_post,
+        d_res,
+        tokens,
+        N=d_post.shape[1],
+        BLOCKS=blocks,
+        BB=16,
+        BW=128,
+        num_warps=4,
+    )
+
+
 def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
     """The sum over the first dimension of `partial`, into `out` and what follows into `rest`."""
     count = partial.shape[0]

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles as config
+from ...arguments import Options
+from .. import tiles
 from ..device import load_streams, sinkhorn_backward, widened
 from ..launch import dense, launch
 from .sums import sum_rows
@@ -151,14 +152,12 @@ def coefficients_gradients(
     inverse: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    options: Options,
     *,
     du: Tensor | None = None,
     d_pre: Tensor | None = None,
     d_post: Tensor | None = None,
     d_res: Tensor | None = None,
-    iterations: int = 1,
-    pre_eps: float,
-    sinkhorn_eps: float = 0.0,
 ) -> TokenGradients:
     """Launch `coefficients_kernel`.
 
@@ -168,7 +167,7 @@ def coefficients_gradients(
     rows = normed.shape[1]
     if du is None and d_pre is None:
         d_pre = inverse.new_zeros(tokens, n)
-    tile = config.coefficients_backward(n, width, y.dtype)
+    tile = tiles.coefficients_backward(n, width, y.dtype)
     programs = triton.cdiv(tokens, tile.tokens)
     d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
     h_pre = inverse.new_empty(tokens, n)
@@ -176,24 +175,11 @@ def coefficients_gradients(
     if tokens == 0:
         zeros = torch.zeros_like
         return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
+    # fmt: off
     launch(
-        coefficients_kernel,
-        (programs,),
-        y,
-        dense(du),
-        dense(d_pre),
-        dense(d_post),
-        dense(d_res),
-        normed,
-        inverse,
-        alpha,
-        bias,
-        d_z,
-        k,
-        h_pre,
-        d_parameters,
-        tokens,
-        pre_eps,
+        coefficients_kernel, (programs,),
+        y, dense(du), dense(d_pre), dense(d_post), dense(d_res),
+        normed, inverse, alpha, bias, d_z, k, h_pre, d_parameters, tokens, options.pre_eps,
         N=n,
         C=width,
         ROWS=rows,
@@ -201,13 +187,14 @@ def coefficients_gradients(
         MIXING=rows > n,
         HAS_POST=d_post is not None,
         HAS_RES=d_res is not None,
-        ITERATIONS=iterations,
-        SINKHORN_EPS=sinkhorn_eps,
+        ITERATIONS=options.iterations,
+        SINKHORN_EPS=options.sinkhorn_eps,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    # fmt: on
     d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
     sum_rows(d_parameters, d_bias, d_alpha)
     return TokenGradients(d_z, k, h_pre, d_alpha, d_bias)

@@ -16,17 +16,14 @@ from torch.utils._pytree import tree_map_only
 
 from megatron_mhc import kernels
 from megatron_mhc.kernels import reference
-from megatron_mhc.kernels.triton import launch as triton_launch
-from megatron_mhc.kernels.triton import operations as triton_operations
+from megatron_mhc.kernels.arguments import DEFAULT
+from megatron_mhc.kernels.triton import launch, operations
 from tests.kernel_cases import (
-    CANCELLING,
     DEEPSEEK,
     LARGE_EPS,
     PAPER,
-    SMALL,
     check,
     inputs,
-    relative,
     run,
     settings,
 )
@@ -163,16 +160,16 @@ class Operation:
         """A GPU's launch refuses an int where a kernel has a float: eps=0 stopped there."""
         handed: set[tuple[str, str, type]] = set()
 
-        def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        def note_eps(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
             for name, value in named.items():
                 if re.fullmatch("(.*_)?eps", name.lower()):
                     handed.add((kernel.__name__, name, type(value)))
-            triton_launch.launch(kernel, grid, *arguments, **constants)
+            launch.launch(kernel, grid, *arguments, **constants)
 
         for name, module in list(sys.modules.items()):
-            if name.startswith("megatron_mhc.kernels.triton.") and module is not triton_launch:
-                monkeypatch.setattr(module, "launch", launch, raising=False)
+            if name.startswith("megatron_mhc.kernels.triton.") and module is not launch:
+                monkeypatch.setattr(module, "launch", note_eps, raising=False)
         eps = {n: 1 for n in settings(self.operation, PAPER, 20) if n.endswith("eps")}
         for function in (self.operation, f"{self.operation}_with_h_pre"):
             if hasattr(kernels, function):
@@ -185,7 +182,7 @@ class Operation:
 
     @pytest.mark.parametrize("named", [True, False], ids=["all arguments", "all but the first"])
     def test_torch_func_differentiates(self, named: bool) -> None:
-        """grad and vjp, whose function is called when the transform is over: the reference's."""
+        """grad and vjp, whose function is called when the transform is over: autograd's bits."""
         given = {
             k: v.detach() for k, v in inputs(self.operation, 3, 4, 24, torch.float32, "cpu").items()
         }
@@ -194,17 +191,16 @@ class Operation:
         if not free:
             return  # the operation has one argument
 
-        def loss(free: dict[str, torch.Tensor], backend: str = "triton") -> torch.Tensor:
-            wide = {k: v.to(next(iter(free.values())).dtype) for k, v in fixed.items()}
-            out = run(getattr(kernels, self.operation), {**wide, **free}, backend=backend)
+        def loss(free: dict[str, torch.Tensor]) -> torch.Tensor:
+            out = run(getattr(kernels, self.operation), {**fixed, **free}, backend="triton")
             return sum(result.square().sum() for result in out)
 
-        exact = torch.func.grad(loss)({k: v.double() for k, v in free.items()}, "torch")
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in free.items()}
+        loss(leaves).backward()
         _, derive = torch.func.vjp(loss, free)
         for gradients in (torch.func.grad(loss)(free), *derive(torch.ones(()))):
-            for name, wanted in exact.items():
-                bound = CANCELLING if name in ("alpha", "scale") else SMALL[torch.float32]
-                assert relative(gradients[name], wanted) <= bound, name
+            for name, leaf in leaves.items():
+                assert torch.equal(gradients[name], leaf.grad), name
 
     def test_torch_func_has_no_second_gradient_and_no_vmap(self) -> None:
         """Refused in whatever way it is asked for: what autograd cannot see would be zero."""
@@ -255,12 +251,25 @@ class Operation:
                 assert all(map(torch.equal, got, wanted))
 
     def test_keywords_are_the_references(self) -> None:
-        theirs = inspect.signature(getattr(reference, self.operation)).parameters
-        ours = inspect.signature(getattr(triton_operations, self.operation)).parameters
-        assert [(p.name, p.default, p.kind) for p in ours.values()] == [
-            (p.name, p.default, p.kind) for p in theirs.values()
-        ]
-        assert set(settings(self.operation, PAPER, 20)) <= set(ours)
+        """Those of `coefficients` are one argument in Triton, with the same defaults."""
+
+        def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+            known = inspect.signature(function).parameters.values()
+            return [(p.name, p.default, p.kind) for p in known if p.name != "backend"]
+
+        public = parameters(getattr(kernels, self.operation))
+        triton = parameters(getattr(operations, self.operation))
+        of_reference = parameters(getattr(reference, self.operation))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [(name, default, keyword) for name, default in DEFAULT._asdict().items()]
+        assert set(options) <= set(parameters(reference.coefficients))
+        takes_options = triton[-1] == ("options", DEFAULT, keyword)
+        assert public == (triton[:-1] + options if takes_options else triton)
+        if of_reference[-1][0] == "options":  # handed on to `coefficients` as they are
+            assert takes_options
+            of_reference[-1:] = options
+        assert public == of_reference
+        assert set(settings(self.operation, PAPER, 20)) <= {name for name, _, _ in public}
 
 
 class Projecting(Operation):

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_mhc.kernels.triton import tiles as config
-from megatron_mhc.kernels.triton.passes import phi_gradient as triton_phi_gradient
-from megatron_mhc.kernels.triton.passes import projection as triton_projection
+from megatron_mhc.kernels.triton import tiles
+from megatron_mhc.kernels.triton.passes import phi_gradient, projection
 from tests.kernel_cases import check
 
 
@@ -21,11 +20,11 @@ def test_a_program_goes_through_several_tiles(
     """One or two programs share the tokens, every tile or every other; `finish` has a quarter
     of a tile of `project` a program, or a whole. The last block of channels is a stub."""
     for kernel in ("project", "streams_backward", "phi_gradient"):
-        tile = dataclasses.replace(getattr(config, kernel)(4, 168, dtype), splits=splits)
+        tile = dataclasses.replace(getattr(tiles, kernel)(4, 168, dtype), splits=splits)
         assert splits * tile.tokens < 133
-        monkeypatch.setattr(config, kernel, lambda *_, tile=tile: tile)
-    monkeypatch.setattr(config, "finish", lambda *_: config.Tile(finish_tokens, 1, warps=1))
-    monkeypatch.setattr(triton_projection, "MOST_PROGRAMS", splits)
+        monkeypatch.setattr(tiles, kernel, lambda *_, tile=tile: tile)
+    monkeypatch.setattr(tiles, "finish", lambda *_: tiles.Tile(finish_tokens, 1, warps=1))
+    monkeypatch.setattr(projection, "MOST_PROGRAMS", splits)
     check("combine_pre", 133, 4, 168, dtype, "cpu", iterations=2)
     check("combine", 133, 4, 168, dtype, "cpu")
 
@@ -33,7 +32,7 @@ def test_a_program_goes_through_several_tiles(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_phi_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a card has too little shared memory for all 80 rows of n = 8 at once."""
-    monkeypatch.setattr(config, "streams_backward_rows", lambda rows: 16)
+    monkeypatch.setattr(tiles, "streams_backward_rows", lambda rows: 16)
     check("combine_pre", 5, 8, 40, dtype, "cpu", iterations=2)
     check("pre", 19, 4, 40, dtype, "cpu", iterations=2)  # the second part of 24 rows is a stub
 
@@ -45,7 +44,7 @@ def test_every_row_is_projected_with_all_of_phi(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(35, n, 40, generator=generator).bfloat16()
     phi = torch.randn(rows, n * 40, generator=generator)
-    _, partial = triton_projection.project(x, phi, None)
+    _, partial = projection.project(x, phi, None)
     got = partial.double().sum(1).transpose(1, 2).flatten(0, 1)[:35]
     wide = x.double().flatten(1)
     wanted = torch.cat((wide @ phi.double().t(), wide.square().sum(1, keepdim=True)), dim=1)
@@ -64,11 +63,11 @@ def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.append(len(partial))
         return sum_rows(partial, out)
 
-    sum_rows = triton_phi_gradient.sum_rows
-    monkeypatch.setattr(triton_phi_gradient, "sum_rows", counted)
-    monkeypatch.setattr(triton_phi_gradient, "LONGEST_SUM", 32)
-    monkeypatch.setattr(config, "phi_gradient", lambda *_: config.Tile(32, 128, 4))
-    got = triton_phi_gradient.phi_gradient(y, d_z).double()
+    sum_rows = phi_gradient.sum_rows
+    monkeypatch.setattr(phi_gradient, "sum_rows", counted)
+    monkeypatch.setattr(phi_gradient, "LONGEST_SUM", 32)
+    monkeypatch.setattr(tiles, "phi_gradient", lambda *_: tiles.Tile(32, 128, 4))
+    got = phi_gradient.phi_gradient(y, d_z).double()
     wanted = d_z.double().t() @ y.double().flatten(1)
     assert counts == [26]
     # fp32 sums of 805 terms

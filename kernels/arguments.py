@@ -1,0 +1,32 @@
+"""Arguments that belong together: each is handed on as one."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Mixing(NamedTuple):
+    """What a site leaves when its sublayer has run: all that `combine` takes beside the streams."""
+
+    f: Tensor
+    h_post: Tensor
+    h_res: Tensor
+    f_bias: Tensor | None = None
+
+    def detach(self) -> "Mixing":
+        """The same tensors outside their graph."""
+        f_bias = None if self.f_bias is None else self.f_bias.detach()
+        return Mixing(self.f.detach(), self.h_post.detach(), self.h_res.detach(), f_bias)
+
+
+class Options(NamedTuple):
+    """How the coefficients are computed: the keywords of `reference.coefficients`."""
+
+    iterations: int = 20
+    norm_eps: float = 1e-6
+    pre_eps: float = 0.0
+    sinkhorn_eps: float = 0.0
+
+
+DEFAULT = Options()
+"""The paper's."""
