@@ -2,8 +2,9 @@
 
 Its nodes add up a residual's gradients in another order than whole layers, so losses are near those
 in stock order, not the same. Each run of the overlap is compared with itself, digit for digit:
-again, and with PyTorch's memory cache turned off, where memory that is read after it was given back
-would hold something else.
+again, which a stream that does not wait for another would change from run to run, and with
+PyTorch's memory cache turned off, where memory that is read after it was given back holds something
+else.
 """
 
 from functools import partial
@@ -36,11 +37,9 @@ def expert_overlap(bench: Any, gpus: int, paper: str) -> tuple[list[Any], list[A
         partial(bench.train, name, gpus, f"{size} {flags}", count, **more)
         for name, (flags, count, more) in runs.items()
     ]
-    checks = [
-        partial(bench.alike, "ep-overlap", "ep", 2e-2),
-        partial(bench.alike, "ep-overlap-again", "ep-overlap", None),
-        partial(bench.alike, "ep-overlap-uncached", "ep-overlap", None),
-    ]
-    if "ep-overlap-wgrad" in runs:
-        checks.append(partial(bench.alike, "ep-overlap-wgrad", "ep", 2e-2))
+    exact = [name for name in runs if name.startswith("ep-overlap-")]
+    checks = [partial(bench.alike, name, "ep-overlap", None) for name in exact]
+    # last: a run that differs is nothing to compare others with. Later steps of an untrained router
+    # are as far apart (2e-2) where attention's backward alone adds in another order.
+    checks.append(partial(bench.alike, "ep-overlap", "ep", 5e-3, first=5))
     return launches, checks

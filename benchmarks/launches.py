@@ -218,24 +218,25 @@ class Bench:
                 row.remark = f"{row.step_ms / base:.3f} of the first; medians of rounds {each}"
             self.runs[row.name] = row
 
-    def alike(self, one: str, other: str, bound: float | None) -> None:
+    def alike(self, one: str, other: str, bound: float | None, first: int | None = None) -> None:
         """Compare losses: with gradient norms digit for digit where bound is None, else relatively.
 
-        The other may have gone on for longer.
+        The other may have gone on for longer; `first` is how many steps to look at.
         """
         if one not in self.runs or other not in self.runs:
             return  # its launch raised, which is a line of its own
         a, b = self.runs[one], self.runs[other]
-        steps = len(a.losses)
+        steps = min(len(a.losses), first or len(a.losses))
         if a.failure or b.failure or not steps or steps > len(b.losses):
             a.remark = a.remark or f"not comparable with {other}"
             return
         losses = b.losses[:steps]
-        if a.losses == losses and (a.norms == b.norms[:steps] or bound is not None):
+        own = a.losses[:steps]
+        if own == losses and (a.norms[:steps] == b.norms[:steps] or bound is not None):
             what = "losses and gradient norms" if bound is None else "losses"
             a.remark = f"{steps} {what} as {other}'s, digit for digit"
             return
-        worst = max(map(apart, a.losses, losses))
-        a.remark = f"losses within {worst:.1e} of {other}'s"
+        worst = max(map(apart, own, losses))
+        a.remark = f"{steps} losses within {worst:.1e} of {other}'s"
         if bound is None or worst > bound:
             a.failure = "differs"
