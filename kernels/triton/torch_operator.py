@@ -118,17 +118,21 @@ class Operator:
             return made[0] if single else made
 
         def setup(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs[:count], *(output[index] for index in kept))
+            ctx.save_for_backward(*inputs[:count], *[output[index] for index in kept])
             ctx.constants = [inputs[index] for index in constants]
-            ctx.set_materialize_grads(materialize)
+            if not materialize:
+                ctx.set_materialize_grads(False)
 
         def derive(ctx: Any, *given: Any) -> Any:
             saved = ctx.saved_tensors
             found = backward(*saved, *given[:due], *ctx.constants)
-            found = [found] if single else list(found)
-            for index in absent:
-                if saved[index] is None:
-                    found[index] = None
+            if single:
+                return (found, *rest)
+            if absent:
+                found = list(found)
+                for index in absent:
+                    if saved[index] is None:
+                        found[index] = None
             return (*found, *rest)
 
         backward._traced.register_fake(fake)

@@ -54,9 +54,10 @@ def streams_gradients(
     """
     tokens, n, width = y.shape
     weights = None if phi is None else pack_weights(phi, y.dtype)
-    empty = lambda like: None if like is None else torch.empty_like(like)  # noqa: E731
-    f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
-    dx, df, d_post, d_res = torch.empty_like(y), empty(f), empty(h_post), empty(h_res)
+    dx, df, d_post, d_res, f_bias = torch.empty_like(y), None, None, None, None
+    if mixing is not None:
+        f_bias = mixing.f_bias
+        df, d_post, d_res = map(torch.empty_like, mixing[:3])
     if tokens == 0:
         no_phi = None if phi is None else torch.zeros_like(phi)
         no_bias = None if f_bias is None else torch.zeros_like(f_bias)
