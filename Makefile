@@ -2,7 +2,7 @@
 VENV ?= .venv
 MHC ?= 1
 MATRIX ?= 0.18.2 0.19.2
-# two files of tests at a time: most of a test's time is one process that starts
+# two files of tests at a time: what a file trains once, its tests share
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # a change of the stand-in for CUDA runs its own tests too
 STAND_IN := patches/cpu/

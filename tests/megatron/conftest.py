@@ -17,17 +17,9 @@ THOROUGH = {
         "test_a_converted_model_starts_where_the_ordinary_one_is[moe-deepseek_v4-1e-05]",
         "test_the_new_parameters_are_those_of_a_new_model[moe]",
     ),
-    "tools/test_doctor.py": (
-        "test_an_unsupported_megatron_is_refused_by_name[0.16.1-spec]",
-        "test_an_unsupported_megatron_is_refused_by_name[0.16.1-auto]",
-        "test_an_unsupported_megatron_is_refused_by_name[0.21.0-runner]",
-    ),
-    "model/test_dropped_layers.py": ("test_stages_of_a_pipeline_are_shortened_too[stock]",),
     "pipeline/test_overlap.py": (
-        "test_overlap_trains_bit_for_bit_as_stock_order_does[1 microbatch]",
         "test_hosts_that_wait_for_every_message_do_not_lock[6 microbatches]",
     ),
-    "model/test_recompute.py": ("test_trains_as_without_bit_for_bit[one layer]",),
 }
 
 

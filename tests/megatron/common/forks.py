@@ -77,11 +77,14 @@ def run_to_the_end(program: Callable[[], object]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         status = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(ValueError):  # multiprocessing's tracker closes its own
+                stream.flush()
+    finally:  # whatever else happens, the caller's frames are not this process's
+        os._exit(status)
 
 
 def spawn_as_fork(_: bytes, arguments: Sequence[str], kept: Sequence[int]) -> int:

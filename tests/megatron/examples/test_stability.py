@@ -101,6 +101,7 @@ def test_a_model_without_gradients_counts_as_broken(tmp_path: Path) -> None:
 
 def test_what_is_no_number_counts_as_broken_and_an_error_does_not(tmp_path: Path) -> None:
     arguments = ["tiny", "--runs", str(tmp_path), "--models", "ordinary", "--iterations", "20"]
+    arguments += ["--num-layers", "2"]
     broke = script("run.py", *arguments, "--learning-rates", "1e30", "--clip-grad", "0")
     assert broke.returncode == 0 and ": broke in" in broke.stdout, broke.stdout + broke.stderr
     wrong = script("run.py", *arguments, "--learning-rates", "1e-3", "--no-such-flag")

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from megatron.training.config.yaml_utils import safe_yaml_representers
 
 from megatron_mhc import MHCConfig, with_mhc
 from megatron_mhc.patches import registry
-from tests.megatron.common.launch import ROOT
+from tests.megatron.common.launch import forked_python
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +57,10 @@ def test_a_spec_comes_back_from_pickle_in_another_process(layer: type, tmp_path:
         "spec = pickle.load(open(sys.argv[1], 'rb'))\n"
         "pickle.dump((spec, spec.module.__mro__[2], spec.params), open(sys.argv[2], 'wb'))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(there), str(back)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    # one that has not imported Megatron, and (as that takes seconds) two that have
+    stage = "torch" if layer is TransformerLayer else "megatron"
+    done = forked_python("-c", program, str(there), str(back), stage=stage)
+    assert done.returncode == 0, done.stdout[-2000:]
     again, base, params = pickle.loads(back.read_bytes())
     assert again.module is spec.module and base is layer
     assert again.params == params == spec.params

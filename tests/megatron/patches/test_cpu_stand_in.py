@@ -1,6 +1,5 @@
 """The stand-in for CUDA: its scope, its answers, and Megatron training in it as it should."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from megatron_mhc.patches import cpu
 from megatron_mhc.patches.cpu import torch_cuda
 from megatron_mhc.patches.registry import Patch, locate, registry
-from tests.megatron.common.launch import ROOT
+from tests.megatron.common.launch import cold_python
 
 # every training test of the suite runs inside the stand-in; what it is by itself changes with it
 pytestmark = pytest.mark.thorough
@@ -52,10 +51,8 @@ def inside() -> Iterator[None]:
 
 
 def python(program: str) -> str:
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    finished = cold_python("-W", "ignore", "-c", program)
+    assert finished.returncode == 0, finished.stdout[-4000:]
     return finished.stdout
 
 

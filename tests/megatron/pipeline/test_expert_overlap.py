@@ -7,7 +7,7 @@ import pytest
 from megatron_mhc.patches.releases import is_installed
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.model.test_training import SGD
+from tests.megatron.common.settings import SGD
 
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 SHARED = {"moe_shared_expert_intermediate_size": 64}
