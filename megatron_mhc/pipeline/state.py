@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -64,12 +63,17 @@ def _block_of(module: Any) -> Block | None:
     return getattr(module, "recompute_block", None)
 
 
-_states: WeakKeyDictionary[Any, PipelineState] = WeakKeyDictionary()
+_STATE = "mhc_pipeline_state"
 
 
 def state_of(chunk: Any) -> PipelineState:
-    """The state of the model whose first chunk on this rank this is, wrapped or not."""
-    return _states.setdefault(chunk, PipelineState())
+    """The state of the model whose first chunk on this rank this is, wrapped or not.
+
+    It is kept on the chunk: through the gradients' places of `side_streams` it reaches the model,
+    and a table of states, however weak its keys, would hold every model for ever.
+    """
+    kept: PipelineState = vars(chunk).setdefault(_STATE, PipelineState())
+    return kept
 
 
 def rebuild_ahead(chunk: torch.nn.Module) -> bool:

@@ -27,7 +27,6 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_mhc.model.connection import HyperConnection
 from megatron_mhc.model.parameters import is_hyper_connection
-from megatron_mhc.pipeline import state
 from megatron_mhc.pipeline.state import rebuild_ahead
 from tests.megatron.common.generation import decoded, generated
 from tests.megatron.common.probes import fall_silent, held_bytes, interrupted
@@ -262,11 +261,7 @@ def train(s: Scenario) -> dict[str, Any]:
 
 
 def end_groups() -> None:
-    """End every process group but the first: their threads would poll for ever.
-
-    A model that overlaps its communication is held by what its pipeline keeps, and holds groups.
-    """
-    state._states.clear()
+    """End every process group but the first: their threads would poll for ever."""
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

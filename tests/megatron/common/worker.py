@@ -6,6 +6,7 @@ What a launcher sets is in the environment: RANK, WORLD_SIZE, MASTER_ADDR and MA
 """
 
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from tests.megatron.common.train import end_groups, train  # isort: skip  (first: Megatron, for the CPU)
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_mhc.pipeline.side_streams import SideStreams
@@ -35,6 +37,7 @@ def run(s: Scenario) -> dict[str, Any]:
     """Build, train and describe a scenario.
 
     Returns:
+        models (how many are still there when it has ended; `work` counts them),
         losses (one a step), mtp_losses (a list a step: of all its microbatches, by depth),
         parameters (whole, after training), gradients (of mHC's on this rank, a dict a step),
         dtypes and weight_decay (of each parameter, by name), and
@@ -71,6 +74,8 @@ def work(one: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         results[name] = one(settings)
         dist.barrier()
         end_groups()
+        # no isinstance: it asks a weak proxy's target, which may be gone
+        results[name]["models"] = sum(type(thing) is GPTModel for thing in gc.get_objects())
     if dist.get_rank() == 0:
         torch.save(results, result_file)
     dist.barrier()

@@ -59,8 +59,9 @@ def trained(model: str) -> dict[str, Any]:
 def test_shards_train_as_whole_parameters(model: str) -> None:
     results = trained(model)
     whole = results[f"{model}, no_shard"]
-    # gradients are reduced in other pieces; a bf16 gradient that rounds otherwise moves by 4e-3
-    bound = 1e-3 if model == "bf16" else SUMMATION_ORDER
+    # gradients are reduced in other pieces; a bias that began at 0 is a sum of two bf16 gradients,
+    # each off by up to 4e-3 where it rounds otherwise
+    bound = 2e-2 if model == "bf16" else SUMMATION_ORDER
     for how in strategies(model)[1:]:
         assert_same_training(results[f"{model}, {how}"], whole, bound=bound)
     plain = results[model]["losses"]

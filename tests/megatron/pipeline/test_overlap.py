@@ -98,6 +98,12 @@ def test_overlap_trains_bit_for_bit_as_stock_order_does(case: str) -> None:
     assert_same_training(result["on"], result["off"], bound=None)
 
 
+@pytest.mark.parametrize("case", ["6 microbatches", "interleaved"])
+def test_a_model_that_has_been_trained_is_let_go(case: str) -> None:
+    """What its pipeline keeps between steps holds the model, and nothing else may hold that."""
+    assert [results(case)[mode]["models"] for mode in ("off", "on")] == [0, 0]
+
+
 @pytest.mark.parametrize("case", EAGER_CASES)
 def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
     result = results(case)
