@@ -41,7 +41,7 @@ test-all: QUICK :=
 test-all: test  ## Run all tests, the thorough ones too (some minutes more)
 
 test-cards: env  ## Compile every kernel for every card, for what shared memory it takes (an hour)
-	ALL_CARDS=1 $(BIN)/python -m pytest -n 2 tests/unit/test_triton_cards.py
+	ALL_CARDS=1 $(BIN)/python -m pytest -n 2 tests/unit/kernels/test_cards.py
 
 test-matrix: SHELL := bash -o pipefail
 test-matrix:  ## Run the tests with every supported Megatron-Core, each in an environment of its own

@@ -1,6 +1,6 @@
 """`combine` under Triton's interpreter."""
 
-from tests.unit.interpreted.operation import Operation
+from tests.unit.kernels.interpreted.operation import Operation
 
 
 class TestCombine(Operation):

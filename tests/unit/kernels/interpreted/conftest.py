@@ -4,7 +4,7 @@ The interpreter is chosen when triton is imported, and the tests outside want th
 file here is one test of an ordinary run: a process with TRITON_INTERPRET=1 that runs it. To choose
 among its tests, set that variable yourself:
 
-    TRITON_INTERPRET=1 python -m pytest tests/unit/interpreted/test_pre.py -k no_tokens
+    TRITON_INTERPRET=1 python -m pytest tests/unit/kernels/interpreted/test_pre.py -k no_tokens
 """
 
 import os

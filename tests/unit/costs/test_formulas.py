@@ -9,7 +9,9 @@ from megatron_mhc.costs.formulas import (
     activation_bytes_a_token,
     forward_flops_a_token,
     full_recompute_bytes_a_token,
+    sites_and_parameters,
 )
+from megatron_mhc.model.connection import Head, HyperConnection
 
 
 class Counter:
@@ -80,10 +82,13 @@ def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
     assert gib == pytest.approx(17.2 - 12.2, abs=0.1)
 
 
-def test_activation_bytes_by_hand() -> None:
-    stream, coefficients = 2 * 64, 4 * (4 + 16 + 24 + 1)
-    a_token = activation_bytes_a_token(MHCConfig(), 3, 64, 2)
-    assert a_token == 6 * (5 * stream + coefficients)
+@pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])
+def test_parameter_count_is_the_modules(settings: dict) -> None:
+    mhc = MHCConfig(num_streams=3, **settings)
+    modules = [HyperConnection(mhc, 10, site) for site in range(4)]
+    modules += [Head(mhc, 10)] if mhc.learned_head else []
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    assert sites_and_parameters(mhc, num_layers=2, hidden_size=10) == (4, count)
 
 
 @pytest.mark.parametrize(

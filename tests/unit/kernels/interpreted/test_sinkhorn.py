@@ -3,7 +3,7 @@
 import torch
 
 from megatron_mhc import kernels
-from tests.unit.interpreted.operation import Operation
+from tests.unit.kernels.interpreted.operation import Operation
 
 
 class TestSinkhorn(Operation):

@@ -203,7 +203,7 @@ def test_a_file_that_is_not_there_is_refused(
 
 def test_what_tune_kernels_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    folder = Path(__file__).parents[2] / "benchmarks"
+    folder = Path(__file__).parents[3] / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
     specification = importlib.util.spec_from_file_location("tuning", folder / "tune_kernels.py")
     assert specification is not None and specification.loader is not None

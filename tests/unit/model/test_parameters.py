@@ -89,3 +89,13 @@ def test_a_move_changes_no_value(build: Callable[[], Fp32Module]) -> None:
     module.reset_parameters()
     for name, value in build().state_dict().items():
         assert torch.equal(module.get_parameter(name), value), name
+
+
+def test_parameters_stay_fp32_and_move() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), HyperConnection(MHCConfig(), 6, 0))
+    module.bfloat16()
+    assert module[0].weight.dtype == torch.bfloat16
+    assert {p.dtype for p in module[1].parameters()} == {torch.float32}
+    module.to("meta")
+    assert {p.device.type for p in module[1].parameters()} == {"meta"}
+    assert {p.dtype for p in module[1].parameters()} == {torch.float32}

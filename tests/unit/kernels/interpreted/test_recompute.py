@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.unit.test_recompute import Layers
+from tests.unit.model.test_recompute import Layers
 
 
 def test_recompute_over_the_kernels_is_exact() -> None:

@@ -1,0 +1,158 @@
+"""MHCConfig, its flags and its environment variables."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.start.flags import (
+    SETTINGS,
+    add_mhc_arguments,
+    config_from_arguments,
+    config_from_environment,
+    prepare_arguments,
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_streams": 0}, "num_streams is 0; expected an int, at least 1"),
+        ({"num_streams": 4.0}, "num_streams is 4.0; expected an int"),
+        ({"num_streams": True}, "num_streams is True; expected an int"),
+        ({"num_streams": "4"}, "num_streams is '4'; expected an int"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations is 0; expected an int, at least 1"),
+        ({"sinkhorn_iterations": 2.5}, "sinkhorn_iterations is 2.5; expected an int"),
+        ({"convention": "v4"}, "convention is 'v4'; expected one of paper, deepseek_v4"),
+        ({"init": "random"}, "init is 'random'; expected one of residual, zero"),
+        ({"variant": "HC"}, "variant is 'HC'; expected one of mhc, hc"),
+        ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, triton, torch"),
+        ({"variant": "hc", "sinkhorn_iterations": 5}, "sinkhorn_iterations is 5, .* default, 20"),
+        ({"variant": "hc", "convention": "deepseek_v4"}, "is 'deepseek_v4', which variant 'hc'"),
+        ({"variant": "hc", "init": "zero"}, "init is 'zero', .* leave it at its default, 'resid"),
+        ({"variant": "hc", "backend": "triton"}, "has the reference only"),
+        ({"recompute": 0}, "recompute is 0; expected None, 'auto' or a number of layers"),
+        ({"recompute": True}, "recompute is True; expected"),
+        ({"recompute": "full"}, "recompute is 'full'; expected"),
+        ({"recompute": 2.0}, "recompute is 2.0; expected"),
+        ({"recompute": 2, "variant": "hc"}, "recompute is 2, but variant 'hc' keeps fp32"),
+        ({"overlap_p2p": "0"}, "overlap_p2p is '0'; expected True or False"),
+        ({"overlap_p2p": True, "overlap_in_flight": 3}, "overlap_in_flight is 3; expected 1 or 2"),
+        ({"overlap_in_flight": True}, "overlap_in_flight is True; expected 1 or 2"),
+        ({"overlap_in_flight": 2}, "overlap_in_flight is 2 without overlap_p2p"),
+    ],
+)
+def test_refused_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MHCConfig(**settings)
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    """The flags as Megatron's parser would have them, `--spec` included."""
+    parser = add_mhc_arguments(argparse.ArgumentParser())
+    parser.add_argument("--spec", nargs="*")
+    return parser.parse_args(flags)
+
+
+def test_flags_become_the_config() -> None:
+    flags = ["--mhc-num-streams", "2", "--mhc-convention", "deepseek_v4", "--mhc-backend", "torch"]
+    args = parse("--mhc", *flags)
+    prepare_arguments(args)
+    want = MHCConfig(num_streams=2, convention="deepseek_v4", backend="torch")
+    assert config_from_arguments(args) == want
+    assert args.spec == ["megatron_mhc.spec", "gpt_layer_spec"]
+    # Megatron prints and stores its arguments: the defaults that apply stand among them
+    assert args.mhc_sinkhorn_iterations == 20
+
+
+def test_every_setting_has_a_flag() -> None:
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(MHCConfig)]
+    help_text = add_mhc_arguments(argparse.ArgumentParser()).format_help()
+    for name in SETTINGS:
+        assert "--mhc-" + name.replace("_", "-") in help_text
+
+
+def test_a_spec_of_the_users_own_is_kept_for_mhc_to_go_around() -> None:
+    args = parse("--mhc", "--spec", "mine", "layer")
+    prepare_arguments(args)
+    assert args.mhc_base_spec == ["mine", "layer"]
+
+
+def test_naming_our_spec_turns_mhc_on() -> None:
+    args = parse("--spec", "megatron_mhc.spec", "gpt_layer_spec", "--mhc-num-streams", "8")
+    prepare_arguments(args)
+    assert args.mhc and config_from_arguments(args).num_streams == 8
+
+
+def test_settings_without_mhc_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="--mhc-num-streams, --mhc-overlap-p2p given without --mhc"
+    ):
+        prepare_arguments(parse("--mhc-num-streams", "4", "--mhc-overlap-p2p"))
+
+
+def test_without_mhc_nothing_changes() -> None:
+    args = parse("--spec", "mine", "layer")
+    before = vars(args).copy()
+    prepare_arguments(args)
+    assert vars(args) == before
+
+
+def test_environment_variables_become_the_config() -> None:
+    environ = {"MHC_NUM_STREAMS": "8", "MHC_INIT": "zero", "PATH": "/bin"}
+    assert config_from_environment(environ) == MHCConfig(num_streams=8, init="zero")
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"MHC_STREAMS": "4"}, "MHC_STREAMS is set; known are MHC_BACKEND, "),
+        ({"MHC_NUM_STREAMS": "four"}, "MHC_NUM_STREAMS is 'four'; expected a whole number"),
+        (
+            {"MHC_RECOMPUTE": "none"},
+            "MHC_RECOMPUTE is 'none'; expected off, auto or a number of layers",
+        ),
+        ({"MHC_OVERLAP_P2P": "maybe"}, "MHC_OVERLAP_P2P is 'maybe'; expected 0 or 1"),
+        ({"MHC_NUM_STREAMS": "-1"}, "num_streams is -1"),
+    ],
+)
+def test_refused_environment(environ: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_environment(environ)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mhc-recompute none", "recompute: 'none'; expected off, auto or a number of layers"),
+        ("--mhc-num-streams four", "--mhc-num-streams: 'four'; expected a whole number"),
+    ],
+)
+def test_refused_flags(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--mhc", *flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_variable_beside_the_flags_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would read it: `MHC_NUM_STREAMS=8 ... --mhc` would train with four streams."""
+    monkeypatch.setenv("MHC_NUM_STREAMS", "8")
+    with pytest.raises(ValueError, match=r"MHC_NUM_STREAMS set .* give --mhc-num-streams"):
+        prepare_arguments(parse("--mhc"))
+    # of a run without mHC the variable says nothing
+    prepare_arguments(parse())
+    monkeypatch.delenv("MHC_NUM_STREAMS")
+    monkeypatch.setenv("MHC_HOME", "/not/of/ours")
+    prepare_arguments(parse("--mhc"))
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [("auto", "auto"), ("3", 3), ("off", None), (None, None)]
+)
+def test_recompute_from_flag_and_environment(given: str | None, value: int | str | None) -> None:
+    args = parse("--mhc", *(() if given is None else ("--mhc-recompute", given)))
+    prepare_arguments(args)
+    assert config_from_arguments(args).recompute == value
+    environ = {} if given is None else {"MHC_RECOMPUTE": given}
+    assert config_from_environment(environ).recompute == value
