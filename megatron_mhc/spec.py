@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from .config import MHCConfig
-from .model.specs import widened
+from .model.specs import replace_residuals
 from .start.activate import check_turned_off, loader_patches, model_patches
 from .start.banner import announce_spec
 from .start.flags import active_config, base_spec
@@ -57,7 +57,7 @@ def with_mhc[
     """
     check_turned_off()
     registry.apply(*model_patches(), *loader_patches())
-    return widened(spec, MHCConfig() if config is None else config)
+    return replace_residuals(spec, MHCConfig() if config is None else config)
 
 
 def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:

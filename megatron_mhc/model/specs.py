@@ -14,7 +14,7 @@ from megatron_mhc.config import MHCConfig
 from .layer import MHCLayer, mhc_layer
 
 
-def widened[
+def replace_residuals[
     Spec: (
         ModuleSpec,
         TransformerBlockSubmodules,
@@ -29,22 +29,22 @@ def widened[
     if isinstance(spec, list):
         return [_layer_with_mhc(layer, config) for layer in spec]
     if isinstance(spec, TransformerBlockSubmodules):
-        wide = copy.copy(spec)
-        wide.layer_specs = [_layer_with_mhc(layer, config) for layer in spec.layer_specs or []]
-        return wide
+        replaced = copy.copy(spec)
+        replaced.layer_specs = [_layer_with_mhc(layer, config) for layer in spec.layer_specs or []]
+        return replaced
     if isinstance(spec, MultiTokenPredictionBlockSubmodules):
-        deep = copy.copy(spec)
-        deep.layer_specs = [_mtp_with_mhc(layer, config) for layer in spec.layer_specs or []]
-        return deep
+        mtp_spec = copy.copy(spec)
+        mtp_spec.layer_specs = [_mtp_with_mhc(layer, config) for layer in spec.layer_specs or []]
+        return mtp_spec
     if not isinstance(spec, ModuleSpec):
         raise ValueError(
             f"spec is {spec!r}; expected a layer's ModuleSpec, a list of them or a"
             " TransformerBlockSubmodules (call a spec function before with_mhc)"
         )
     if isinstance(spec.module, type) and issubclass(spec.module, TransformerBlock):
-        wide = copy.copy(spec)
-        wide.submodules = widened(spec.submodules, config)
-        return wide
+        replaced = copy.copy(spec)
+        replaced.submodules = replace_residuals(spec.submodules, config)
+        return replaced
     return _layer_with_mhc(spec, config)
 
 
@@ -55,12 +55,12 @@ def _has_mhc(layer: Any) -> bool:
 
 def _mtp_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
     """A layer of multi-token prediction whose Transformer layer has mHC (or keeps it)."""
-    wide = copy.copy(spec)
-    wide.submodules = copy.copy(spec.submodules)
-    inner = wide.submodules.mtp_model_layer
+    replaced = copy.copy(spec)
+    replaced.submodules = copy.copy(spec.submodules)
+    inner = replaced.submodules.mtp_model_layer
     if not _has_mhc(inner):
-        wide.submodules.mtp_model_layer = _layer_with_mhc(inner, config)
-    return wide
+        replaced.submodules.mtp_model_layer = _layer_with_mhc(inner, config)
+    return replaced
 
 
 def like_decoder(decoder: Any, mtp: Any) -> Any:
@@ -73,7 +73,7 @@ def like_decoder(decoder: Any, mtp: Any) -> Any:
     submodules = getattr(decoder, "submodules", decoder)
     layers = getattr(submodules, "layer_specs", None) or [decoder]
     settings = [layer.params["mhc"] for layer in layers if _has_mhc(layer)]
-    return widened(mtp, settings[-1]) if settings and mtp is not None else mtp
+    return replace_residuals(mtp, settings[-1]) if settings and mtp is not None else mtp
 
 
 def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
@@ -87,10 +87,10 @@ def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
             )
     if spec.submodules.cross_attention is not IdentityOp:
         raise ValueError("the spec has cross attention, for which mHC has no site")
-    wide = copy.copy(spec)
-    wide.module = layer_class
+    replaced = copy.copy(spec)
+    replaced.module = layer_class
     # build_module hands the params of a spec to the class
-    wide.params = {**spec.params, "mhc": config}
+    replaced.params = {**spec.params, "mhc": config}
     # TransformerLayer rewrites entries of its submodules while it is built
-    wide.submodules = copy.copy(spec.submodules)
-    return wide
+    replaced.submodules = copy.copy(spec.submodules)
+    return replaced

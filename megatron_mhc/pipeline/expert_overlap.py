@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.utils import nvtx_decorator
 from torch import Tensor
 
 from megatron_mhc.model.arrange import arrange
@@ -39,6 +40,7 @@ class Handover(Inline):
         self._stream = stream
         self._written: Any = None
 
+    @nvtx_decorator(message="mhc.post")
     def run_detached[T](self, work: Callable[..., T], *inputs: Any) -> T:
         """`work(*inputs)` beside the current stream, which does not wait for the result."""
         self._stream.wait_stream(torch.cuda.current_stream())

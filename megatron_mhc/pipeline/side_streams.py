@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from megatron.core.utils import nvtx_decorator
 from torch import Tensor
 
 from megatron_mhc.model.site import Inline
@@ -69,6 +70,7 @@ class SideStreams(Inline):
         """The stream of a microbatch."""
         return self._streams[microbatch % len(self._streams)]
 
+    @nvtx_decorator(message="mhc.side_stream")
     def run_detached[T](self, work: Callable[..., T], *inputs: Any) -> T:
         """`work(*inputs)` on the microbatch's stream, behind the compute stream's work so far.
 
@@ -80,6 +82,7 @@ class SideStreams(Inline):
         with torch.cuda.stream(stream):
             return work(*inputs)
 
+    @nvtx_decorator(message="mhc.side_stream")
     def run_and_join[T](self, work: Callable[..., T], streams: Tensor) -> T:
         """`work(streams)` on this microbatch's stream, for the compute stream to go on with.
 

@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "ordinary": {"mhc": None},
     "experts": {"kind": "moe"},
-    "bf16": {"bf16": True},
+    "bf16": {"bf16": True, "optimizer": {**ADAM, "lr": 0.1, "min_lr": 0.1}},
     "learned head": {"mhc": {"convention": "deepseek_v4"}},
     "full recompute": {"config": FULL},
     "sequence parallel": {

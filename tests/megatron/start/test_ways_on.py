@@ -45,9 +45,8 @@ def test_spec_is_megatrons_own_way(wide: str, tmp_path: Path) -> None:
     assert losses(result.stdout)[0] == losses(wide)[0]
 
 
-@pytest.mark.parametrize("name", ["megatron-fsdp", "torch-fsdp2"])
-def test_fsdp_refuses_a_model_that_a_library_gave_mhc(name: str) -> None:
-    """No flag of FSDP is on a TransformerConfig: Megatron's own wrappers refuse."""
+def test_torchs_fsdp_refuses_a_model_that_a_library_gave_mhc() -> None:
+    """No flag of FSDP is on a TransformerConfig: Megatron's own wrapper refuses."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -58,11 +57,11 @@ def test_fsdp_refuses_a_model_that_a_library_gave_mhc(name: str) -> None:
     from megatron_mhc.start.activate import model_patches
 
     with_mhc(get_gpt_layer_local_spec())
-    (target,) = [patch.target for patch in model_patches() if patch.id == name]
+    (target,) = [patch.target for patch in model_patches() if patch.id == "torch-fsdp2"]
     wrapper, _ = locate(target)
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), HyperConnection(MHCConfig(), 4, 0))
-    with pytest.raises(ValueError, match="FSDP is not tried yet; use DDP"):
+    with pytest.raises(ValueError, match="does not work with --use-torch-fsdp2"):
         wrapper(config=config, ddp_config=DistributedDataParallelConfig(), module=model)
 
 
@@ -71,7 +70,7 @@ def test_fsdp_is_refused_with_megatrons_own_spec_flag(tmp_path: Path) -> None:
     command = [spec_script(tmp_path), *TINY, *SPEC, *fsdp, "--ckpt-format", "torch_dist"]
     status, printed = forked_run(1, *command, runner=False)
     assert status != 0 and not losses(printed)
-    assert "ValueError: mHC does not work with Megatron's FSDP wrappers" in printed
+    assert "ValueError: mHC does not work with --use-torch-fsdp2" in printed
 
 
 @pytest.mark.skipif(not is_installed("<0.19"), reason="Megatron 0.19 calls a spec itself")

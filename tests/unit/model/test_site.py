@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import utils
 from torch import Tensor
 
 from megatron_mhc import MHCConfig
@@ -195,3 +196,14 @@ def test_frozen_streams_and_connections_let_the_sublayer_train() -> None:
     u, residual = first.read(batch())
     first.write(True, False)((u * weight, None), residual, 0.0).sum().backward()
     assert weight.grad is not None and weight.grad.any()
+
+
+def test_reading_and_writing_are_ranges_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
+    monkeypatch.setattr(utils, "_nvtx_enabled", True)  # as --profile sets it
+    first, _ = two_sites()
+    u, residual = first.read(batch())
+    first.write(True, False)((u, None), residual, 0.0)
+    assert seen == ["mhc.read", "end", "mhc.write", "end"]

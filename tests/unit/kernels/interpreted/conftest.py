@@ -25,8 +25,18 @@ class Process(pytest.Item):
     def runtest(self) -> None:
         """Run them, and fail with what they print."""
         pytest.importorskip("triton")
+        chosen = ["-m", expression] if (expression := self.config.option.markexpr) else []
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.path)],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                *chosen,
+                str(self.path),
+            ],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -59,6 +69,11 @@ if INTERPRETED:
         torch.use_deterministic_algorithms(False)
 
 else:
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        """These first: each is a minute of one processor, and would run alone at the end."""
+        items.sort(key=lambda item: not isinstance(item, Process))
 
     def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> File:
         """A process in place of the module."""
