@@ -269,6 +269,14 @@ CPU_PATCHES: tuple[Patch, ...] = (
         _one_dtype_at_a_time,
         "gloo mixes up parameters of two dtypes that are gathered in one go",
     ),
+    Patch(
+        "cpu-mixed-gathers-fsdp",
+        "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:"
+        "_coalescing_manager",
+        _one_dtype_at_a_time,
+        "the same, of shards",
+        optional=True,
+    ),
     *WITHOUT_KERNELS,
 )
 """The changes to Megatron; those to torch are `torch_cuda`'s."""

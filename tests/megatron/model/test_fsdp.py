@@ -19,17 +19,15 @@ FULL = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "ordinary": {"mhc": None},
     "experts": {"kind": "moe"},
     "bf16": {"bf16": True, "optimizer": {**ADAM, "lr": 0.1, "min_lr": 0.1}},
-    "learned head": {"mhc": {"convention": "deepseek_v4"}},
     "full recompute": {"config": FULL},
     "sequence parallel": {
         "parallel": {"tensor_model_parallel_size": 2},
         "config": {"sequence_parallel": True},
     },
 }
-EVERYWHERE = ("dense", "bf16")
+EVERYWHERE = ("bf16",)
 """Models that are trained with every strategy; the others with none and with the last one."""
 
 
@@ -45,7 +43,7 @@ def trained(model: str) -> dict[str, Any]:
     for name, settings in MODELS.items():
         if (name == "sequence parallel") != (processes == 4):
             continue
-        both = {"optimizer": ADAM, "tied": False, "fuse": "layer", **settings}
+        both = {"steps": 2, "optimizer": ADAM, "tied": False, "fuse": "layer", **settings}
         scenarios[name] = both
         scenarios |= {f"{name}, {how}": both | {"fsdp": how} for how in strategies(name)}
     return {
@@ -60,7 +58,7 @@ def test_shards_train_as_whole_parameters(model: str) -> None:
     results = trained(model)
     whole = results[f"{model}, no_shard"]
     # gradients are reduced in other pieces; a bias that began at 0 is a sum of two bf16 gradients,
-    # each off by up to 4e-3 where it rounds otherwise
+    # each off by up to 4e-3 where it rounds otherwise (7e-3 is seen, the ordinary model's 9e-3)
     bound = 2e-2 if model == "bf16" else SUMMATION_ORDER
     for how in strategies(model)[1:]:
         assert_same_training(results[f"{model}, {how}"], whole, bound=bound)
@@ -109,6 +107,6 @@ def test_what_shards_cannot_do_is_refused(settings: dict[str, Any], says: str) -
 
 
 def test_recompute_works_where_parameters_are_whole() -> None:
-    both = {"optimizer": ADAM, "tied": False, "fsdp": "optim_grads"}
+    both = {"steps": 2, "optimizer": ADAM, "tied": False, "fsdp": "optim_grads"}
     results = run_scenarios(2, {"kept": both, "dropped": both | {"mhc": {"recompute": 2}}})
     assert_same_training(results["dropped"], results["kept"], bound=None)

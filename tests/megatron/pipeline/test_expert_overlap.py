@@ -17,6 +17,7 @@ MIXED = {"moe_layer_freq": [0, 1, 0, 1]}
 SUMMATION_ORDER = 2e-6
 BASE = {
     "kind": "moe",
+    "steps": 2,
     "optimizer": SGD,  # Adam makes whole steps of roundings where a gradient is almost zero
     "fuse": "layer",
     "microbatches": 4,
@@ -29,15 +30,15 @@ VIRTUAL = {
     "virtual_pipeline_model_parallel_size": 2,
 }
 CASES: dict[str, dict[str, Any]] = {
-    "ordinary": {"mhc": None},
     "experts": {},
     "shared experts": {"config": SHARED},
     "dense layers between": {"config": MIXED},
     "multi-token prediction, shared experts": {"config": MTP | SHARED},
-    "learned head": {"mhc": {"convention": "deepseek_v4"}},
-    "hc": {"mhc": {"variant": "hc"}},
-    "attention released early": {"config": {"ep_overlap_early_attn_memory_release": True}},
-    "evaluated": {"evaluate": True},
+    "learned head, evaluated": {"mhc": {"convention": "deepseek_v4"}, "evaluate": True},
+    "hc, attention released early": {
+        "mhc": {"variant": "hc"},
+        "config": {"ep_overlap_early_attn_memory_release": True},
+    },
 }
 if is_installed("<0.19"):  # where mHC refuses multi-token prediction
     del CASES["multi-token prediction, shared experts"]
