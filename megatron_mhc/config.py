@@ -88,7 +88,9 @@ class MHCConfig:
         if not (_is_count(self.overlap_in_flight) and self.overlap_in_flight <= 2):
             raise ValueError(f"overlap_in_flight is {self.overlap_in_flight!r}; expected 1 or 2")
         if self.overlap_in_flight == 2 and not self.overlap_p2p:
-            raise ValueError("overlap_in_flight is 2 without overlap_p2p: turn that on too")
+            raise ValueError(
+                "overlap_in_flight is 2 without overlap_p2p: turn that on too (--mhc-overlap-p2p)"
+            )
 
     @property
     def norm_eps(self) -> float:

@@ -1,4 +1,7 @@
-"""`aggregate` in Triton, alone: u = H_pre x with given weights."""
+"""u = H_pre x in Triton.
+
+Every operation that makes u uses the forward kernel; the backward one is for `aggregate` by itself.
+"""
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
 

@@ -1,4 +1,7 @@
-"""`combine_pre` in Triton: the boundary between two sites, two kernels each way.
+"""`combine_pre` in Triton: the boundary between two sites.
+
+Forward: project (which combines too), finish, aggregate. Backward: the coefficients, the streams,
+phi, and the sums behind them.
 
 The backward writes dx once, complete: x is an output of the boundary before and used nowhere else,
 so autograd has nothing to add.

@@ -63,7 +63,7 @@ CONFLICTS_OF_0_18 = (
         "CUDA graphs with mHC are tried with Megatron-Core 0.19 alone; use --cuda-graph-impl none",
     ),
 )
-"""What works with 0.19 and not with 0.18."""
+"""Refused with 0.18, where it is untested; it works with 0.19."""
 
 CONFLICTS = (
     *(CONFLICTS_OF_0_18 if is_installed("<0.19") else ()),

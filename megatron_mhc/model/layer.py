@@ -38,7 +38,7 @@ class MHCLayer(TransformerLayer):
     Attributes:
         is_any_built: of the class: whether this process has built a layer with sites.
         fuses_inside: whether the first site may compute the second one's input.
-        fuses_with_next: whether the last site may compute the next layer's first input.
+        fuses_with_next: whether the last site may compute the input of the next layer's first one.
 
     Raises:
         ValueError: the model's configuration has something that mHC cannot work with.
@@ -154,7 +154,10 @@ class MHCLayer(TransformerLayer):
         return inputs
 
     def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:
-        """Megatron's, and what the slots that they have read: parameters are gathered for them."""
+        """Megatron's list, and the connections and head whose parameters its slots read.
+
+        Parameters are gathered for what is on it.
+        """
         held = super()._get_submodules_under_cudagraphs()
         if held == [self]:
             return held

@@ -95,8 +95,8 @@ class Site:
 
     Where `following` names the next site, `write` computes that one's input too, in one pass over
     the streams, and leaves it there; the next `read` takes it if the streams are the same. Set it
-    only where no boundary lies between the two slots (`arrange`): a value left across a checkpoint
-    would have no gradient, one left across a CUDA graph would be stale.
+    only where no checkpoint, CUDA graph or schedule node begins or ends in between (`arrange`):
+    across a checkpoint the value would have no gradient, across a graph it would be stale.
 
     Args:
         connection: the site's parameters.
@@ -138,7 +138,7 @@ class Site:
             site_input = ahead.site_input._replace(x=self._unflatten(streams))
         else:
             site_input = self.side_streams.run_and_join(self._pre, streams)
-        # the very x that was read: its gradients are added up there, before they reach the streams
+        # this very x, no other view of the streams: its gradients are added up at x, in one order
         x, u, h_post, h_res, h_pre = site_input
         normed = self._norm(u, *args, **kwargs)
         if not isinstance(normed, Tensor):

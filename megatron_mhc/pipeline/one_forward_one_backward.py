@@ -163,9 +163,10 @@ class OneForwardOneBackward:
 
     def forward(self, microbatch: int) -> None:
         """A microbatch's forward, from its streams' arrival to their sending."""
-        streams, links = self.side_streams, self.links
-        streams.microbatch = microbatch
-        streams.arrived = x = None if links.inputs is None else links.inputs.take(microbatch)
+        side_streams, links = self.side_streams, self.links
+        side_streams.microbatch = microbatch
+        x = None if links.inputs is None else links.inputs.take(microbatch)
+        side_streams.arrived = x
         forward_step_func, data_iterator = self.forward_step
         y, tokens = schedules.forward_step(
             forward_step_func,

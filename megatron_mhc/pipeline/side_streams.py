@@ -48,7 +48,8 @@ class SideStreams(Inline):
 
     Attributes:
         microbatch: the one whose stream `run_detached` and `run_and_join` use.
-        arrived: the streams [s, b, n*C] that this stream has waited for itself, if any.
+        arrived: the residual streams [s, b, n*C] whose receive that CUDA stream has waited for
+            already; None where nothing was received.
     """
 
     def __init__(self, in_flight: int, chunks: Iterable[torch.nn.Module]) -> None:

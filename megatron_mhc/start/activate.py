@@ -99,7 +99,7 @@ def _extra_flops_a_token(args: argparse.Namespace) -> float:
 
 
 def _like_decoder(decoder: Any, mtp: Any) -> Any:
-    """`wide.like_decoder`, imported when there is a model to build."""
+    """`specs.like_decoder`, imported when there is a model to build."""
     from megatron_mhc.model.specs import like_decoder
 
     return like_decoder(decoder, mtp)
