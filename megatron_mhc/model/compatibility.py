@@ -156,12 +156,14 @@ CONFLICTS = (
 
 _INTERLEAVED = "virtual_pipeline_model_parallel_size"
 
+_OFFLOADED_LATE = Conflict(
+    "--delay-offload-until-cuda-graph beside --mhc-recompute",
+    _is_set("delay_offload_until_cuda_graph"),
+    "what is offloaded late has been dropped by then; use one of the two",
+)
+
 RECOMPUTE_CONFLICTS = (
-    Conflict(
-        "--delay-offload-until-cuda-graph beside --mhc-recompute",
-        _is_set("delay_offload_until_cuda_graph"),
-        "what is offloaded late has been dropped by then; use one of the two",
-    ),
+    *(() if is_installed("<0.19") else (_OFFLOADED_LATE,)),
     Conflict(
         "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
         _is_set("overlap_moe_expert_parallel_comm"),
