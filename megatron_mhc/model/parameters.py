@@ -1,5 +1,6 @@
 """What all parameters of mHC have in common: fp32 always, marked, on no weight-decay list."""
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ def is_hyper_connection(parameter: Tensor) -> bool:
     return bool(getattr(parameter, MARK, False))
 
 
-class Fp32Module(torch.nn.Module):
+class Fp32Module(torch.nn.Module, abc.ABC):
     """A module whose parameters stay fp32 where Megatron's Float16Module casts a model to bf16.
 
     They keep their marks where PyTorch puts others in their place: when a model leaves the meta
@@ -32,9 +33,9 @@ class Fp32Module(torch.nn.Module):
             parameter._tensor_parallel_mode = "replicated"  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
+    @abc.abstractmethod
     def _start(self) -> dict[str, Tensor]:
         """Every parameter's value at the start of training, by name."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

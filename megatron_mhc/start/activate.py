@@ -123,7 +123,9 @@ def _prepare_fsdp(module: Any, ddp_config: Any) -> None:
     """`sharding.prepare_fsdp`, imported when there is a model to wrap."""
     from megatron_mhc.model.sharding import prepare_fsdp
 
-    prepare_fsdp(module, ddp_config)
+    args = flags.megatron_arguments()
+    has_checkpoints = any(getattr(args, name, None) for name in ("save", "load"))
+    prepare_fsdp(module, ddp_config, has_checkpoints=has_checkpoints)
 
 
 def _refuse_torch_fsdp(module: Any) -> None:
