@@ -13,7 +13,7 @@ Its backward runs there too: autograd runs an operation's backward on its forwar
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_mhc.model.arrange import arrange
 from megatron_mhc.model.layer import MHCLayer
-from megatron_mhc.model.site import Inline
+from megatron_mhc.model.site import INLINE, Inline
 
 from .side_streams import record_use
 from .state import state_of
@@ -60,6 +60,22 @@ class Handover(Inline):
         return work(streams)
 
 
+def hand_over(layers: Sequence[MHCLayer], stream: Callable[[], Any]) -> None:
+    """Let each MoE layer hand its streams to the next layer over a CUDA stream beside both.
+
+    Args:
+        layers: those of a model chunk, in their order.
+        stream: returns the CUDA stream; asked for where a handover is made.
+    """
+    for layer, after in itertools.pairwise(layers):
+        ours, theirs = layer.mlp_site, after.attention_site
+        is_set = ours.side_streams is not INLINE and ours.side_streams is theirs.side_streams
+        if isinstance(layer.mlp, MoELayer) and not is_set:
+            ours.side_streams = theirs.side_streams = Handover(stream())
+    if layers:  # whose reader is no site: the final norm, a message or multi-token prediction
+        layers[-1].mlp_site.side_streams = INLINE
+
+
 def prepare(model: Any) -> None:
     """What a GPTModel's layers need before a schedule of their nodes is built.
 
@@ -68,8 +84,4 @@ def prepare(model: Any) -> None:
     """
     arrange(model.decoder)
     layers = [layer for layer in model.decoder.layers if isinstance(layer, MHCLayer)]
-    for layer, after in itertools.pairwise(layers):
-        is_set = isinstance(layer.mlp_site.side_streams, Handover)
-        if isinstance(layer.mlp, MoELayer) and not is_set:
-            handover = Handover(state_of(model).post_stream())
-            layer.mlp_site.side_streams = after.attention_site.side_streams = handover
+    hand_over(layers, state_of(model).post_stream)

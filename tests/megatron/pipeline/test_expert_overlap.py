@@ -1,10 +1,15 @@
 """Expert-parallel overlap: layers cut into nodes train as whole ones."""
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from megatron_mhc.model.site import INLINE
 from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.pipeline import expert_overlap
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import SGD
@@ -71,6 +76,24 @@ def test_nodes_train_as_whole_layers(case: str) -> None:
 def test_nodes_of_virtual_stages_train_as_whole_layers(case: str) -> None:
     results = both(FOUR, 4)
     assert_same_training(results[case], results[f"{case}, stock"], bound=SUMMATION_ORDER)
+
+
+def test_layers_that_are_left_hand_over_to_each_other() -> None:
+    """A layer taken out between two plans: its neighbours share a stream's event from then on."""
+    layers = [
+        SimpleNamespace(
+            mlp=object.__new__(MoELayer),
+            attention_site=SimpleNamespace(side_streams=INLINE),
+            mlp_site=SimpleNamespace(side_streams=INLINE),
+        )
+        for _ in range(3)
+    ]
+    for left in ([0, 1, 2], [0, 2], [0]):
+        expert_overlap.hand_over([layers[index] for index in left], lambda: "a stream")
+        for one, other in itertools.pairwise(left):
+            shared = layers[one].mlp_site.side_streams
+            assert shared is layers[other].attention_site.side_streams is not INLINE
+        assert layers[left[-1]].mlp_site.side_streams is INLINE
 
 
 @pytest.mark.parametrize(
