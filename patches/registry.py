@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from packaging.specifiers import SpecifierSet
-
-from .releases import SUPPORTED, megatron_core_version
+from .releases import SUPPORTED, is_of, megatron_core_version
 
 ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
 """Turns single patches off: comma-separated ids with a minus in front, `-metrics,-throughput`."""
@@ -110,9 +108,7 @@ class Registry:
         if patch.id in self._applied or patch.id in turned_off():
             return False
         installed = megatron_core_version()
-        if installed is None or not SpecifierSet(patch.versions).contains(
-            installed, prereleases=True
-        ):
+        if not is_of(installed, patch.versions):
             raise PatchError(
                 f"patch {patch.id!r} ({patch.why}) knows Megatron-Core {patch.versions}; installed"
                 f" is {installed or 'none'}. Install a known version, or turn the patch off with"
