@@ -63,6 +63,7 @@ class MHCLayer(TransformerLayer):
         self.mlp_connection = build(first_site + 1)
         self.attention_site = Site(self.attention_connection, self.input_layernorm)
         self.mlp_site = Site(self.mlp_connection, self.pre_mlp_layernorm)
+        _ask_the_norms_again(self)
         self.self_attn_bda = self.attention_site.write
         self.mlp_bda = self.mlp_site.write
         self.fuses_inside = _is_one_region(config, isinstance(self.mlp, MoELayer))
@@ -181,6 +182,14 @@ class MHCLayer(TransformerLayer):
             state = {key: value for key, value in state.items() if not key.startswith(head_prefix)}
             state |= sharded_state_dict_default(self.head, head_prefix, (), metadata, self.tp_group)
         return state
+
+
+def _ask_the_norms_again(layer: TransformerLayer) -> None:
+    """Megatron, from 0.20 on, asks each norm once, while it builds the layer: before the sites."""
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        answer = f"_{norm}_returns_residual"
+        if hasattr(layer, answer):
+            setattr(layer, answer, getattr(layer, norm).returns_residual)
 
 
 def _runs_on_into_the_next(config: Any) -> bool:
