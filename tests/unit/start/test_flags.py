@@ -7,12 +7,12 @@ import pytest
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.start.flags import (
-    SETTINGS,
     add_mhc_arguments,
     config_from_arguments,
     config_from_environment,
     prepare_arguments,
 )
+from megatron_mhc.start.settings import SETTINGS
 
 
 @pytest.mark.parametrize(
