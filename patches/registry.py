@@ -70,15 +70,27 @@ def locate(target: str) -> tuple[Any, str]:
     """The object that holds a target, and the attribute's name.
 
     Raises:
-        ImportError, AttributeError: the module or the attribute is not there.
+        ImportError, AttributeError: the module or the attribute is not there, or what should be a
+            class is none (a function has an `__init__` too, which nobody calls).
     """
     module_name, _, path = target.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
+        if not isinstance(owner, type):
+            raise AttributeError(f"{parent} in {module_name} is no class")
     getattr(owner, name)
     return owner, name
+
+
+def is_there(target: str) -> bool:
+    """Whether a Megatron that is supported has this: for what differs between its releases."""
+    try:
+        locate(target)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 class Registry:

@@ -27,6 +27,12 @@ def prepare_fsdp(module: Any, ddp_config: Any, *, has_checkpoints: bool) -> None
             " of its fsdp_dtensor format, so that one of another model would be loaded without a"
             " word. Drop --save and --load, or use the distributed optimizer"
         )
+    version = getattr(ddp_config, "megatron_fsdp_version", 1)
+    if layers and version != 1:
+        raise ValueError(
+            f"mHC is not tried with --megatron-fsdp-version {version} yet, which shards parameters"
+            " in another way: use 1"
+        )
     if any(layer.mhc.overlap_p2p for layer in layers):
         raise ValueError(
             "--mhc-overlap-p2p does not work with --use-megatron-fsdp, whose hooks do not know the"
