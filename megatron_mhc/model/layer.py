@@ -228,6 +228,10 @@ def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
         raise ValueError(f"mHC needs a TransformerLayer and the spec has {base!r}")
     if issubclass(base, MHCLayer):
         raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
+    if getattr(base, "supports_mhc_connections", False):
+        raise ValueError(
+            f"{base.__name__} is a layer of Megatron's own mHC: give with_mhc an ordinary one"
+        )
     name = f"of.{base.__module__}.{base.__qualname__}"
     names = {"__module__": __name__, "__qualname__": name}
     return type(f"MHC{base.__name__}", (MHCLayer, base), names)

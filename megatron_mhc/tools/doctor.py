@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from megatron_mhc import MHCConfig
 from megatron_mhc.patches import PatchError, registry
 from megatron_mhc.patches.cpu import CPU_PATCHES
 from megatron_mhc.patches.registry import locate
@@ -67,9 +68,9 @@ def _parser() -> None:
 def _spec() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_mhc.spec import with_mhc
+    from megatron_mhc.model.specs import replace_residuals
 
-    with_mhc(get_gpt_layer_local_spec())
+    replace_residuals(get_gpt_layer_local_spec(), MHCConfig())
 
 
 TRIALS = (("Megatron's parser, with --mhc", _parser), ("a layer's spec with mHC", _spec))

@@ -122,7 +122,7 @@ def test_a_missing_target_names_everything_and_leaves_nothing(target: types.Modu
 def test_what_is_no_class_any_more_is_missing(target: types.ModuleType) -> None:
     """A function that took a class's name has an `__init__` too: nobody would call the patch."""
     registry = Registry()
-    with pytest.raises(PatchError, match="did not find .* function in patch_target is no class"):
+    with pytest.raises(PatchError, match=r"did not find .* function in patch_target is no class"):
         registry.apply(patch(target="patch_target:function.__init__"))
     assert not is_there("patch_target:function.__init__")
     assert is_there("patch_target:Thing.make")
