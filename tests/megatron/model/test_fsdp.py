@@ -109,12 +109,11 @@ def test_what_shards_cannot_do_is_refused(settings: dict[str, Any], says: str) -
         run_scenarios(2, {"bad": {"tied": False, **settings}})
 
 
-def test_no_layer_reads_ahead_for_one_whose_parameters_are_shards() -> None:
+def test_no_layer_reads_ahead_for_one_that_has_shards() -> None:
     both = {"steps": 1, "tied": False, "microbatches": 1}
-    whole, shards = STRATEGIES[-2:]
-    results = run_scenarios(2, {how: both | {"fsdp": how} for how in (whole, shards)})
-    assert results[whole]["linked"] == [True] * 3
-    assert results[shards]["linked"] == [False] * 3
+    results = run_scenarios(2, {how: both | {"fsdp": how} for how in STRATEGIES})
+    for how in STRATEGIES:
+        assert results[how]["linked"] == [how == "no_shard"] * 3
 
 
 @pytest.mark.parametrize("flag", ["--save", "--load"])
