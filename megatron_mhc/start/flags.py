@@ -219,10 +219,20 @@ def megatron_arguments() -> argparse.Namespace:
 
 
 def active_config() -> tuple[MHCConfig, str]:
-    """The settings of this process, and where they come from: "flags" or "environment"."""
+    """The settings of this process, and where they come from: "flags" or "environment".
+
+    Raises:
+        ValueError: settings that are refused; a flag that Megatron parses for itself alone here.
+    """
     args = megatron_arguments()
     if getattr(args, "mhc", False):
         return config_from_arguments(args), "flags"
+    for name in SHARED:
+        if native_mhc.on_command_line(flag := flag_of(name)):
+            raise ValueError(
+                f"{flag} sets Megatron's own mHC, as this script does not know --mhc: set"
+                f" MHC_{name.upper()} in the environment"
+            )
     return config_from_environment(), "environment"
 
 

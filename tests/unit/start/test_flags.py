@@ -9,6 +9,7 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.patches import PatchError
 from megatron_mhc.start.flags import (
     SPEC,
+    active_config,
     add_mhc_arguments,
     config_from_arguments,
     config_from_environment,
@@ -142,6 +143,18 @@ def test_a_shared_flag_without_mhc_is_megatrons_alone(monkeypatch: pytest.Monkey
     before = vars(native).copy()
     prepare_arguments(native)
     assert vars(native) == before
+
+
+def test_where_megatron_alone_reads_a_shared_flag_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the `--spec` route it would set nothing of ours."""
+    monkeypatch.setattr("sys.argv", ["train.py", *SPEC])
+    monkeypatch.setenv("MHC_SINKHORN_ITERATIONS", "5")
+    assert active_config() == (MHCConfig(sinkhorn_iterations=5), "environment")
+    monkeypatch.setattr("sys.argv", ["train.py", *SPEC, "--mhc-sinkhorn-iterations", "5"])
+    with pytest.raises(ValueError, match="set MHC_SINKHORN_ITERATIONS in the environment"):
+        active_config()
 
 
 def test_every_setting_has_a_flag() -> None:
