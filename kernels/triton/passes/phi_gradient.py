@@ -19,7 +19,7 @@ that error grows with the sum (docs/measured-facts.md)."""
 
 
 @triton.jit(do_not_specialize=["T"])
-def phi_kernel(
+def phi_gradient_kernel(
     y_ptr,
     d_z_ptr,
     d_phi_ptr,
@@ -66,7 +66,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
     partial = d_z.new_empty(splits, rows, n * width)
     launch(
-        phi_kernel,
+        phi_gradient_kernel,
         (triton.cdiv(n * width, tile.channels), splits),
         y,
         d_z,
