@@ -1,6 +1,7 @@
 """One steady-state site forward and backward, each kernel once, for a profiler to watch.
 
-    ncu --clock-control none --set full -k regex:project_kernel python benchmarks/profile_site.py
+    ncu --clock-control none --set full -k regex:combine_and_project_kernel \
+        python benchmarks/profile_site.py
     python benchmarks/profile_site.py --tiles project=32,128,4,4,3 --width 7168
 
 A tile is tokens,channels,splits,warps,stages and, where wanted, the register limit; kernels that

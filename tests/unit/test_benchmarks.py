@@ -56,7 +56,7 @@ def test_a_timeline_tells_messages_that_nothing_runs_beside(
     listed = {
         # milliseconds
         "gemm": [(0, 4), (3, 6)],
-        "project_kernel": [(6, 8)],
+        "combine_and_project_kernel": [(6, 8)],
         "ncclDevKernel_SendRecv": [(7, 9), (12, 15)],
         "ncclDevKernel_AllReduce": [(20, 21)],
     }
