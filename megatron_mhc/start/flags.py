@@ -186,8 +186,13 @@ def refuse_yaml(args: Any) -> None:
     Raises:
         ValueError: the command line or the file asks for mHC.
     """
+    native = {*native_mhc.OURS}
+    if native_mhc.is_on(args):
+        native |= {f"mhc_{name}" for name in SHARED}
     flags = [word for word in sys.argv[1:] if word == "--mhc" or word.startswith("--mhc-")]
-    flags += [f"{name} in the file" for name in vars(args) if name.split("_")[0] == "mhc"]
+    flags = [word for word in flags if word.split("=")[0][2:].replace("-", "_") not in native]
+    names = [name for name in vars(args) if name.split("_")[0] == "mhc" and name not in native]
+    flags += [f"{name} in the file" for name in names]
     if list(getattr(args, "spec", None) or []) == SPEC:
         flags.append("spec in the file")
     if flags:

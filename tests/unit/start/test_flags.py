@@ -14,6 +14,7 @@ from megatron_mhc.start.flags import (
     config_from_arguments,
     config_from_environment,
     prepare_arguments,
+    refuse_yaml,
     take_from_checkpoint,
 )
 from megatron_mhc.start.settings import SETTINGS
@@ -155,6 +156,23 @@ def test_where_megatron_alone_reads_a_shared_flag_it_is_refused(
     monkeypatch.setattr("sys.argv", ["train.py", *SPEC, "--mhc-sinkhorn-iterations", "5"])
     with pytest.raises(ValueError, match="set MHC_SINKHORN_ITERATIONS in the environment"):
         active_config()
+
+
+def test_a_yaml_file_may_set_native_mhc_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of ours, no check would see."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--yaml-cfg", "run.yaml"])
+    native = {"mhc_num_residual_streams": 4, "mhc_sinkhorn_iterations": 5}
+    file = argparse.Namespace(yaml_cfg="run.yaml", **native)
+    with pytest.raises(ValueError, match=r"^mhc_sinkhorn_iterations in the file beside"):
+        refuse_yaml(file)
+    file.enable_mhc_connections = True
+    refuse_yaml(file)
+    file.mhc_num_streams = 4
+    with pytest.raises(ValueError, match=r"^mhc_num_streams in the file beside"):
+        refuse_yaml(file)
+    monkeypatch.setattr("sys.argv", ["train.py", "--mhc", "--mhc-num-residual-streams=4"])
+    with pytest.raises(ValueError, match=r"^--mhc, mhc_num_streams in the file beside"):
+        refuse_yaml(file)
 
 
 def test_every_setting_has_a_flag() -> None:
