@@ -1,7 +1,6 @@
 """The kernels' benchmarks: what their command lines say, and how they count."""
 
 import gzip
-import importlib
 import json
 import os
 import subprocess
@@ -13,7 +12,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-PROFILE = Path(__file__).parents[2] / "benchmarks" / "profile_site.py"
+
+from benchmarks.common import spans
+from benchmarks.kernels.by_kernel import medians
+from benchmarks.pipeline import timeline
+
+ROOT = Path(__file__).parents[2]
+PROFILE = ROOT / "benchmarks" / "kernels" / "profile_site.py"
 
 
 @pytest.mark.parametrize(
@@ -30,11 +35,7 @@ def test_profile_site_says_how_it_is_called(arguments: list[str], status: int, s
     assert done.returncode == status and says in done.stdout + done.stderr
 
 
-def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(PROFILE.parent))
-    medians = importlib.import_module("site_kernels").medians
+def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
     # two launches of "a" around one of "b" in each of three steps; 1, 2 and 4 between them
     steps = [
         [(at, at + 3.0, "a"), (at + 4, at + 9, "b"), (at + 9 + gap, at + 11 + gap, "a")]
@@ -47,12 +48,8 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
             medians(other, 3)
 
 
-def test_a_timeline_tells_messages_that_nothing_runs_beside(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_timeline_tells_messages_that_nothing_runs_beside(tmp_path: Path) -> None:
     """Two kernels of the model, one of ours and two messages, the first half hidden."""
-    monkeypatch.syspath_prepend(str(PROFILE.parent))
-    spans, timeline = importlib.import_module("spans"), importlib.import_module("timeline")
     listed = {
         # milliseconds
         "gemm": [(0, 4), (3, 6)],
@@ -83,7 +80,7 @@ def test_pieces_moves_every_element() -> None:
     """Under the interpreter: a stub of a tile, of a block, and fewer tiles than programs."""
     program = """
 import torch
-from pieces import run
+from benchmarks.kernels.traffic import run
 x = torch.randn(37, 4, 40)
 f = torch.randn(37, 40)
 for programs in (1, 2, 9):
@@ -94,12 +91,11 @@ for programs in (1, 2, 9):
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", program]
-    subprocess.run(command, check=True, cwd=PROFILE.parent, env=environment)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
 
 
-def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(PROFILE.parent))
-    rounds = importlib.import_module("rounds")
+def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone() -> None:
+    from benchmarks.multi_gpu import rounds  # imports Megatron
 
     class Model:
         pass

@@ -1,8 +1,8 @@
 """How much of a pipeline's communication `--mhc-overlap-p2p` hides: one stage, on one GPU.
 
-    python benchmarks/pipeline.py --out runs/pipeline           # times, traces, a timeline
-    python benchmarks/pipeline.py --equal 200                   # stock order and ours, bit by bit
-    torchrun --nproc-per-node 2 benchmarks/pipeline.py          # real neighbours, over NCCL
+    python benchmarks/pipeline/overlap.py --out runs/pipeline     # times, traces, a timeline
+    python benchmarks/pipeline/overlap.py --equal 200             # stock order and ours, bit by bit
+    torchrun --nproc-per-node 2 benchmarks/pipeline/overlap.py    # real neighbours, over NCCL
 
 Under torchrun every process is a stage (`real_links.py`), `--layers` on each. In one process the
 stage is real and its neighbours are not (`stage.py`). Stock order is Megatron's own 1F1B function
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 CPU = "--cpu" in sys.argv
 if CPU:
     from megatron_mhc.patches import cpu
@@ -32,15 +33,21 @@ if "--equal" in sys.argv:
     # Transformer Engine's attention has a faster backward that adds in any order
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
-import real_links  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
-from spans import together, union  # noqa: E402
-from stage import Neighbours, Pace, Sizes, build_stage, cycles_per_ms  # noqa: E402
 
+from benchmarks.common.spans import together, union  # noqa: E402
+from benchmarks.pipeline import real_links  # noqa: E402
+from benchmarks.pipeline.stage import (  # noqa: E402
+    Neighbours,
+    Pace,
+    Sizes,
+    build_stage,
+    cycles_per_ms,
+)
 from megatron_mhc import MHCConfig  # noqa: E402
 from megatron_mhc.model.config_marks import IN_FLIGHT  # noqa: E402
 from megatron_mhc.pipeline.state import state_of  # noqa: E402

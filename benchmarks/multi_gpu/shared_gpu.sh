@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank of several that share a GPU: torchrun --no-python benchmarks/shared_gpu.sh SCRIPT FLAGS
+# One rank of several that share a GPU: torchrun --no-python benchmarks/multi_gpu/shared_gpu.sh SCRIPT FLAGS
 # NCCL wants one rank a GPU and host, so each is a host of its own; they meet over sockets.
 set -euo pipefail
 IFS=, read -ra cards <<<"${CUDA_VISIBLE_DEVICES:-0}"

@@ -1,6 +1,6 @@
 """Draws what the GPUs of a pipeline do in a step, from traces of PyTorch's profiler.
 
-    python benchmarks/timeline.py --out timeline.png stock=TRACES/mhc overlap=TRACES/overlap
+    python benchmarks/pipeline/timeline.py --out step.png stock=TRACES/mhc overlap=TRACES/overlap
 
 Each NAME=FOLDER is a panel; FOLDER holds a trace of every rank (`rounds.py --trace`, or Megatron's
 `--profile --use-pytorch-profiler`). A rank has three rows: the model's kernels, mHC's kernels, and
@@ -11,9 +11,12 @@ import argparse
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
-from spans import Span, is_message, kernels, together, union
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common.spans import Span, is_message, kernels, together, union
 
 ROWS = {"model": "#9aa5b1", "mHC": "#d1495b", "messages": "#2e86ab"}
 

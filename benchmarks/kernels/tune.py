@@ -1,10 +1,10 @@
 """Time each kernel of a steady-state site over a list of tiles, beside the one that runs.
 
-    python benchmarks/tune_kernels.py                       # all kernels, T 8192, C 4096, n 4
-    python benchmarks/tune_kernels.py --width 3072 --save tiles.json
+    python benchmarks/kernels/tune.py                       # all kernels, T 8192, C 4096, n 4
+    python benchmarks/kernels/tune.py --width 3072 --save tiles.json
     MEGATRON_MHC_TILES=tiles.json torchrun ...              # trains with the fastest of them
-    python benchmarks/tune_kernels.py --kernels project --width 7168 --seconds 60
-    python benchmarks/tune_kernels.py --tiles streams_backward=8,64,13,2,3,255 finish=8,1,1,4
+    python benchmarks/kernels/tune.py --kernels project --width 7168 --seconds 60
+    python benchmarks/kernels/tune.py --tiles streams_backward=8,64,13,2,3,255 finish=8,1,1,4
 
 Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. A kernel is
 timed where it runs, in a site forward and backward replayed as a CUDA graph: alone it may find in
@@ -19,15 +19,18 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from bandwidth import copy_bandwidth
-from kernel_peers import Shapes, ours
-from site_kernels import captured, kernel_times
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+
+from benchmarks.kernels.bandwidth import copy_bandwidth
+from benchmarks.kernels.by_kernel import captured, kernel_times
+from benchmarks.kernels.peers import Shapes, ours
 from megatron_mhc.kernels.arguments import DEFAULT, Mixing
 from megatron_mhc.kernels.triton import tiles
 from megatron_mhc.kernels.triton.aggregate import weighted_sum

@@ -1,6 +1,6 @@
 """Megatron's CUDA graphs with mHC: do they run, are their losses those without graphs, how fast.
 
-    python benchmarks/cuda_graphs.py --out runs/cuda_graphs        # one GPU, Transformer Engine
+    python benchmarks/model/cuda_graphs.py --out runs/cuda_graphs    # one GPU, Transformer Engine
 
 Trains small models 20 steps under each of Megatron's implementations, ordinary and with mHC, each
 in a process of its own, several at a time. A row says whether it ran and whether its 20 losses and
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = """
     --num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16
     --seq-length 1024 --max-position-embeddings 1024 --vocab-size 8191

@@ -1,6 +1,6 @@
 """Trains models of several sets of flags in one launch, one after the other, round after round.
 
-    torchrun --nproc-per-node 4 -m megatron_mhc.run benchmarks/rounds.py \\
+    torchrun --nproc-per-node 4 -m megatron_mhc.run benchmarks/multi_gpu/rounds.py \\
         --rounds 3 --variants variants.json COMMON FLAGS
 
 `variants.json` is an object of names and the flags that each adds. Steps of several GPUs differ by
@@ -25,7 +25,7 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.training.global_vars import destroy_global_vars
 
-PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
+PRETRAIN = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
 TRACED_STEP = 5
 HOOK = "DistributedDataParallel._make_backward_post_hook"
 

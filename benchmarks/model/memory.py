@@ -1,8 +1,8 @@
 """Memory and step time of mHC with selective recompute, beside the formula, on one GPU.
 
-    python benchmarks/memory.py --json memory.json --png memory.png
+    python benchmarks/model/memory.py --json memory.json --png memory.png
 
-The model of `benchmarks/layers.py` (Transformer Engine's spec, bf16, one microbatch): ordinary,
+The model of `layers.py` (Transformer Engine's spec, bf16, one microbatch): ordinary,
 mHC, mHC with recompute in blocks of several lengths, and mHC under Megatron's full recompute. All
 cases are timed in turn, --rounds times, so that a clock that drifts drifts for all; step times are
 medians over all rounds.
@@ -19,14 +19,17 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-import layers
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from benchmarks.model import layers
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.costs.recompute_plan import Plan, plan_of
 from megatron_mhc.kernels.triton import rebuild

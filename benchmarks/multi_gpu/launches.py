@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNNER = "megatron_mhc.run"
 COMMON = """
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
@@ -106,7 +106,7 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         shared = self.options.ranks_per_gpu > 1
-        runner = ["--no-python", "benchmarks/shared_gpu.sh"] if shared else ["-m", RUNNER]
+        runner = ["--no-python", "benchmarks/multi_gpu/shared_gpu.sh"] if shared else ["-m", RUNNER]
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(gpus), *runner),
@@ -189,7 +189,7 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         listed = self.out / f"{group}.json"
         listed.write_text(json.dumps(variants))
-        script = f"benchmarks/rounds.py --rounds {number} --variants {listed}"
+        script = f"benchmarks/multi_gpu/rounds.py --rounds {number} --variants {listed}"
         if trace:
             script += f" --trace {self.out / 'traces' / group}"
         launch = self.train(group, gpus, flags, iterations, script=script, **environment)

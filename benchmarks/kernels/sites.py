@@ -1,10 +1,10 @@
 """Time one mHC site, forward and forward+backward, in ours and every installed peer.
 
-    python benchmarks/kernels.py                                    # everything, some minutes
-    python benchmarks/kernels.py --quick                            # T 8192, C 4096 alone
-    python benchmarks/kernels.py --tokens 4096 --widths 2560 7168 --peers ours TileKernels
-    python benchmarks/kernels.py --operations                       # each operation of ours alone
-    python benchmarks/kernels.py --quick --by-kernel --peers ours   # each CUDA kernel of a site
+    python benchmarks/kernels/sites.py                                  # everything, some minutes
+    python benchmarks/kernels/sites.py --quick                          # T 8192, C 4096 alone
+    python benchmarks/kernels/sites.py --tokens 4096 --widths 2560 7168 --peers ours TileKernels
+    python benchmarks/kernels/sites.py --operations                     # each operation alone
+    python benchmarks/kernels/sites.py --quick --by-kernel --peers ours # each CUDA kernel of a site
 
 A site of ours is `combine_pre`, the boundary between two sites, and its backward with all parameter
 gradients; a peer's is its pre, F the identity, its post, and their backward. Everything runs in one
@@ -24,16 +24,19 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from bandwidth import copy_bandwidth
-from kernel_peers import PEERS, Shapes, Site
-from site_kernels import captured, kernel_times
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+
+from benchmarks.kernels.bandwidth import copy_bandwidth
+from benchmarks.kernels.by_kernel import captured, kernel_times
+from benchmarks.kernels.peers import PEERS, Shapes, Site
 from megatron_mhc import kernels
 
 FLOOR_FORWARD, FLOOR_BOTH = 14, 38

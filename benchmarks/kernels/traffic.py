@@ -1,7 +1,7 @@
 """What a site's traffic costs by the piece of a token that is read at once, with nothing computed.
 
-    python benchmarks/pieces.py                            # T 8192, C 4096
-    python benchmarks/pieces.py --width 7168 --channels 64 128
+    python benchmarks/kernels/traffic.py                            # T 8192, C 4096
+    python benchmarks/kernels/traffic.py --width 7168 --channels 64 128
 
 A kernel reads x [T, 4, C] and f [T, C] and writes [T, 4, C], bf16: the 9 passes of
 `projection.project_kernel`, in its pattern. A program holds a block of channels and goes
@@ -12,12 +12,17 @@ us are medians over CUDA events, the L2 cache emptied before each run.
 import argparse
 import functools
 import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton
 import triton.language as tl
-from bandwidth import copy_bandwidth
 from triton.testing import do_bench
+
+from benchmarks.kernels.bandwidth import copy_bandwidth
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """`examples/pretrain_gpt.py` with late outputs of a stage: what does not wait for them, shows.
 
-    torchrun ... -m megatron_mhc.run benchmarks/late_ends.py <flags> --mhc-overlap-p2p
+    torchrun ... -m megatron_mhc.run benchmarks/multi_gpu/late_ends.py <flags> --mhc-overlap-p2p
 
 A stage's last operation (`SideStreams.run_detached`) begins with some milliseconds of sleep.
 """
@@ -28,5 +28,5 @@ def late(self: SideStreams, work: Any, *inputs: Any) -> Any:
 
 
 SideStreams.run_detached = late  # type: ignore[method-assign]
-pretrain = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
+pretrain = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
 runpy.run_path(str(pretrain), run_name="__main__")

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
-from spans import exposed
-from stage import Sizes, build_stage
 
+from benchmarks.common.spans import exposed
+from benchmarks.pipeline.stage import Sizes, build_stage
 from megatron_mhc import MHCConfig
 from megatron_mhc.model.config_marks import IN_FLIGHT
 from megatron_mhc.pipeline.state import state_of

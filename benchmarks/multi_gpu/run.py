@@ -1,6 +1,6 @@
 """Training runs on several GPUs of one host, through `examples/pretrain_gpt.py`, and a table.
 
-    benchmarks/multi_gpu.sh --out runs/multi_gpu
+    benchmarks/multi_gpu/run.sh --out runs/multi_gpu
 
 `--ranks-per-gpu 4` gives every GPU several ranks, each a host of its own to NCCL, which then goes
 over sockets: on one GPU it shows what four stages do over NCCL, and nothing about time.
@@ -31,9 +31,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expert_overlap import expert_overlap
-from launches import Bench, apart
-from spans import exposed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common.spans import exposed
+from benchmarks.multi_gpu.launches import Bench, apart
+from benchmarks.multi_gpu.parts.expert_overlap import expert_overlap
 
 SMALL = """
     --disable-jit-fuser --num-layers 4 --hidden-size 1024 --ffn-hidden-size 2816
@@ -128,7 +130,7 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         partial(bench.train, "one-again", 1, size, few, first=1),
     ]
     for name, (flags, count) in runs.items():
-        more = {"script": "benchmarks/late_ends.py"} if name.endswith("late") else {}
+        more = {"script": "benchmarks/multi_gpu/late_ends.py"} if name.endswith("late") else {}
         if name in queue:
             more["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         launches.append(partial(bench.train, name, gpus, f"{size} {flags}", count, **more))

@@ -1,6 +1,6 @@
 """Step time and memory of a Megatron-Core GPT with mHC beside the ordinary one, on one GPU.
 
-    python benchmarks/layers.py --json layers.json
+    python benchmarks/model/layers.py --json layers.json
 
 Forward and backward of whole models with Transformer Engine's layer spec in bf16: ordinary, mHC
 with Triton kernels, and (with --reference) mHC with the PyTorch reference. CUDA events, the median

@@ -1,7 +1,7 @@
 """Run a program under PyTorch's CUDA sanitizer: two streams that touch a tensor without an order.
 
-    python benchmarks/sanitize.py benchmarks/pipeline.py --spec local --layers 2 --equal 30
-    python benchmarks/sanitize.py -m pytest -m gpu tests/gpu/test_recompute_gpu.py
+    python benchmarks/common/sanitize.py benchmarks/pipeline/overlap.py --spec local --equal 30
+    python benchmarks/common/sanitize.py -m pytest -m gpu tests/gpu/test_recompute_gpu.py
 
 The sanitizer sees every operator (ours take the traced way under it, see
 `kernels.triton.torch_operator`) and knows a tensor by its address. Empty tensors all have the

@@ -1,16 +1,22 @@
 """One steady-state site forward and backward, each kernel once, for a profiler to watch.
 
-    ncu --clock-control none --set full -k regex:project_kernel python benchmarks/profile_site.py
-    python benchmarks/profile_site.py --tiles project=32,128,4,4,3 --width 7168
+    ncu --clock-control none --set full -k regex:project_kernel \\
+        python benchmarks/kernels/profile_site.py
+    python benchmarks/kernels/profile_site.py --tiles project=32,128,4,4,3 --width 7168
 
 A tile is tokens,channels,splits,warps,stages and, where wanted, the register limit; kernels that
 are not named keep theirs of `kernels.triton.tiles`.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from tune_kernels import named_tile, subjects, use_tile
+
+from benchmarks.kernels.tune import named_tile, subjects, use_tile
 
 
 def main() -> None:
