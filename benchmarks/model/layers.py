@@ -1,6 +1,8 @@
 """Step time and memory of a Megatron-Core GPT with mHC beside the ordinary one, on one GPU.
 
     python benchmarks/model/layers.py --json layers.json
+    python benchmarks/model/layers.py --train 200 --layers 4 --hidden 512 --ffn 1408 \\
+        --heads 8 --groups 8 --sequence 512 --batch 8
 
 Forward and backward of whole models with Transformer Engine's layer spec in bf16: ordinary, mHC
 with Triton kernels, and (with --reference) mHC with the PyTorch reference. CUDA events, the median
@@ -9,83 +11,39 @@ trains N steps from the same start with both backends and prints both curves.
 """
 
 import argparse
-import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import Float16Module
 
-from megatron_mhc import MHCConfig, with_mhc
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import command_line, gpt, plotting
+from benchmarks.common.timing import mark
+from benchmarks.model.gpt import build, loss_of, random_tokens
+from megatron_mhc import MHCConfig
 from megatron_mhc.metrics import strict_json
 
-VOCABULARY = 1024
-
-
-def build(options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -> torch.nn.Module:
-    """The model of these options in bf16, from the same seed every time.
-
-    Args:
-        settings: of TransformerConfig, beyond the options'.
-    """
-    config = TransformerConfig(
-        num_layers=options.layers,
-        hidden_size=options.hidden,
-        ffn_hidden_size=options.ffn,
-        num_attention_heads=options.heads,
-        num_query_groups=options.groups,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=False,
-        **settings,
-    )
-    torch.manual_seed(1)
-    model_parallel_cuda_manual_seed(1)
-    spec = get_gpt_layer_with_transformer_engine_spec()
-    model = GPTModel(
-        config,
-        spec if mhc is None else with_mhc(spec, mhc),
-        vocab_size=VOCABULARY,
-        max_sequence_length=options.sequence,
-        position_embedding_type="rope",
-    )
-    return Float16Module(config, model.cuda())
-
-
-def loss_of(model: torch.nn.Module, options: argparse.Namespace, tokens: torch.Tensor) -> Any:
-    """Mean loss of [b, sequence + 1] tokens."""
-    positions = torch.arange(options.sequence, device="cuda").expand(len(tokens), -1)
-    return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).float().mean()
+COLUMNS = ("forward_ms", "step_ms", "spread_ms", "activations_gib", "peak_gib")
 
 
 def measure(options: argparse.Namespace, mhc: MHCConfig | None) -> dict[str, float]:
     """Median milliseconds of forward, and of forward and backward; memory in GiB."""
     model = build(options, mhc)
-    tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1), device="cuda")
+    tokens = random_tokens(options)
     forward, whole = [], []
     held = 0.0
     for step in range(options.steps + 3):
-        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         before = torch.cuda.memory_allocated()
-        begin.record()
+        begin = mark()
         loss = loss_of(model, options, tokens)
-        middle.record()
+        middle = mark()
         held = (torch.cuda.memory_allocated() - before) / 2**30
         loss.backward()
-        end.record()
+        end = mark()
         torch.cuda.synchronize()
         if step == 2:
             torch.cuda.reset_peak_memory_stats()
@@ -105,6 +63,22 @@ def measure(options: argparse.Namespace, mhc: MHCConfig | None) -> dict[str, flo
     return result
 
 
+def compare_times(options: argparse.Namespace) -> dict[str, Any]:
+    """Print and return a row a model; the ordinary one again at the end shows what drifts."""
+    cases: dict[str, MHCConfig | None] = {"ordinary": None, "mHC": MHCConfig(backend="triton")}
+    if options.reference:
+        cases["mHC, reference"] = MHCConfig(backend="torch")
+    cases["ordinary again"] = None
+    results: dict[str, Any] = {}
+    print(f"{'':16}" + "".join(f"{name:>17}" for name in COLUMNS) + "   step over ordinary")
+    for name, mhc in cases.items():
+        results[name] = measure(options, mhc)
+        ratio = results[name]["step_ms"] / results["ordinary"]["step_ms"]
+        values = "".join(f"{results[name][column]:17.3f}" for column in COLUMNS)
+        print(f"{name:16}{values}   {ratio:.4f}", flush=True)
+    return results
+
+
 def train(options: argparse.Namespace, mhc: MHCConfig) -> list[float]:
     """Losses of `--train` Adam steps on random bytes with a pattern to learn."""
     model = build(options, mhc)
@@ -114,10 +88,11 @@ def train(options: argparse.Namespace, mhc: MHCConfig) -> list[float]:
     for _ in range(options.train):
         shape = (options.batch, 1)
         start, stride = (
-            torch.randint(0, VOCABULARY, shape, device="cuda", generator=generator) for _ in "12"
+            torch.randint(0, gpt.VOCABULARY, shape, device="cuda", generator=generator)
+            for _ in "12"
         )
         steps = torch.arange(options.sequence + 1, device="cuda")
-        tokens = (start + (stride % 7 + 1) * steps) % VOCABULARY
+        tokens = (start + (stride % 7 + 1) * steps) % gpt.VOCABULARY
         loss = loss_of(model, options, tokens)
         optimizer.zero_grad()
         loss.backward()
@@ -126,14 +101,22 @@ def train(options: argparse.Namespace, mhc: MHCConfig) -> list[float]:
     return torch.stack(losses).tolist()
 
 
+def compare_losses(options: argparse.Namespace) -> dict[str, Any]:
+    """Print some of the losses of both backends, and return all."""
+    results = {name: train(options, MHCConfig(backend=name)) for name in ("torch", "triton")}
+    pairs = list(zip(results["torch"], results["triton"], strict=True))
+    for step in sorted({*range(0, options.train, max(1, options.train // 20)), options.train - 1}):
+        print(f"step {step:4}  torch {pairs[step][0]:.5f}  triton {pairs[step][1]:.5f}")
+    worst = max(abs(a - b) for a, b in pairs)
+    print(f"largest difference {worst:.2e}")
+    if options.png:
+        draw(results, options.png)
+    return results
+
+
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     """The losses of both backends, and how far they are apart."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 6))
+    figure, (above, below) = plotting.pyplot().subplots(2, sharex=True, figsize=(8, 6))
     for backend, losses in curves.items():
         above.plot(losses, "-" if backend == "torch" else "--", label=backend)
     above.set_ylabel("training loss, nats")
@@ -148,12 +131,8 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    sizes = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8}
-    for name, default in {**sizes, "sequence": 4096, "batch": 2, "steps": 15}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser = command_line.parser(__doc__)
+    command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "steps": 15})
     parser.add_argument("--train", type=int, default=0, metavar="N", help="compare N steps instead")
     parser.add_argument("--reference", action="store_true", help="time the PyTorch reference too")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -164,36 +143,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure or train, print, and write JSON if asked to."""
     options = parse()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29533")
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    results: dict[str, Any] = {}
-    if options.train:
-        for backend in ("torch", "triton"):
-            results[backend] = train(options, MHCConfig(backend=backend))
-        pairs = list(zip(results["torch"], results["triton"], strict=True))
-        for step in sorted(
-            {*range(0, options.train, max(1, options.train // 20)), options.train - 1}
-        ):
-            print(f"step {step:4}  torch {pairs[step][0]:.5f}  triton {pairs[step][1]:.5f}")
-        worst = max(abs(a - b) for a, b in pairs)
-        print(f"largest difference {worst:.2e}")
-        if options.png:
-            draw(results, options.png)
-    else:
-        cases: dict[str, MHCConfig | None] = {"ordinary": None, "mHC": MHCConfig(backend="triton")}
-        if options.reference:
-            cases["mHC, reference"] = MHCConfig(backend="torch")
-        cases["ordinary again"] = None
-        columns = ("forward_ms", "step_ms", "spread_ms", "activations_gib", "peak_gib")
-        print(f"{'':16}" + "".join(f"{name:>17}" for name in columns) + "   step over ordinary")
-        for name, mhc in cases.items():
-            results[name] = measure(options, mhc)
-            ratio = results[name]["step_ms"] / results["ordinary"]["step_ms"]
-            values = "".join(f"{results[name][column]:17.3f}" for column in columns)
-            print(f"{name:16}{values}   {ratio:.4f}", flush=True)
+    gpt.join()
+    results = compare_losses(options) if options.train else compare_times(options)
     if options.json:
         asked = vars(options) | {"json": "", "png": ""}
         options.json.write_text(strict_json.written({"options": asked, **results}))

@@ -1,0 +1,37 @@
+"""What the scripts' command lines share."""
+
+import argparse
+
+NUMBERS = {
+    "layers": "transformer layers",
+    "hidden": "C, the width of a stream",
+    "ffn": "width of the MLP inside",
+    "heads": "attention heads",
+    "groups": "groups of keys and values",
+    "sequence": "tokens of a sequence",
+    "batch": "sequences of a microbatch",
+    "microbatches": "of a step",
+    "stages": "of the pipeline",
+    "stage": "which of them this one is, from 0",
+    "steps": "that are timed at a time",
+    "rounds": "of all cases, one after the other",
+}
+"""What a number of the command line means, by the name of its flag."""
+GPT = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8, "sequence": 4096}
+"""The sizes of the model that is measured, where the command line says nothing else."""
+
+
+def parser(description: str | None, **settings: bool) -> argparse.ArgumentParser:
+    """A parser whose --help begins with a script's docstring, line by line."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def add_numbers(to: argparse.ArgumentParser, defaults: dict[str, int]) -> None:
+    """A flag for each whole number; `NUMBERS` says what it means."""
+    for name, default in defaults.items():
+        meaning = f"{NUMBERS[name]} (default: {default})"
+        to.add_argument(f"--{name}", type=int, default=default, help=meaning)
