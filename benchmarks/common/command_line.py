@@ -21,12 +21,10 @@ GPT = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8, "seq
 """The sizes of the model that is measured, where the command line says nothing else."""
 
 
-def parser(description: str | None, **settings: bool) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose --help begins with a script's docstring, line by line."""
     return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **settings,  # type: ignore[arg-type]
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 

@@ -27,6 +27,8 @@ def main() -> None:
     """Turn the sanitizer on and become the program of the command line."""
     if len(sys.argv) < 2:
         sys.exit(__doc__)
+    if sys.argv[1] in ("-h", "--help"):
+        sys.exit(print(__doc__))
     sanitizer.ArgumentHandler._handle_argument = _handle_what_has_memory  # type: ignore[method-assign]
     sanitizer.enable_cuda_sanitizer()
     del sys.argv[0]

@@ -6,6 +6,7 @@
 # First examples/train.sh; then, where FOLDER holds a stock pretrain_gpt.py of Megatron-LM, that
 # one through the runner with the same flags, and says whether the two print the same losses.
 set -euo pipefail
+[[ ${1:-} != -h && ${1:-} != --help ]] || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/../.."
 STOCK=${1:-}
 # Transformer Engine's attention has a faster backward that adds in any order.

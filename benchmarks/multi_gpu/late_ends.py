@@ -6,27 +6,34 @@ A stage's last operation (`SideStreams.run_detached`) begins with some milliseco
 """
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_mhc.pipeline.side_streams import SideStreams
-
+PRETRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
 CYCLES = 5_000_000
-run = SideStreams.run_detached
 
 
-def late(self: SideStreams, work: Any, *inputs: Any) -> Any:
-    """`SideStreams.run_detached`, its work behind a sleep."""
+def delay_stage_ends() -> None:
+    """Put a sleep in front of what `SideStreams.run_detached` is given."""
+    import torch
 
-    def asleep(*given: Any) -> Any:
-        torch.cuda._sleep(CYCLES)
-        return work(*given)
+    from megatron_mhc.pipeline.side_streams import SideStreams
 
-    return run(self, asleep, *inputs)
+    run = SideStreams.run_detached
+
+    def late(self: SideStreams, work: Any, *inputs: Any) -> Any:
+        def asleep(*given: Any) -> Any:
+            torch.cuda._sleep(CYCLES)
+            return work(*given)
+
+        return run(self, asleep, *inputs)
+
+    SideStreams.run_detached = late  # type: ignore[method-assign]
 
 
-SideStreams.run_detached = late  # type: ignore[method-assign]
-pretrain = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
-runpy.run_path(str(pretrain), run_name="__main__")
+if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        sys.exit(print(__doc__))
+    delay_stage_ends()
+    runpy.run_path(str(PRETRAIN), run_name="__main__")

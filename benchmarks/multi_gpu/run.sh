@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pipelines, expert, tensor and context parallelism over NCCL, on 2, 4 or 8 GPUs of one host, in one
-# call under 10 minutes; see multi_gpu.py.
+# call under 10 minutes; --help says more.
 #
 #   benchmarks/multi_gpu/run.sh --out runs/multi_gpu
 #   benchmarks/multi_gpu/run.sh --cpu --out /tmp/multi_gpu      # rehearses on CPU processes, tiny

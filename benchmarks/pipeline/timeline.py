@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline/timeline.py --out step.png stock=TRACES/mhc overlap=TRACES/overlap
 
-Each NAME=FOLDER is a panel; FOLDER holds a trace of every rank (`rounds.py --trace`, or Megatron's
-`--profile --use-pytorch-profiler`). A rank has three rows: the model's kernels, mHC's kernels, and
-messages between stages. All panels share one scale of time.
+Each NAME=FOLDER is a panel; FOLDER holds a trace of every rank (`multi_gpu/rounds.py --trace`, or
+Megatron's `--profile --use-pytorch-profiler`). A rank has three rows: the model's kernels, mHC's
+kernels, and messages between stages. All panels share one scale of time.
 """
 
 import importlib
