@@ -28,6 +28,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def parse_on_gpu(of: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says; where there is no CUDA device the script ends here."""
+    import torch  # --help does without
+
+    options = of.parse_args()
+    if not torch.cuda.is_available():
+        of.exit(1, f"{of.prog}: a CUDA device is needed\n")
+    return options
+
+
 def add_numbers(to: argparse.ArgumentParser, defaults: dict[str, int]) -> None:
     """A flag for each whole number; `NUMBERS` says what it means."""
     for name, default in defaults.items():

@@ -28,7 +28,8 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     if sys.argv[1] in ("-h", "--help"):
-        sys.exit(print(__doc__))
+        print(__doc__)
+        return
     sanitizer.ArgumentHandler._handle_argument = _handle_what_has_memory  # type: ignore[method-assign]
     sanitizer.enable_cuda_sanitizer()
     del sys.argv[0]

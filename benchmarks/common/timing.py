@@ -8,18 +8,17 @@ from typing import Any
 import torch
 
 
-def mark() -> Any:
-    """An event that the current stream reaches when it has done what it was given so far."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def events(count: int) -> list[Any]:
+    """CUDA events that tell the time; made beforehand, so that a measurement makes none."""
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
 
 
 def elapsed_ms(step: Callable[[], object]) -> float:
     """Milliseconds of step(), which has ended when this returns."""
-    begin = mark()
+    begin, end = events(2)
+    begin.record()
     step()
-    end = mark()
+    end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end)
 
@@ -37,13 +36,13 @@ def median_us(step: Callable[[int], object], sets: int, seconds: float = 0.25) -
     step(0)
     torch.cuda.synchronize()
     count = max(10, min(200, int(seconds / max(time.monotonic() - begun, 1e-6))))
-    marks = []
-    for i in range(count):
-        begin = mark()
+    pairs = [events(2) for _ in range(count)]
+    for i, (begin, end) in enumerate(pairs):
+        begin.record()
         step(i % sets)
-        marks.append((begin, mark()))
+        end.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in marks) * 1e3
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
 
 
 def host_us(step: Callable[[], object]) -> float:

@@ -8,7 +8,6 @@ A tile is tokens,channels,splits,warps,stages and, where wanted, the register li
 are not named keep theirs of `kernels.triton.tiles`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,23 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks.kernels.tune import named_tile, subjects, use_tile
+from benchmarks.common import command_line
+from benchmarks.kernels.site_tiles import named_tile, subjects, use_tile
 
 
 def main() -> None:
     """Launch every kernel of the site once, with the tiles of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
     parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
     parser.add_argument(
         "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
         help="tiles to run instead of kernels.triton.tiles's",
     )  # fmt: skip
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "a CUDA device is needed\n")
+    arguments = command_line.parse_on_gpu(parser)
     for kernel, numbers in arguments.tiles:
         use_tile(kernel, numbers)
     for call in subjects(arguments.tokens, arguments.width).values():

@@ -9,7 +9,6 @@ through tokens: a share of its own, or every P-th tile (P = programs), next to w
 us are medians over CUDA events, the L2 cache emptied before each run.
 """
 
-import argparse
 import functools
 import itertools
 import sys
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.testing import do_bench
 
+from benchmarks.common import command_line
 from benchmarks.kernels.bandwidth import copy_bandwidth
 
 
@@ -81,16 +81,27 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print a line for each block, number of programs and order of tokens."""
+    parser = command_line.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
     parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
-    parser.add_argument("--channels", type=int, nargs="*", default=[32, 64, 128, 256])
-    parser.add_argument("--programs", type=int, nargs="*", default=[4, 8, 64], help="a block")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "a CUDA device is needed\n")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs="*",
+        default=[32, 64, 128, 256],
+        metavar="N",
+        help="of a block, powers of two (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--programs",
+        type=int,
+        nargs="*",
+        default=[4, 8, 64],
+        metavar="N",
+        help="that share the tokens of a block (default: %(default)s)",
+    )
+    arguments = command_line.parse_on_gpu(parser)
     tokens, width = arguments.tokens, arguments.width
     x = torch.randn(tokens, 4, width, device="cuda", dtype=torch.bfloat16)
     f, y = torch.randn_like(x[:, 0]), torch.empty_like(x)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import command_line, gpt, plotting
-from benchmarks.common.timing import mark
+from benchmarks.common.timing import events
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig
 from megatron_mhc.metrics import strict_json
@@ -37,13 +37,14 @@ def measure(options: argparse.Namespace, mhc: MHCConfig | None) -> dict[str, flo
     forward, whole = [], []
     held = 0.0
     for step in range(options.steps + 3):
+        begin, middle, end = events(3)
         before = torch.cuda.memory_allocated()
-        begin = mark()
+        begin.record()
         loss = loss_of(model, options, tokens)
-        middle = mark()
+        middle.record()
         held = (torch.cuda.memory_allocated() - before) / 2**30
         loss.backward()
-        end = mark()
+        end.record()
         torch.cuda.synchronize()
         if step == 2:
             torch.cuda.reset_peak_memory_stats()
@@ -137,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reference", action="store_true", help="time the PyTorch reference too")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--png", type=Path, help="with --train: draw the curves here")
-    return parser.parse_args()
+    return command_line.parse_on_gpu(parser)
 
 
 def main() -> None:

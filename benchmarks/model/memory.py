@@ -216,7 +216,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--png", type=Path, help="draw them here")
-    return parser.parse_args()
+    return command_line.parse_on_gpu(parser)
 
 
 def wanted(blocks: str) -> dict[str, tuple[MHCConfig | None, dict[str, Any]]]:

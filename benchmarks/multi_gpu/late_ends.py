@@ -34,6 +34,7 @@ def delay_stage_ends() -> None:
 
 if __name__ == "__main__":
     if {"-h", "--help"} & {*sys.argv[1:]}:
-        sys.exit(print(__doc__))
-    delay_stage_ends()
-    runpy.run_path(str(PRETRAIN), run_name="__main__")
+        print(__doc__)
+    else:
+        delay_stage_ends()
+        runpy.run_path(str(PRETRAIN), run_name="__main__")
