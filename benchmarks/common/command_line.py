@@ -3,6 +3,8 @@
 import argparse
 
 NUMBERS = {
+    "tokens": "T, tokens of a site",
+    "width": "C, the width of a stream",
     "layers": "transformer layers",
     "hidden": "C, the width of a stream",
     "ffn": "width of the MLP inside",
@@ -19,6 +21,8 @@ NUMBERS = {
 """What a number of the command line means, by the name of its flag."""
 GPT = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8, "sequence": 4096}
 """The sizes of the model that is measured, where the command line says nothing else."""
+SITE = {"tokens": 8192, "width": 4096}
+"""The size of a site, likewise."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

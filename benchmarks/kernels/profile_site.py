@@ -22,8 +22,7 @@ from benchmarks.kernels.site_tiles import named_tile, subjects, use_tile
 def main() -> None:
     """Launch every kernel of the site once, with the tiles of the command line."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
+    command_line.add_numbers(parser, command_line.SITE)
     parser.add_argument(
         "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
         help="tiles to run instead of kernels.triton.tiles's",

@@ -94,8 +94,7 @@ def in_site(tokens: int, width: int) -> Callable[[str], tuple[float, float]]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
+    command_line.add_numbers(parser, command_line.SITE)
     parser.add_argument(
         "--kernels", nargs="*", default=list(GRIDS), choices=list(GRIDS), metavar="KERNEL",
         help=f"of {', '.join(GRIDS)} (default: all)",
