@@ -84,9 +84,9 @@ def coefficients(
     n = x.shape[-2]
     v = x.to(accumulation_dtype(x)).flatten(-2)
     # dividing by the norm after the projection lets one pass over x give both (eq. 14-16)
-    inverse_norm = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
-    z = v @ phi.t() * inverse_norm
-    logits_pre, logits_post, logits_res = z.split([n, n, n * n], dim=-1)
+    inverse_r = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
+    z_over_r = v @ phi.t() * inverse_r
+    logits_pre, logits_post, logits_res = z_over_r.split([n, n, n * n], dim=-1)
     bias_pre, bias_post, bias_res = bias.split([n, n, n * n])
     h_pre = torch.sigmoid(alpha[0] * logits_pre + bias_pre) + pre_eps
     h_post = 2 * torch.sigmoid(alpha[1] * logits_post + bias_post)
@@ -264,8 +264,8 @@ def head(
         [..., C] in the dtype of x.
     """
     v = x.to(accumulation_dtype(x)).flatten(-2)
-    inverse_norm = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
-    weights = torch.sigmoid(scale * (v @ fn.t()) * inverse_norm + base) + pre_eps
+    inverse_r = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
+    weights = torch.sigmoid(scale * (v @ fn.t()) * inverse_r + base) + pre_eps
     return aggregate(x, weights)
 
 

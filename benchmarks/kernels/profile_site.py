@@ -1,6 +1,6 @@
 """One steady-state site forward and backward, each kernel once, for a profiler to watch.
 
-    ncu --clock-control none --set full -k regex:project_kernel \\
+    ncu --clock-control none --set full -k regex:combine_and_project_kernel \\
         python benchmarks/kernels/profile_site.py
     python benchmarks/kernels/profile_site.py --tiles project=32,128,4,4,3 --width 7168
 

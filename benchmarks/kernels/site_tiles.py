@@ -12,9 +12,9 @@ from megatron_mhc.kernels.triton import tiles
 from megatron_mhc.kernels.triton.aggregate import weighted_sum
 from megatron_mhc.kernels.triton.passes.finish import finish
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
-from megatron_mhc.kernels.triton.passes.projection import project
+from megatron_mhc.kernels.triton.passes.projection import combine_and_project
 from megatron_mhc.kernels.triton.passes.stream_gradients import streams_gradients
-from megatron_mhc.kernels.triton.passes.token_gradients import coefficients_gradients
+from megatron_mhc.kernels.triton.passes.token_gradients import token_gradients
 
 FLOORS = {
     "project": 9,
@@ -25,9 +25,15 @@ FLOORS = {
     "phi_gradient": 4,
 }
 """Passes that each kernel must move at n = 4, partial sums left out."""
-KERNELS = {"streams_backward": "streams_kernel", "phi_gradient": "phi_kernel"}
-KERNELS |= {"coefficients_backward": "coefficients_kernel"}
-"""What the GPU calls a kernel, where it is another name than NAME_kernel."""
+KERNELS = {
+    "project": "combine_and_project_kernel",
+    "finish": "finish_kernel",
+    "aggregate": "aggregate_kernel",
+    "coefficients_backward": "token_gradients_kernel",
+    "streams_backward": "stream_gradients_kernel",
+    "phi_gradient": "phi_gradient_kernel",
+}
+"""What the GPU calls each."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     "project": [
         *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
@@ -95,17 +101,17 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     phi, bias = normal(rows, n * width) * 0.02, normal(rows)
     alpha = torch.full((3,), 0.5, device="cuda")
     mixing = Mixing(f, h_post, h_res)
-    y, partial = project(x, phi, mixing)
+    y, partial = combine_and_project(x, phi, mixing)
     done = finish(y, partial, alpha, bias, DEFAULT, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
     token_args = (y, done.normed, done.inverse, alpha, bias, DEFAULT)
-    token = coefficients_gradients(*token_args, du=du, **small)
+    token = token_gradients(*token_args, du=du, **small)
 
     return {
-        "project": lambda: project(x, phi, mixing),
+        "project": lambda: combine_and_project(x, phi, mixing),
         "finish": lambda: finish(y, partial, alpha, bias, DEFAULT, aggregate=False),
         "aggregate": lambda: weighted_sum(y, done.h_pre),
-        "coefficients_backward": lambda: coefficients_gradients(*token_args, du=du, **small),
+        "coefficients_backward": lambda: token_gradients(*token_args, du=du, **small),
         "streams_backward": lambda: streams_gradients(
             y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
         ),

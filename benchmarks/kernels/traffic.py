@@ -4,9 +4,9 @@
     python benchmarks/kernels/traffic.py --width 7168 --channels 64 128
 
 A kernel reads x [T, 4, C] and f [T, C] and writes [T, 4, C], bf16: the 9 passes of
-`projection.project_kernel`, in its pattern. A program holds a block of channels and goes
-through tokens: a share of its own, or every P-th tile (P = programs), next to what the others read.
-us are medians over CUDA events, the L2 cache emptied before each run.
+`projection.combine_and_project_kernel`, in its pattern. A program holds a block of channels and
+goes through tokens: a share of its own, or every P-th tile (P = programs), next to what the others
+read. us are medians over CUDA events, the L2 cache emptied before each run.
 """
 
 import functools

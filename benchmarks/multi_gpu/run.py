@@ -20,7 +20,8 @@ parts, a file each in `parts/`:
 * paper: the paper's layers (MLA, mixture of experts, distributed optimizer with both overlaps),
   pipeline and expert parallel: recompute and overlap against stock order, digit for digit;
 * expert_overlap: the paper's layers with expert-parallel overlap;
-* resume: save on several GPUs, resume on two and on one, and back, with the distributed optimizer;
+* resume: save on several GPUs, resume on two and on one, and back, with the distributed optimizer,
+  and in the layout that saved;
 * step_times: steps of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC,
   with overlap, with recompute, and with both, in one launch a layout, three rounds (`rounds.py`);
   NCCL's send and receive kernels that no compute kernel runs beside, from traces of a further
@@ -57,8 +58,8 @@ CORRECT: dict[str, Callable[[Bench, int, str], Part]] = {
 }
 """Parts whose launches may run side by side: nothing in them is timed."""
 PARTS = (*CORRECT, "step_times")
-OWN_START = {"paper", "expert_overlap"}
-"""Parts that compare runs of one layout, which need no weights that one GPU saved."""
+OWN_START = {"paper", "resume", "expert_overlap"}
+"""Parts whose runs need no weights that one GPU saved."""
 
 
 def command() -> argparse.ArgumentParser:

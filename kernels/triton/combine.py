@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..arguments import Mixing
 from .launch import dense
-from .passes.projection import project
+from .passes.projection import combine_and_project
 from .passes.stream_gradients import streams_gradients
 from .torch_operator import operator
 
@@ -12,7 +12,7 @@ from .torch_operator import operator
 @operator("combine", "y")
 def _combine(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None) -> Tensor:
     """x [T, n, C] -> y [T, n, C]."""
-    y, _ = project(x, None, Mixing(f, h_post, h_res, f_bias))
+    y, _ = combine_and_project(x, None, Mixing(f, h_post, h_res, f_bias))
     return y
 
 

@@ -1,6 +1,6 @@
 """`combine_pre` in Triton: the boundary between two sites.
 
-Forward: project (which combines too), finish, aggregate. Backward: the coefficients, the streams,
+Forward: combine and project, finish, aggregate. Backward: the gradients of the tokens, the streams,
 phi, and the sums behind them.
 
 The backward writes dx once, complete: x is an output of the boundary before and used nowhere else,
@@ -12,13 +12,13 @@ from torch import Tensor
 from ..arguments import DEFAULT, Mixing, Options
 from .launch import dense
 from .passes.finish import finish
-from .passes.projection import project
+from .passes.projection import combine_and_project
 from .passes.stream_gradients import streams_gradients
-from .passes.token_gradients import coefficients_gradients
+from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
-@operator("combine_pre", "y", "u", "h_post", "h_res", "h_pre", "normed", "inverse")
+@operator("combine_pre", "y", "u", "h_post", "h_res", "h_pre", "z_over_r", "inverse_r")
 def _combine_pre(
     x: Tensor,
     f: Tensor,
@@ -31,9 +31,9 @@ def _combine_pre(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, n, C] -> y; u, h_post, h_res, h_pre of the next site; for the backward z / r, 1 / r."""
-    y, partial = project(x, phi, Mixing(f, h_post, h_res, f_bias))
+    y, partial = combine_and_project(x, phi, Mixing(f, h_post, h_res, f_bias))
     out = finish(y, partial, alpha, bias, options, aggregate=True)
-    return y, out.u, out.h_post, out.h_res, out.h_pre, out.normed, out.inverse
+    return y, out.u, out.h_post, out.h_res, out.h_pre, out.z_over_r, out.inverse_r
 
 
 @_combine_pre.gradient
@@ -47,8 +47,8 @@ def _combine_pre_backward(
     bias: Tensor,
     f_bias: Tensor | None,
     y: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    z_over_r: Tensor,
+    inverse_r: Tensor,
     dy: Tensor | None,
     du: Tensor | None,
     d_next_post: Tensor | None,
@@ -56,7 +56,7 @@ def _combine_pre_backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = {"du": du, "d_post": d_next_post, "d_res": d_next_res}
-    token = coefficients_gradients(y, normed, inverse, alpha, bias, options, **given)
+    token = token_gradients(y, z_over_r, inverse_r, alpha, bias, options, **given)
     mixing = Mixing(f, h_post, h_res, f_bias)
     out = streams_gradients(y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing)
     d_f_bias = x.new_empty(0) if out.d_f_bias is None else out.d_f_bias

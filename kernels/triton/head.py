@@ -4,20 +4,20 @@ from torch import Tensor
 
 from ..arguments import Options
 from .passes.finish import finish
-from .passes.projection import project
+from .passes.projection import combine_and_project
 from .passes.stream_gradients import streams_gradients
-from .passes.token_gradients import coefficients_gradients
+from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
-@operator("head", "u", "normed", "inverse")
+@operator("head", "u", "z_over_r", "inverse_r")
 def _head(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, pre_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, n, C] -> [T, C], and for the backward z / r [T, n] and 1 / r [T]."""
-    _, partial = project(x, fn, None)
+    _, partial = combine_and_project(x, fn, None)
     out = finish(x, partial, scale, base, Options(1, norm_eps, pre_eps), aggregate=True)
-    return out.u, out.normed, out.inverse
+    return out.u, out.z_over_r, out.inverse_r
 
 
 @_head.gradient
@@ -26,13 +26,13 @@ def _head_backward(
     fn: Tensor,
     scale: Tensor,
     base: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    z_over_r: Tensor,
+    inverse_r: Tensor,
     du: Tensor,
     pre_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = Options(1, pre_eps=pre_eps)
-    token = coefficients_gradients(x, normed, inverse, scale, base, options, du=du)
+    token = token_gradients(x, z_over_r, inverse_r, scale, base, options, du=du)
     out = streams_gradients(x, du=du, phi=fn, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 

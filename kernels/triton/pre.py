@@ -4,16 +4,16 @@ from torch import Tensor
 
 from ..arguments import DEFAULT, Options
 from .passes.finish import Finished, finish
-from .passes.projection import project
+from .passes.projection import combine_and_project
 from .passes.stream_gradients import streams_gradients
-from .passes.token_gradients import coefficients_gradients
+from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
 def _forward(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options, *, aggregate: bool
 ) -> Finished:
-    _, partial = project(x, phi, None)
+    _, partial = combine_and_project(x, phi, None)
     return finish(x, partial, alpha, bias, options, aggregate=aggregate)
 
 
@@ -22,24 +22,24 @@ def _gradients(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    z_over_r: Tensor,
+    inverse_r: Tensor,
     options: Options,
     **given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, phi, alpha and bias from those of u or h_pre, of h_post and of h_res."""
-    token = coefficients_gradients(x, normed, inverse, alpha, bias, options, **given)
+    token = token_gradients(x, z_over_r, inverse_r, alpha, bias, options, **given)
     out = streams_gradients(x, du=given.get("du"), phi=phi, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 
-@operator("pre", "u", "h_post", "h_res", "h_pre", "normed", "inverse")
+@operator("pre", "u", "h_post", "h_res", "h_pre", "z_over_r", "inverse_r")
 def _pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, n, C] -> u, h_post, h_res, h_pre; for the backward z / r [T, rows] and 1 / r [T]."""
     out = _forward(x, phi, alpha, bias, options, aggregate=True)
-    return out.u, out.h_post, out.h_res, out.h_pre, out.normed, out.inverse
+    return out.u, out.h_post, out.h_res, out.h_pre, out.z_over_r, out.inverse_r
 
 
 @_pre.gradient
@@ -48,24 +48,24 @@ def _pre_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    z_over_r: Tensor,
+    inverse_r: Tensor,
     du: Tensor | None,
     d_post: Tensor | None,
     d_res: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = {"du": du, "d_post": d_post, "d_res": d_res}
-    return _gradients(x, phi, alpha, bias, normed, inverse, options, **given)
+    return _gradients(x, phi, alpha, bias, z_over_r, inverse_r, options, **given)
 
 
-@operator("coefficients", "h_pre", "h_post", "h_res", "normed", "inverse")
+@operator("coefficients", "h_pre", "h_post", "h_res", "z_over_r", "inverse_r")
 def _coefficients(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [T, n, C] -> h_pre, h_post, h_res, and for the backward z / r [T, rows] and 1 / r [T]."""
     out = _forward(x, phi, alpha, bias, options, aggregate=False)
-    return out.h_pre, out.h_post, out.h_res, out.normed, out.inverse
+    return out.h_pre, out.h_post, out.h_res, out.z_over_r, out.inverse_r
 
 
 @_coefficients.gradient
@@ -74,15 +74,15 @@ def _coefficients_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    z_over_r: Tensor,
+    inverse_r: Tensor,
     d_pre: Tensor | None,
     d_post: Tensor | None,
     d_res: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = {"d_pre": d_pre, "d_post": d_post, "d_res": d_res}
-    return _gradients(x, phi, alpha, bias, normed, inverse, options, **given)
+    return _gradients(x, phi, alpha, bias, z_over_r, inverse_r, options, **given)
 
 
 def _dense(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -142,8 +142,8 @@ def shares(blocks: int, resident: int) -> int:
 
 @tunable
 def project(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.projection.project_kernel`: a block of channels and every P-th tile of tokens, P =
-    programs a block.
+    """`projection.combine_and_project_kernel`: a block of channels and every P-th tile of tokens,
+    P = programs a block.
 
     With bf16 and n = 4 a program takes most of a multiprocessor's shared memory. Every program
     loads phi first, so all of them run at once where that fills 0.8 of the multiprocessors.
@@ -178,13 +178,13 @@ slower: the code is longer, and each launch fetches it anew (docs/measured-facts
 
 @tunable
 def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.token_gradients.coefficients_kernel`: as `finish`, with n sums over channels."""
+    """`passes.token_gradients.token_gradients_kernel`: as `finish`, with n sums over channels."""
     return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 
 @tunable
 def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.streams_kernel`: as `project`, four programs a multiprocessor."""
+    """`passes.stream_gradients_kernel`: as `project`, four programs a multiprocessor."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -193,7 +193,7 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 def streams_backward_rows(rows: int) -> int:
-    """Rows of phi that a product of `streams_kernel` takes.
+    """Rows of phi that a product of `stream_gradients_kernel` takes.
 
     All at once, padded to a power of two. At n = 8 that is 128 for 80, which take up to 155,648
     bytes of shared memory (fp32). Where a card has less, 16 at a time: 93,184 bytes.
@@ -203,7 +203,7 @@ def streams_backward_rows(rows: int) -> int:
 
 @tunable
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.phi_gradient.phi_kernel`: a block of the n*C columns and every P-th tile of tokens,
+    """`phi_gradient.phi_gradient_kernel`: a block of the n*C columns and every P-th tile of tokens,
     P = programs a block."""
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)

@@ -21,8 +21,8 @@ RESULTS = {
     "h_pre": "Tn",
     "h_post": "Tn",
     "h_res": "Tnn",
-    "normed": "TR",
-    "inverse": "T",
+    "z_over_r": "TR",
+    "inverse_r": "T",
 }
 """The shape of what an operation returns under this name: T tokens, n streams, C their width, R
 rows of the projection. What has C is in the dtype of x; all else is fp32."""

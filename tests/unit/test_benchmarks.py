@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.common import spans
+from benchmarks.kernels import site_tiles
 from benchmarks.kernels.by_kernel import medians
 from benchmarks.pipeline import timeline
 
@@ -117,12 +118,18 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
             medians(other, 3)
 
 
+def test_tuning_looks_for_kernels_that_there_are() -> None:
+    """By the name that the profiler gives them; one that is not there would have no times."""
+    assert site_tiles.KERNELS.keys() == site_tiles.GRIDS.keys() == site_tiles.FLOORS.keys()
+    assert {*site_tiles.KERNELS.values()} <= timeline.own_kernels()
+
+
 def test_a_timeline_tells_messages_that_nothing_runs_beside(tmp_path: Path) -> None:
     """Two kernels of the model, one of ours and two messages, the first half hidden."""
     listed = {
         # milliseconds
         "gemm": [(0, 4), (3, 6)],
-        "project_kernel": [(6, 8)],
+        "combine_and_project_kernel": [(6, 8)],
         "ncclDevKernel_SendRecv": [(7, 9), (12, 15)],
         "ncclDevKernel_AllReduce": [(20, 21)],
     }

@@ -1,7 +1,7 @@
 """The forward's small kernel: a site's coefficients from the partial projections of its streams.
 
-`finish_kernel` adds up what `passes.projection.project_kernel` left and makes the coefficients;
-with them `aggregate`'s own kernel reads the streams once more.
+`finish_kernel` adds up what `combine_and_project_kernel` left and makes the coefficients; with them
+`aggregate`'s own kernel reads the streams once more.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ def finish_kernel(
     h_pre_ptr,
     h_post_ptr,
     h_res_ptr,
-    normed_ptr,
-    inverse_ptr,
+    z_over_r_ptr,
+    inverse_r_ptr,
     T,
     norm_eps,
     pre_eps,
@@ -43,8 +43,8 @@ def finish_kernel(
 ):
     """Partial projections [tiles, BLOCKS, ROWS + 1, TILE] -> the coefficients of BT tokens.
 
-    Without MIXING (`head`) there are only the N rows of H_pre. normed [T, ROWS] is z / r and
-    inverse [T] is 1 / r: what the backward keeps.
+    Without MIXING (`head`) there are only the N rows of H_pre. z_over_r [T, ROWS] is z / r and
+    inverse_r [T] is 1 / r: what the backward keeps.
     """
     first = tl.program_id(0) * BT
     t = first + tl.arange(0, BT)
@@ -58,26 +58,26 @@ def finish_kernel(
         z_post = sum_blocks(tile_ptr, N, N, ALL, TILE, BLOCKS, LOADS, BT)
         z_res = sum_blocks(tile_ptr, 2 * N, N * N, ALL, TILE, BLOCKS, LOADS, BT)
 
-    inverse = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
-    tl.store(inverse_ptr + t64[:, None], inverse, t_mask[:, None])
+    inverse_r = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
+    tl.store(inverse_r_ptr + t64[:, None], inverse_r, t_mask[:, None])
     j = tl.arange(0, N)
     mask = t_mask[:, None] & (j >= 0)[None, :]
-    normed = z_pre * inverse
-    tl.store(normed_ptr + t64[:, None] * ROWS + j[None, :], normed, mask)
-    logits = tl.fma(normed, tl.load(alpha_ptr), tl.load(bias_ptr + j)[None, :])
+    z_over_r = z_pre * inverse_r
+    tl.store(z_over_r_ptr + t64[:, None] * ROWS + j[None, :], z_over_r, mask)
+    logits = tl.fma(z_over_r, tl.load(alpha_ptr), tl.load(bias_ptr + j)[None, :])
     tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], tl.sigmoid(logits) + pre_eps, mask)
 
     if MIXING:
-        normed = z_post * inverse
-        tl.store(normed_ptr + t64[:, None] * ROWS + N + j[None, :], normed, mask)
-        logits = tl.fma(normed, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
+        z_over_r = z_post * inverse_r
+        tl.store(z_over_r_ptr + t64[:, None] * ROWS + N + j[None, :], z_over_r, mask)
+        logits = tl.fma(z_over_r, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
         tl.store(h_post_ptr + t64[:, None] * N + j[None, :], 2.0 * tl.sigmoid(logits), mask)
 
         k = tl.arange(0, N * N)
         mask = t_mask[:, None] & (k >= 0)[None, :]
-        normed = z_res * inverse
-        tl.store(normed_ptr + t64[:, None] * ROWS + 2 * N + k[None, :], normed, mask)
-        logits = tl.fma(normed, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
+        z_over_r = z_res * inverse_r
+        tl.store(z_over_r_ptr + t64[:, None] * ROWS + 2 * N + k[None, :], z_over_r, mask)
+        logits = tl.fma(z_over_r, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
         logits = tl.reshape(logits, (BT, N, N))  # (dst, src)
         matrix = sinkhorn_forward(logits, ITERATIONS, SINKHORN_EPS)
         matrix = tl.reshape(matrix, (BT, N * N))
@@ -92,8 +92,8 @@ class Finished:
     h_pre: Tensor
     h_post: Tensor | None
     h_res: Tensor | None
-    normed: Tensor
-    inverse: Tensor
+    z_over_r: Tensor
+    inverse_r: Tensor
 
 
 def finish(
@@ -115,7 +115,7 @@ def finish(
     h_pre = partial.new_empty(tokens, n)
     h_post = partial.new_empty(tokens, n) if mixing else None
     h_res = partial.new_empty(tokens, n, n) if mixing else None
-    normed, inverse = partial.new_empty(tokens, rows), partial.new_empty(tokens)
+    z_over_r, inverse_r = partial.new_empty(tokens, rows), partial.new_empty(tokens)
     if tokens > 0:
         launch(
             finish_kernel,
@@ -126,8 +126,8 @@ def finish(
             h_pre,
             h_post,
             h_res,
-            normed,
-            inverse,
+            z_over_r,
+            inverse_r,
             tokens,
             options.norm_eps,
             options.pre_eps,
@@ -144,4 +144,4 @@ def finish(
             num_warps=tile.warps,
         )
     u = weighted_sum(x, h_pre) if aggregate else None
-    return Finished(u, h_pre, h_post, h_res, normed, inverse)
+    return Finished(u, h_pre, h_post, h_res, z_over_r, inverse_r)

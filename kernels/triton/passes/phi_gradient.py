@@ -19,7 +19,7 @@ that error grows with the sum (docs/measured-facts.md)."""
 
 
 @triton.jit(do_not_specialize=["T"])
-def phi_kernel(
+def phi_gradient_kernel(
     y_ptr,
     d_z_ptr,
     d_phi_ptr,
@@ -64,9 +64,10 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     rows = d_z.shape[1]
     tile = tiles.phi_gradient(n, width, y.dtype)
     splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
+    splits = max(1, min(splits, triton.cdiv(tokens, tile.tokens)))  # none without tokens
     partial = d_z.new_empty(splits, rows, n * width)
     launch(
-        phi_kernel,
+        phi_gradient_kernel,
         (triton.cdiv(n * width, tile.channels), splits),
         y,
         d_z,

@@ -1,7 +1,7 @@
 """The forward's large kernel, whichever operation asks.
 
-`project_kernel` mixes the streams of the site that ends and, on the tile still in registers,
-projects the result for the site that begins; each half can run alone. `combine`, `pre`,
+`combine_and_project_kernel` mixes the streams of the site that ends and, on the tile still in
+registers, projects the result for the site that begins; each half can run alone. `combine`, `pre`,
 `coefficients`, `combine_pre` and `head` are this kernel with different flags, with
 `passes.finish` behind it, so their results agree to the bit.
 """
@@ -142,7 +142,7 @@ def store_sums(out_ptr, sums, ROWS: tl.constexpr, TERMS: tl.constexpr, BT: tl.co
 
 
 @triton.jit(do_not_specialize=["T"])
-def project_kernel(
+def combine_and_project_kernel(
     x_ptr,
     f_ptr,
     f_bias_ptr,
@@ -243,8 +243,10 @@ def count_sums(rows: int, terms: int) -> int:
     return (1 if terms == 1 else 2) * full + (rest > 0)
 
 
-def project(x: Tensor, phi: Tensor | None, mixing: Mixing | None) -> tuple[Tensor, Tensor | None]:
-    """Launch `project_kernel` on x [T, n, C].
+def combine_and_project(
+    x: Tensor, phi: Tensor | None, mixing: Mixing | None
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `combine_and_project_kernel` on x [T, n, C].
 
     Args:
         phi: [rows, n*C], or None to combine alone.
@@ -269,7 +271,7 @@ def project(x: Tensor, phi: Tensor | None, mixing: Mixing | None) -> tuple[Tenso
         return y, partial
     terms = 1 if weights is None else weights.shape[0]
     launch(
-        project_kernel,
+        combine_and_project_kernel,
         (blocks, min(count, MOST_PROGRAMS if phi is None else tile.splits)),
         x,
         f,

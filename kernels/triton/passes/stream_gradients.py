@@ -1,6 +1,6 @@
 """The backward's second kernel over the streams, whichever operation asks.
 
-`streams_kernel` builds the whole gradient of the projected streams y on chip,
+`stream_gradients_kernel` builds the whole gradient of the projected streams y on chip,
     dY = dy + h_pre^T du + d_z phi + k y,
 and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
 once. Sums over tokens or channels are partial sums, added up behind it.
@@ -16,7 +16,7 @@ from ...arguments import Mixing
 from .. import tiles
 from ..launch import dense, launch, pack_weights
 from .phi_gradient import phi_gradient
-from .streams_kernel import streams_kernel
+from .stream_gradients_kernel import stream_gradients_kernel
 from .sums import sum_mixing, sum_rows
 from .token_gradients import TokenGradients
 
@@ -43,12 +43,12 @@ def streams_gradients(
     x: Tensor | None = None,
     mixing: Mixing | None = None,
 ) -> StreamsGradients:
-    """Launch `streams_kernel`, and what adds up its partial sums.
+    """Launch `stream_gradients_kernel`, and what adds up its partial sums.
 
     Args:
         y: [T, n, C], the streams that were projected (any tensor of that shape without phi).
         dy, du: gradients of y and u; an absent one is zero.
-        phi, token: the projection and what `coefficients_gradients` returned, or None where
+        phi, token: the projection and what `token_gradients` returned, or None where
             nothing was projected.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
     """
@@ -88,14 +88,15 @@ def _launch(
     tokens, n, width = y.shape
     tile = tiles.streams_backward(n, width, y.dtype)
     blocks = triton.cdiv(width, tile.channels)
+    programs = min(tile.splits, triton.cdiv(tokens, tile.tokens))  # none without tokens
     f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
     d_z, k, h_pre = (None,) * 3 if token is None else (token.d_z, token.k, token.h_pre)
     new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
-    d_f_bias = None if f_bias is None else new(tile.splits, width)
+    d_f_bias = None if f_bias is None else new(programs, width)
     d_mixing = None if mixing is None else new(blocks, tokens, n + n * n)
     # fmt: off
     launch(
-        streams_kernel, (blocks, tile.splits),
+        stream_gradients_kernel, (blocks, programs),
         y, dense(dy), dense(du), d_z, k, h_pre, weights, x, f, f_bias, h_post, h_res,
         dx, df, d_mixing, d_f_bias, tokens,
         N=n,

@@ -1,4 +1,4 @@
-"""d_z phi: what of the streams' gradient comes through the projection (of `streams_kernel`).
+"""d_z phi: what comes of the streams' gradient through the projection.
 
 `projection.add_products` is the way there.
 """

@@ -21,14 +21,14 @@ from .sums import sum_rows
 
 
 @triton.jit(do_not_specialize=["T"])
-def coefficients_kernel(
+def token_gradients_kernel(
     x_ptr,
     du_ptr,
     d_pre_ptr,
     d_post_ptr,
     d_res_ptr,
-    normed_ptr,
-    inverse_ptr,
+    z_over_r_ptr,
+    inverse_r_ptr,
     alpha_ptr,
     bias_ptr,
     d_z_ptr,
@@ -62,7 +62,7 @@ def coefficients_kernel(
     t = (tl.num_programs(0) - 1 - program) * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
     t_mask = t < T
-    inverse = tl.load(inverse_ptr + t64, t_mask, 0.0)
+    inverse_r = tl.load(inverse_r_ptr + t64, t_mask, 0.0)
 
     if AGGREGATE:
         products = ()
@@ -86,13 +86,13 @@ def coefficients_kernel(
             d_weight = tl.sum(products[j], axis=1)
         else:
             d_weight = tl.load(d_pre_ptr + t64 * N + j, t_mask, 0.0)
-        normed = tl.load(normed_ptr + t64 * ROWS + j, t_mask, 0.0)
-        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + j)))
+        z_over_r = tl.load(z_over_r_ptr + t64 * ROWS + j, t_mask, 0.0)
+        weight = tl.sigmoid(tl.fma(z_over_r, alpha, tl.load(bias_ptr + j)))
         tl.store(h_pre_ptr + t64 * N + j, weight + pre_eps, t_mask)
         d_logit = tl.where(t_mask, d_weight * weight * (1.0 - weight), 0.0)
-        tl.store(d_z_ptr + t64 * ROWS + j, alpha * d_logit * inverse, t_mask)
+        tl.store(d_z_ptr + t64 * ROWS + j, alpha * d_logit * inverse_r, t_mask)
         tl.store(d_bias_ptr + j, tl.sum(d_logit, axis=0))
-        d_alpha = tl.fma(d_logit, normed, d_alpha)
+        d_alpha = tl.fma(d_logit, z_over_r, d_alpha)
     through_norm = tl.fma(d_alpha, alpha, through_norm)
     tl.store(d_alpha_ptr, tl.sum(d_alpha, axis=0))
 
@@ -101,16 +101,16 @@ def coefficients_kernel(
         offsets = t64[:, None] * ROWS + N + j[None, :]  # [BT, N]
         mask = t_mask[:, None] & (j >= 0)[None, :]
         alpha = tl.load(alpha_ptr + 1)
-        normed = tl.load(normed_ptr + offsets, mask, 0.0)
-        weight = tl.sigmoid(tl.fma(normed, alpha, tl.load(bias_ptr + N + j)[None, :]))
+        z_over_r = tl.load(z_over_r_ptr + offsets, mask, 0.0)
+        weight = tl.sigmoid(tl.fma(z_over_r, alpha, tl.load(bias_ptr + N + j)[None, :]))
         d_logits = tl.zeros((BT, N), tl.float32)
         if HAS_POST:
             d_weight = tl.load(d_post_ptr + t64[:, None] * N + j[None, :], mask, 0.0)
             d_logits = 2.0 * d_weight * weight * (1.0 - weight)
         d_logits = tl.where(mask, d_logits, 0.0)
-        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None], mask)
+        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse_r[:, None], mask)
         tl.store(d_bias_ptr + N + j, tl.sum(d_logits, axis=0))
-        d_alpha = tl.sum(d_logits * normed, axis=1)
+        d_alpha = tl.sum(d_logits * z_over_r, axis=1)
         through_norm = tl.fma(d_alpha, alpha, through_norm)
         tl.store(d_alpha_ptr + 1, tl.sum(d_alpha, axis=0))
 
@@ -118,26 +118,26 @@ def coefficients_kernel(
         offsets = t64[:, None, None] * ROWS + 2 * N + entry[None, :, :]
         mask = t_mask[:, None, None] & (entry >= 0)[None, :, :]
         alpha = tl.load(alpha_ptr + 2)
-        normed = tl.load(normed_ptr + offsets, mask, 0.0)
+        z_over_r = tl.load(z_over_r_ptr + offsets, mask, 0.0)
         d_logits = tl.zeros((BT, N, N), tl.float32)
         if HAS_RES:
-            logits = tl.fma(normed, alpha, tl.load(bias_ptr + 2 * N + entry)[None, :, :])
+            logits = tl.fma(z_over_r, alpha, tl.load(bias_ptr + 2 * N + entry)[None, :, :])
             d_matrix_offsets = t64[:, None, None] * (N * N) + entry[None, :, :]
             d_matrix = tl.load(d_res_ptr + d_matrix_offsets, mask, 0.0)
             d_logits = sinkhorn_backward(logits, d_matrix, ITERATIONS, SINKHORN_EPS)
         d_logits = tl.where(mask, d_logits, 0.0)
-        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse[:, None, None], mask)
+        tl.store(d_z_ptr + offsets, alpha * d_logits * inverse_r[:, None, None], mask)
         tl.store(d_bias_ptr + 2 * N + entry, tl.sum(d_logits, axis=0))
-        d_alpha = tl.sum(tl.sum(d_logits * normed, axis=2), axis=1)
+        d_alpha = tl.sum(tl.sum(d_logits * z_over_r, axis=2), axis=1)
         through_norm = tl.fma(d_alpha, alpha, through_norm)
         tl.store(d_alpha_ptr + 2, tl.sum(d_alpha, axis=0))
 
-    tl.store(k_ptr + t64, -through_norm * inverse * inverse / (N * C), t_mask)
+    tl.store(k_ptr + t64, -through_norm * inverse_r * inverse_r / (N * C), t_mask)
 
 
 @dataclass(frozen=True)
 class TokenGradients:
-    """What `coefficients_gradients` returns: d_z [T, rows], k [T], h_pre [T, n], parameters'."""
+    """What `token_gradients` returns: d_z [T, rows], k [T], h_pre [T, n], parameters'."""
 
     d_z: Tensor
     k: Tensor
@@ -146,10 +146,10 @@ class TokenGradients:
     d_bias: Tensor
 
 
-def coefficients_gradients(
+def token_gradients(
     y: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    z_over_r: Tensor,
+    inverse_r: Tensor,
     alpha: Tensor,
     bias: Tensor,
     options: Options,
@@ -159,27 +159,27 @@ def coefficients_gradients(
     d_post: Tensor | None = None,
     d_res: Tensor | None = None,
 ) -> TokenGradients:
-    """Launch `coefficients_kernel`.
+    """Launch `token_gradients_kernel`.
 
     du or d_pre is the gradient of what H_pre became; an absent one is zero.
     """
     tokens, n, width = y.shape
-    rows = normed.shape[1]
+    rows = z_over_r.shape[1]
     if du is None and d_pre is None:
-        d_pre = inverse.new_zeros(tokens, n)
+        d_pre = inverse_r.new_zeros(tokens, n)
     tile = tiles.coefficients_backward(n, width, y.dtype)
     programs = triton.cdiv(tokens, tile.tokens)
-    d_z, k = torch.empty_like(normed), torch.empty_like(inverse)
-    h_pre = inverse.new_empty(tokens, n)
-    d_parameters = inverse.new_empty(programs, rows + alpha.numel())
+    d_z, k = torch.empty_like(z_over_r), torch.empty_like(inverse_r)
+    h_pre = inverse_r.new_empty(tokens, n)
+    d_parameters = inverse_r.new_empty(programs, rows + alpha.numel())
     if tokens == 0:
         zeros = torch.zeros_like
         return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
     # fmt: off
     launch(
-        coefficients_kernel, (programs,),
+        token_gradients_kernel, (programs,),
         y, dense(du), dense(d_pre), dense(d_post), dense(d_res),
-        normed, inverse, alpha, bias, d_z, k, h_pre, d_parameters, tokens, options.pre_eps,
+        z_over_r, inverse_r, alpha, bias, d_z, k, h_pre, d_parameters, tokens, options.pre_eps,
         N=n,
         C=width,
         ROWS=rows,

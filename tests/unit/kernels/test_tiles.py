@@ -95,7 +95,7 @@ def test_a_card_with_less_shared_memory_has_smaller_tiles(
 
 
 def projections_need(n: int, dtype: torch.dtype, tile: tiles.Tile) -> int:
-    """Bytes of shared memory of a `project_kernel` that combines and projects.
+    """Bytes of shared memory of a `combine_and_project_kernel` that combines and projects.
 
     phi in tiles of 16 rows, the copies of x and f that are on their way, and what tiles change
     their layout over: compiled for an H100, with bf16 streams, 8,192 bytes at n 4 and 20,608 at

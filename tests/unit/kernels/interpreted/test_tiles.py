@@ -44,7 +44,7 @@ def test_every_row_is_projected_with_all_of_phi(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(35, n, 40, generator=generator).bfloat16()
     phi = torch.randn(rows, n * 40, generator=generator)
-    _, partial = projection.project(x, phi, None)
+    _, partial = projection.combine_and_project(x, phi, None)
     got = partial.double().sum(1).transpose(1, 2).flatten(0, 1)[:35]
     wide = x.double().flatten(1)
     wanted = torch.cat((wide @ phi.double().t(), wide.square().sum(1, keepdim=True)), dim=1)

@@ -1,8 +1,8 @@
 """The kernel of `stream_gradients`: dY on chip, and what a combine makes of it.
 
-`coefficients_kernel` goes from the last tokens to the first, `streams_kernel` back, `phi_kernel` to
-the first again: each starts with what the one before read last. All programs of a kernel work side
-by side, on neighbouring tokens.
+`token_gradients_kernel` goes from the last tokens to the first, `stream_gradients_kernel` back,
+`phi_gradient_kernel` to the first again: each starts with what the one before read last. All
+programs of a kernel work side by side, on neighbouring tokens.
 """
 
 # ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
@@ -136,7 +136,7 @@ def through_res(
 
 
 @triton.jit(do_not_specialize=["T"])
-def streams_kernel(
+def stream_gradients_kernel(
     y_ptr,
     dy_ptr,
     du_ptr,
