@@ -47,3 +47,9 @@ def add_numbers(to: argparse.ArgumentParser, defaults: dict[str, int]) -> None:
     for name, default in defaults.items():
         meaning = f"{NUMBERS[name]} (default: {default})"
         to.add_argument(f"--{name}", type=int, default=default, help=meaning)
+
+
+def add_list(to: argparse.ArgumentParser, name: str, default: list[int], meaning: str) -> None:
+    """A flag that takes several whole numbers, each of which is measured."""
+    meaning = f"{meaning} (default: {' '.join(map(str, default))})"
+    to.add_argument(f"--{name}", type=int, nargs="*", default=default, metavar="N", help=meaning)

@@ -86,12 +86,14 @@ def use_tile(kernel: str, numbers: tuple[int, ...]) -> None:
     setattr(tiles, kernel, lambda *_: tile)
 
 
-def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], object]]:
+def subjects(
+    tokens: int, width: int, n: int = 4, device: str = "cuda"
+) -> dict[str, Callable[[], object]]:
     """The kernels with their small companions, as closures over one site's tensors."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
+        return torch.randn(*shape, device=device, generator=generator)
 
     rows = n * n + 2 * n
     x, dy = normal(tokens, n, width).bfloat16(), normal(tokens, n, width).bfloat16()
@@ -99,12 +101,12 @@ def subjects(tokens: int, width: int, n: int = 4) -> dict[str, Callable[[], obje
     h_post = 2 * torch.sigmoid(normal(tokens, n))
     h_res = torch.softmax(normal(tokens, n, n), -1)
     phi, bias = normal(rows, n * width) * 0.02, normal(rows)
-    alpha = torch.full((3,), 0.5, device="cuda")
+    alpha = torch.full((3,), 0.5, device=device)
     mixing = Mixing(f, h_post, h_res)
     y, partial = combine_and_project(x, phi, mixing)
     done = finish(y, partial, alpha, bias, DEFAULT, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
-    token_args = (y, done.normed, done.inverse, alpha, bias, DEFAULT)
+    token_args = (y, done.z_over_r, done.inverse_r, alpha, bias, DEFAULT)
     token = token_gradients(*token_args, du=du, **small)
 
     return {

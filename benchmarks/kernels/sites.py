@@ -219,14 +219,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--tokens", type=int, nargs="*", default=[1024, 4096, 8192, 16384], metavar="T",
-        help="default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--widths", type=int, nargs="*", default=[4096, 2560, 7168], metavar="C",
-        help="of a stream (default: %(default)s)",
-    )  # fmt: skip
+    command_line.add_list(parser, "tokens", [1024, 4096, 8192, 16384], "T, tokens of a site")
+    command_line.add_list(parser, "widths", [4096, 2560, 7168], "C, the width of a stream")
     parser.add_argument(
         "--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER",
         help=f"of {', '.join(map(repr, PEERS))} (default: all that are installed)",

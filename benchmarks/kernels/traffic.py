@@ -84,14 +84,8 @@ def main() -> None:
     """Print a line for each block, number of programs and order of tokens."""
     parser = command_line.parser(__doc__)
     command_line.add_numbers(parser, command_line.SITE)
-    parser.add_argument(
-        "--channels", type=int, nargs="*", default=[32, 64, 128, 256], metavar="N",
-        help="of a block, powers of two (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--programs", type=int, nargs="*", default=[4, 8, 64], metavar="N",
-        help="that share the tokens of a block (default: %(default)s)",
-    )  # fmt: skip
+    command_line.add_list(parser, "channels", [32, 64, 128, 256], "of a block, powers of two")
+    command_line.add_list(parser, "programs", [4, 8, 64], "that share the tokens of a block")
     arguments = command_line.parse_on_gpu(parser)
     tokens, width = arguments.tokens, arguments.width
     x = torch.randn(tokens, 4, width, device="cuda", dtype=torch.bfloat16)

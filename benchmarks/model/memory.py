@@ -142,11 +142,10 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
     x = torch.randn(tokens, n, width, **like)
     h_pre = [torch.rand(tokens, n, device="cuda") for _ in range(sites)]
     ended = [
-        (
+        kernels.Mixing(
             torch.randn(tokens, width, **like),
             torch.rand(tokens, n, device="cuda"),
             torch.rand(tokens, n, n, device="cuda").softmax(-1),
-            None,
         )
         for _ in range(sites - 1)
     ]

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ CPU = """
 """
 WARM_UP = 3
 """Steps that are not timed."""
-Part = tuple[list[Callable[[], Any]], list[Callable[[], Any]]]
+Part = tuple[Sequence[Callable[[], Any]], Sequence[Callable[[], Any]]]
 """Launches, which may run side by side, and checks of what came of them."""
 
 

@@ -152,9 +152,26 @@ def test_a_timeline_tells_messages_that_nothing_runs_beside(tmp_path: Path) -> N
     assert timeline.rank_of(trace) == 3
 
 
+def interpreted(program: str) -> None:
+    """Run a program whose kernels Triton's interpreter runs."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+
+
+def test_the_kernels_that_are_tuned_run_alone() -> None:
+    interpreted("""
+from benchmarks.kernels import site_tiles
+calls = site_tiles.subjects(9, 64, device="cpu")
+assert calls.keys() == site_tiles.GRIDS.keys()
+for kernel, call in calls.items():
+    site_tiles.use_tile(kernel, site_tiles.running(kernel, 64))
+    call()
+""")
+
+
 def test_traffic_moves_every_element() -> None:
     """Under the interpreter: a stub of a tile, of a block, and fewer tiles than programs."""
-    program = """
+    interpreted("""
 import torch
 from benchmarks.kernels.traffic import run
 x = torch.randn(37, 4, 40)
@@ -164,10 +181,7 @@ for programs in (1, 2, 9):
         y = torch.full_like(x, torch.nan)
         run(x, f, y, channels=32, programs=programs, tokens=8, neighbours=neighbours)
         assert torch.equal(y, x + f[:, None])
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+""")
 
 
 def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone() -> None:
