@@ -63,6 +63,7 @@ class MHCLayer(GraphedLayer):
         self.mlp_connection = build(first_site + 1)
         self.attention_site = Site(self.attention_connection, self.input_layernorm)
         self.mlp_site = Site(self.mlp_connection, self.pre_mlp_layernorm)
+        _ask_the_norms_again(self)
         self.self_attn_bda = self.attention_site.write
         self.mlp_bda = self.mlp_site.write
         if holds_attention_alone(config):
@@ -159,6 +160,14 @@ class MHCLayer(GraphedLayer):
         return state
 
 
+def _ask_the_norms_again(layer: TransformerLayer) -> None:
+    """Megatron, from 0.20 on, asks each norm once, while it builds the layer: before the sites."""
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        answer = f"_{norm}_returns_residual"
+        if hasattr(layer, answer):
+            setattr(layer, answer, getattr(layer, norm).returns_residual)
+
+
 def _runs_on_into_the_next(config: Any) -> bool:
     """Whether a layer and the next one run in one autograd region, outside any graph.
 
@@ -196,6 +205,10 @@ def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
         raise ValueError(f"mHC needs a TransformerLayer and the spec has {base!r}")
     if issubclass(base, MHCLayer):
         raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
+    if getattr(base, "supports_mhc_connections", False):
+        raise ValueError(
+            f"{base.__name__} is a layer of Megatron's own mHC: give with_mhc an ordinary one"
+        )
     name = f"of.{base.__module__}.{base.__qualname__}"
     names = {"__module__": __name__, "__qualname__": name}
     return type(f"MHC{base.__name__}", (MHCLayer, base), names)

@@ -231,6 +231,13 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "the fused softmax is a CUDA kernel; Megatron's own torch formula takes its place",
     ),
     Patch(
+        "cpu-inference-linears",
+        "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
+        _never,
+        "where Transformer Engine is not installed, Megatron asks for a class that is none",
+        optional=True,
+    ),
+    Patch(
         "cpu-resume",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
         _before_first_step,

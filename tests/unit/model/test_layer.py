@@ -69,3 +69,19 @@ def test_layers_are_fused_where_nothing_begins_between_them(
     settings: dict[str, Any], modules: str, fused: bool
 ) -> None:
     assert layer._runs_on_into_the_next(config(settings, modules)) == fused
+
+
+def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:
+    """From 0.20 on it keeps their answers, from before there were sites; 0.19 has none to keep."""
+    site = SimpleNamespace(returns_residual=True)
+    asked = SimpleNamespace(
+        input_layernorm=site,
+        pre_mlp_layernorm=site,
+        _input_layernorm_returns_residual=False,
+        _pre_mlp_layernorm_returns_residual=False,
+    )
+    layer._ask_the_norms_again(asked)
+    assert asked._input_layernorm_returns_residual and asked._pre_mlp_layernorm_returns_residual
+    never = SimpleNamespace(input_layernorm=site, pre_mlp_layernorm=site)
+    layer._ask_the_norms_again(never)
+    assert vars(never).keys() == {"input_layernorm", "pre_mlp_layernorm"}
