@@ -9,24 +9,17 @@ SHARDS_PARAMETERS = "optim_grads_params"
 """Megatron-FSDP's strategy in which a layer has its parameters only while it runs."""
 
 
-def prepare_fsdp(module: Any, ddp_config: Any, *, has_checkpoints: bool) -> None:
+def prepare_fsdp(module: Any, ddp_config: Any) -> None:
     """Let no layer read another one's parameters, where they are there only while it runs.
 
     Args:
         module: a model chunk; one without mHC stays as it is.
         ddp_config: Megatron's DistributedDataParallelConfig.
-        has_checkpoints: whether the run saves or loads any.
 
     Raises:
         ValueError: a setting of mHC that does not work with Megatron-FSDP.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, MHCLayer)]
-    if layers and has_checkpoints:
-        raise ValueError(
-            "mHC with --use-megatron-fsdp has no checkpoints yet: Megatron takes mHC's settings out"
-            " of its fsdp_dtensor format, so that one of another model would be loaded without a"
-            " word. Drop --save and --load, or use the distributed optimizer"
-        )
     if any(layer.mhc.overlap_p2p for layer in layers):
         raise ValueError(
             "--mhc-overlap-p2p does not work with --use-megatron-fsdp, whose hooks do not know the"
