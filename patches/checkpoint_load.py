@@ -96,21 +96,21 @@ def state_dict_load_patches(
         ) -> Any:
             from megatron.core.utils import unwrap_model
 
+            chunks = [] if rank0 else unwrap_model(_model.get() or [])
+            is_fsdp = getattr(args, "use_megatron_fsdp", False)
+            if chunks and is_fsdp:
+                # before: torch stops over the first parameter that is missing
+                _, name, _, kind = original(load_dir, args, True)
+                if kind is not None:
+                    # Megatron leaves an inner wrapper around it
+                    check(unwrap_model(chunks[0].module), _first_object(name, kept), name)
             loaded = original(load_dir, args, rank0, *rest, **kwargs)
-            state, name, _, kind = loaded
-            # of Megatron-FSDP's, `rank0` is true of every rank's first look at it
-            is_fsdp = kind is not None and kind.name == "FSDP_DTENSOR"
-            if state is None or rank0 != is_fsdp:
-                return loaded
-            chunks = unwrap_model(_model.get() or [])
-            if is_fsdp and chunks:
-                # Megatron leaves its inner wrapper around it
-                chunks = unwrap_model([chunk.module for chunk in chunks])
-                state = {"model": _first_object(str(name), kept)}
-            for index, chunk in enumerate(chunks):
-                key = "model" if len(chunks) == 1 else f"model{index}"
-                if key in state:
-                    check(chunk, state[key], str(name))
+            state, name, *_ = loaded
+            if state is not None and not is_fsdp:
+                for index, chunk in enumerate(chunks):
+                    key = "model" if len(chunks) == 1 else f"model{index}"
+                    if key in state:
+                        check(chunk, state[key], str(name))
             return loaded
 
         return _load_base_checkpoint

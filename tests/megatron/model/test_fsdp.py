@@ -1,14 +1,12 @@
 """Megatron-FSDP: shards train as whole models, and mHC's parameters stay what they are."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.megatron.common.compare import assert_same_training
-from tests.megatron.common.flags import SCRIPT, TINY, losses
-from tests.megatron.common.launch import forked_run, run_scenarios
+from tests.megatron.common.launch import run_scenarios
 from tests.megatron.model.test_training import SUMMATION_ORDER
 
 # a large eps makes steps proportional to gradients: else roundings of tiny ones become whole steps
@@ -114,16 +112,6 @@ def test_no_layer_reads_ahead_for_one_whose_parameters_are_shards() -> None:
     results = run_scenarios(2, {how: both | {"fsdp": how} for how in (whole, shards)})
     assert results[whole]["linked"] == [True] * 3
     assert results[shards]["linked"] == [False] * 3
-
-
-@pytest.mark.parametrize("flag", ["--save", "--load"])
-def test_checkpoints_are_refused(flag: str, tmp_path: Path) -> None:
-    fsdp = ["--use-megatron-fsdp", "--use-distributed-optimizer", "--ckpt-format", "fsdp_dtensor"]
-    command = [SCRIPT, *TINY, *fsdp, "--untie-embeddings-and-output-weights", "--mhc"]
-    command += ["--save-interval", "2"]
-    status, printed = forked_run(1, *command, flag, str(tmp_path))
-    assert status != 0 and not losses(printed)
-    assert "mHC with --use-megatron-fsdp has no checkpoints yet" in printed
 
 
 def test_recompute_works_where_parameters_are_whole() -> None:

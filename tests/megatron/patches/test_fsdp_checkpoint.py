@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mhc.patches.releases import is_installed
+from tests.megatron.common.converting import command
 from tests.megatron.common.flags import MOE, RESUMED, SCRIPT, SOURCE, SPEC, STAND_IN, losses
 from tests.megatron.common.launch import forked_run
 from tests.megatron.patches.test_legacy_checkpoint import OTHERS
@@ -75,7 +77,18 @@ def saved(folder: Path, flags: list[str]) -> str:
     return str(source)
 
 
-@pytest.mark.parametrize("load", [["--load"], ["--pretrained-checkpoint"]], ids=str)
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(["--load"], id="load"),
+        # without --load Megatron stops over a path of its own
+        pytest.param(
+            ["--load", "nowhere", "--pretrained-checkpoint"],
+            id="pretrained",
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_settings_are_refused(other: str, load: list[str], folder: Path) -> None:
     before, after, message = OTHERS[other]
@@ -104,6 +117,7 @@ def test_the_spec_route_saves_and_checks_too(tmp_path: Path) -> None:
     assert status == 1 and "(with --spec: MHC_NUM_STREAMS=2)" in printed, printed[-2000:]
 
 
+@pytest.mark.skipif(is_installed("<0.19"), reason="Megatron takes no arguments from this format")
 def test_settings_come_from_the_checkpoint(tmp_path: Path) -> None:
     settings = ["--mhc-num-streams", "2", "--mhc-sinkhorn-iterations", "3"]
     save = ["--save", str(tmp_path), "--save-interval", "3"]
@@ -112,6 +126,16 @@ def test_settings_come_from_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     got, printed = train(1, ["--use-checkpoint-args", "--load", str(tmp_path)])
     assert [got[0], *got[2:]] == [whole[3], *whole[5:]], printed[-3000:]
+
+
+def test_convert_refuses_this_format(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        command(monkeypatch, saved(folder, []), tmp_path / "target")
+    message = str(refused.value.code)
+    assert "(--ckpt-format fsdp_dtensor), and convert knows torch_dist alone: give one" in message
+    assert "\n" not in message and not list(tmp_path.iterdir())
 
 
 DECAYED = """
