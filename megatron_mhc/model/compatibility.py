@@ -116,12 +116,6 @@ CONFLICTS = (
         "a replayed graph runs none of the code that would record it; drop one of the two",
     ),
     Conflict(
-        "--cpu-offloading-num-layers",
-        _is_set("cpu_offloading"),
-        "activation offloading of whole layers is not tried yet; use"
-        " --fine-grained-activation-offloading",
-    ),
-    Conflict(
         "--offload-modules attn_norm or mlp_norm",
         lambda s: (
             _is_set("fine_grained_activation_offloading")(s)
@@ -164,6 +158,13 @@ _OFFLOADED_LATE = Conflict(
 
 RECOMPUTE_CONFLICTS = (
     *(() if is_installed("<0.19") else (_OFFLOADED_LATE,)),
+    Conflict(
+        "--cpu-offloading-num-layers beside --mhc-recompute",
+        # a TransformerConfig has the first, Megatron's arguments the second
+        lambda s: _is_set("cpu_offloading")(s) or _is_set("cpu_offloading_num_layers", 0)(s),
+        "what is offloaded behind a layer has been dropped by then; use one of the two"
+        " (--fine-grained-activation-offloading goes with --mhc-recompute)",
+    ),
     Conflict(
         "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
         _is_set("overlap_moe_expert_parallel_comm"),
