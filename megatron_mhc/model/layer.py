@@ -144,9 +144,13 @@ class MHCLayer(TransformerLayer):
             raise
 
     def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
-        """What Megatron captures this layer's CUDA graph with: n streams, but at the entry."""
+        """What Megatron captures this layer's CUDA graph with: n streams, but at the entry.
+
+        Behind attention that is not in the graph there are n streams at the entry too.
+        """
         inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
-        if not self.is_entry:
+        held = {module.name for module in self.config.cuda_graph_modules}
+        if not self.is_entry or (held and "attn" not in held):
             one = inputs["hidden_states"]
             inputs["hidden_states"] = (
                 one.detach().repeat(1, 1, self.mhc.num_streams).requires_grad_(one.requires_grad)
