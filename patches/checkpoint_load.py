@@ -101,9 +101,10 @@ def state_dict_load_patches(
             if chunks and is_fsdp:
                 # before: torch stops over the first parameter that is missing
                 _, name, _, kind = original(load_dir, args, True)
-                if kind is not None:
+                if kind is not None and kind.name == "FSDP_DTENSOR":
                     # Megatron leaves an inner wrapper around it
-                    check(unwrap_model(chunks[0].module), _first_object(name, kept), name)
+                    core = unwrap_model(getattr(chunks[0], "module", chunks[0]))
+                    check(core, _first_object(name, kept), name)
             loaded = original(load_dir, args, rank0, *rest, **kwargs)
             state, name, *_ = loaded
             if state is not None and not is_fsdp:

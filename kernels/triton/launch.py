@@ -94,12 +94,13 @@ def pack_kernel(
     ROWS: tl.constexpr,
     R: tl.constexpr,
     TERMS: tl.constexpr,
+    BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     """packed[term, row, c] with sum over terms = phi[row, c]; rows past ROWS are zero."""
     c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    row = (tl.program_id(1) + tl.arange(0, 1))[:, None]
-    rest = tl.load(phi_ptr + row * WIDTH + c, (c < WIDTH) & (row < ROWS), 0.0)  # [1, BC]
+    row = (tl.program_id(1) * BR + tl.arange(0, BR))[:, None]
+    rest = tl.load(phi_ptr + row * WIDTH + c, (c < WIDTH) & (row < ROWS), 0.0)  # [BR, BC]
     for term in tl.static_range(TERMS):
         part = rest.to(packed_ptr.dtype.element_ty)
         tl.store(packed_ptr + (term * R + row) * WIDTH + c, part, (c < WIDTH) & (row < R))
@@ -121,17 +122,18 @@ def pack_weights(phi: Tensor, dtype: torch.dtype) -> Tensor:
         device=phi.device,
         dtype=torch.bfloat16 if terms > 1 else torch.float32,
     )
-    tile = 1024
+    block_rows, block_columns = 16, 64
     launch(
         pack_kernel,
-        (triton.cdiv(width, tile), padded(rows)),
+        (triton.cdiv(width, block_columns), triton.cdiv(padded(rows), block_rows)),
         phi,
         packed,
         WIDTH=width,
         ROWS=rows,
         R=padded(rows),
         TERMS=terms,
-        BC=tile,
+        BR=block_rows,
+        BC=block_columns,
         num_warps=4,
     )
     return packed

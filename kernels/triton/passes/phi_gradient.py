@@ -64,6 +64,7 @@ def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
     rows = d_z.shape[1]
     tile = tiles.phi_gradient(n, width, y.dtype)
     splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
+    splits = max(1, min(splits, triton.cdiv(tokens, tile.tokens)))  # none without tokens
     partial = d_z.new_empty(splits, rows, n * width)
     launch(
         phi_gradient_kernel,

@@ -88,14 +88,15 @@ def _launch(
     tokens, n, width = y.shape
     tile = tiles.streams_backward(n, width, y.dtype)
     blocks = triton.cdiv(width, tile.channels)
+    programs = min(tile.splits, triton.cdiv(tokens, tile.tokens))  # none without tokens
     f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
     d_z, k, h_pre = (None,) * 3 if token is None else (token.d_z, token.k, token.h_pre)
     new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
-    d_f_bias = None if f_bias is None else new(tile.splits, width)
+    d_f_bias = None if f_bias is None else new(programs, width)
     d_mixing = None if mixing is None else new(blocks, tokens, n + n * n)
     # fmt: off
     launch(
-        stream_gradients_kernel, (blocks, tile.splits),
+        stream_gradients_kernel, (blocks, programs),
         y, dense(dy), dense(du), d_z, k, h_pre, weights, x, f, f_bias, h_post, h_res,
         dx, df, d_mixing, d_f_bias, tokens,
         N=n,

@@ -10,8 +10,9 @@ among its tests, set that variable yourself:
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ class File(pytest.File):
 
 
 if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def patch_once(fn: Any, patch: Callable[[Any], Any] = interpreter._patch_lang) -> Any:
+        """A launch changes Triton's language for its time. Each call of a device function looks
+        all through it again, a third of these tests' time, and finds it changed."""
+        seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        unchanged = any(tl.core.is_builtin(module.load) for module in seen)
+        return patch(fn) if unchanged else None
+
+    interpreter._patch_lang = patch_once
 
     @pytest.fixture(autouse=True)
     def poisoned_memory() -> Iterator[None]:

@@ -1,120 +1,21 @@
-"""One stage of a pipeline on one GPU: a real model chunk, and neighbours that are made up.
+"""Neighbours of a pipeline stage that are made up, and the links to them, on the stage's GPU.
 
 `Neighbours` stands in the place of Megatron's P2PCommunicator. A link is a copy to or from pinned
 host memory on a stream of its own, slowed down to a bandwidth and a latency. A neighbour either has
-its messages ready, or is a stage of the same speed in the same schedule: what it
-sends then leaves when it could have computed it from what it was sent.
+its messages ready, or is a stage of the same speed in the same schedule: what it sends then leaves
+when it could have computed it from what it was sent.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt import gpt_layer_specs as specs
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_mhc import MHCConfig, with_mhc
+from benchmarks.common.timing import elapsed_ms
+from benchmarks.pipeline.stage import StageGroup
 from megatron_mhc.patches import cpu
-
-
-class StageGroup:
-    """In the place of the pipeline's process group: where this stage stands."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        """This stage, from 0."""
-        return self._rank
-
-    def size(self) -> int:
-        """The number of stages."""
-        return self._size
-
-
-@dataclass
-class Sizes:
-    """Of a stage and its microbatches."""
-
-    layers: int = 4
-    hidden: int = 4096
-    ffn: int = 14336
-    heads: int = 32
-    groups: int = 8
-    sequence: int = 4096
-    batch: int = 1
-    stages: int = 4
-    stage: int = 2
-    spec: str = "te"
-
-    def mask(self) -> Tensor | None:
-        """What attention must not see; Transformer Engine knows."""
-        if self.spec == "te":
-            return None
-        shape = (1, 1, self.sequence, self.sequence)
-        return torch.ones(shape, dtype=torch.bool, device="cuda").triu(1)
-
-
-def build_stage(sizes: Sizes, mhc: MHCConfig) -> tuple[torch.nn.Module, ProcessGroupCollection]:
-    """A stage in bf16, the same weights every time, and the process groups it was built for.
-
-    Alone in its pipeline it is one of `sizes.stages`, and neither the first nor the last of them.
-    """
-    alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
-    config = TransformerConfig(
-        num_layers=sizes.layers * sizes.stages,
-        hidden_size=sizes.hidden,
-        ffn_hidden_size=sizes.ffn,
-        num_attention_heads=sizes.heads,
-        num_query_groups=sizes.groups,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        pipeline_model_parallel_size=sizes.stages,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        deallocate_pipeline_outputs=True,
-        batch_p2p_comm=False,
-        use_cpu_initialization=sizes.spec == "local",
-    )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    if alone:
-        # what looks for its place in the pipeline without a group finds it here
-        parallel_state.set_pipeline_model_parallel_world_size(sizes.stages)
-        parallel_state.set_pipeline_model_parallel_rank(sizes.stage)
-        groups.pp = StageGroup(sizes.stage, sizes.stages)
-    torch.manual_seed(1)
-    model_parallel_cuda_manual_seed(1)
-    spec = (
-        specs.get_gpt_layer_with_transformer_engine_spec()
-        if sizes.spec == "te"
-        else specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-    )
-    model = GPTModel(
-        config,
-        with_mhc(spec, mhc),
-        vocab_size=1024,
-        max_sequence_length=sizes.sequence,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-        pre_process=not alone and sizes.stage == 0,
-        post_process=not alone and sizes.stage == sizes.stages - 1,
-        pg_collection=groups,
-    )
-    return Float16Module(config, model.cuda()), groups
 
 
 @dataclass
@@ -139,13 +40,8 @@ def cycles_per_ms() -> float:
     """Clock cycles that `torch.cuda._sleep` counts in a millisecond; 0 where there is none."""
     if cpu.active():
         return 0.0
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(1_000_000)
-    begin.record()
-    torch.cuda._sleep(10_000_000)
-    end.record()
-    torch.cuda.synchronize()
-    return 1e7 / max(begin.elapsed_time(end), 1e-3)
+    return 1e7 / max(elapsed_ms(lambda: torch.cuda._sleep(10_000_000)), 1e-3)
 
 
 class Wire:
@@ -159,16 +55,11 @@ class Wire:
         self.near = self.far.cuda()
         self.pace, self.cycles = Pace(), cycles
         self.random = torch.Generator()
-        self.copy_ms = self._time_a_copy()
+        self._copy()
+        self.copy_ms = elapsed_ms(self._copy)
 
-    def _time_a_copy(self) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def _copy(self) -> None:
         self.near.copy_(self.far, non_blocking=True)
-        begin.record()
-        self.near.copy_(self.far, non_blocking=True)
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end)
 
     def send(self, tensor: Tensor) -> Any:
         """Start a message to the other end, behind the current stream; the event of its end."""

@@ -1,7 +1,7 @@
 """Run a program under PyTorch's CUDA sanitizer: two streams that touch a tensor without an order.
 
-    python benchmarks/sanitize.py benchmarks/pipeline.py --spec local --layers 2 --equal 30
-    python benchmarks/sanitize.py -m pytest -m gpu tests/gpu/test_recompute_gpu.py
+    python benchmarks/common/sanitize.py benchmarks/pipeline/overlap.py --spec local --equal 30
+    python benchmarks/common/sanitize.py -m pytest -m gpu tests/gpu/test_recompute_gpu.py
 
 The sanitizer sees every operator (ours take the traced way under it, see
 `kernels.triton.torch_operator`) and knows a tensor by its address. Empty tensors all have the
@@ -27,6 +27,9 @@ def main() -> None:
     """Turn the sanitizer on and become the program of the command line."""
     if len(sys.argv) < 2:
         sys.exit(__doc__)
+    if sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return
     sanitizer.ArgumentHandler._handle_argument = _handle_what_has_memory  # type: ignore[method-assign]
     sanitizer.enable_cuda_sanitizer()
     del sys.argv[0]

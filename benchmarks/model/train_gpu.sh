@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Trains on a GPU what a newcomer trains: 50 iterations, save, resume, 50 more; prints both logs.
 #
-#   benchmarks/train_gpu.sh [FOLDER]
+#   benchmarks/model/train_gpu.sh [FOLDER]
 #
 # First examples/train.sh; then, where FOLDER holds a stock pretrain_gpt.py of Megatron-LM, that
 # one through the runner with the same flags, and says whether the two print the same losses.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+[[ ${1:-} != -h && ${1:-} != --help ]] || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; }
+cd "$(dirname "$0")/../.."
 STOCK=${1:-}
 # Transformer Engine's attention has a faster backward that adds in any order.
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO=0

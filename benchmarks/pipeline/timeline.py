@@ -1,19 +1,22 @@
 """Draws what the GPUs of a pipeline do in a step, from traces of PyTorch's profiler.
 
-    python benchmarks/timeline.py --out timeline.png stock=TRACES/mhc overlap=TRACES/overlap
+    python benchmarks/pipeline/timeline.py --out step.png stock=TRACES/mhc overlap=TRACES/overlap
 
-Each NAME=FOLDER is a panel; FOLDER holds a trace of every rank (`rounds.py --trace`, or Megatron's
-`--profile --use-pytorch-profiler`). A rank has three rows: the model's kernels, mHC's kernels, and
-messages between stages. All panels share one scale of time.
+Each NAME=FOLDER is a panel; FOLDER holds a trace of every rank (`multi_gpu/rounds.py --trace`, or
+Megatron's `--profile --use-pytorch-profiler`). A rank has three rows: the model's kernels, mHC's
+kernels, and messages between stages. All panels share one scale of time.
 """
 
-import argparse
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
-from spans import Span, is_message, kernels, together, union
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import command_line, plotting
+from benchmarks.common.spans import Span, is_message, kernels, together, union
 
 ROWS = {"model": "#9aa5b1", "mHC": "#d1495b", "messages": "#2e86ab"}
 
@@ -50,13 +53,23 @@ def rank_of(trace: Path) -> int:
     return int(re.findall(r"\d+", trace.name)[0])
 
 
+def print_panel(name: str, stages: list[dict[str, list[Span]]]) -> None:
+    """A line a rank: milliseconds of the step, of each row, of messages alone, of nothing."""
+    print(f"{name:20}{'ms':>10}{'model':>10}{'mHC':>10}{'messages':>10}{'alone':>10}{'idle':>10}")
+    for rank, stage in enumerate(stages):
+        everything = union([span for spans in stage.values() for span in spans])
+        work = union(stage["model"] + stage["mHC"])
+        whole = everything[-1][1] - everything[0][0]
+        busy = [sum(end - begin for begin, end in spans) for spans in stage.values()]
+        alone = busy[2] - together(stage["messages"], work)
+        idle = whole - sum(end - begin for begin, end in everything)
+        figures = (whole, *busy, alone, idle)
+        print(f"  rank {rank:<13}" + "".join(f"{figure:10.1f}" for figure in figures))
+
+
 def draw(panels: dict[str, list[dict[str, list[Span]]]], out: Path) -> None:
     """A panel a run, three rows a rank."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotting.pyplot()
     ranks = len(next(iter(panels.values())))
     figure, axes = pyplot.subplots(
         len(panels), sharex=True, squeeze=False, figsize=(14, 0.55 * ranks * len(panels) + 1.5)
@@ -79,9 +92,7 @@ def draw(panels: dict[str, list[dict[str, list[Span]]]], out: Path) -> None:
 
 def main() -> None:
     """Read the traces, print what each rank did and draw it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="a panel each")
     parser.add_argument("--out", type=Path, default=Path("timeline.png"), help="the picture")
     options = parser.parse_args()
@@ -93,18 +104,7 @@ def main() -> None:
         if not traces:
             parser.error(f"no trace below {folder!r}")
         panels[name] = [rows_of(trace, own) for trace in traces]
-        print(
-            f"{name:20}{'ms':>10}{'model':>10}{'mHC':>10}{'messages':>10}{'alone':>10}{'idle':>10}"
-        )
-        for rank, stage in enumerate(panels[name]):
-            everything = union([span for spans in stage.values() for span in spans])
-            work = union(stage["model"] + stage["mHC"])
-            whole = everything[-1][1] - everything[0][0]
-            busy = [sum(end - begin for begin, end in spans) for spans in stage.values()]
-            alone = busy[2] - together(stage["messages"], work)
-            idle = whole - sum(end - begin for begin, end in everything)
-            figures = (whole, *busy, alone, idle)
-            print(f"  rank {rank:<13}" + "".join(f"{figure:10.1f}" for figure in figures))
+        print_panel(name, panels[name])
     draw(panels, options.out)
     print(options.out)
 

@@ -1,4 +1,4 @@
-"""`--overlap-moe-expert-parallel-comm` with mHC on several GPUs, a part of `multi_gpu.py`.
+"""`--overlap-moe-expert-parallel-comm` with mHC, all GPUs as expert parallel ranks.
 
 Its nodes add up a residual's gradients in another order than whole layers, so losses are near those
 in stock order, not the same. Each run of the overlap is compared with itself, digit for digit:
@@ -8,21 +8,17 @@ else.
 """
 
 from functools import partial
-from typing import Any
+
+from benchmarks.multi_gpu.launches import Bench, Part
+from benchmarks.multi_gpu.models import paper_size
 
 EP_OVERLAP = "--mhc --overlap-moe-expert-parallel-comm"
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
-def expert_overlap(bench: Any, gpus: int, paper: str) -> tuple[list[Any], list[Any]]:
-    """Launches and checks, all GPUs as expert parallel ranks.
-
-    Args:
-        bench: `launches.Bench`.
-        gpus: how many.
-        paper: flags of the paper's layers.
-    """
-    size = f"{paper} --expert-model-parallel-size {gpus}" + " --bf16" * bench.cpu
+def expert_overlap(bench: Bench, gpus: int, _: str) -> Part:
+    """The paper's layers, with and without the overlap."""
+    size = f"{paper_size(bench)} --expert-model-parallel-size {gpus}" + " --bf16" * bench.cpu
     steps = 5 if bench.cpu else min(bench.options.steps, 50)
     few = min(steps, 20)
     runs: dict[str, tuple[str, int, dict[str, str]]] = {

@@ -1,8 +1,8 @@
 """Memory and step time of mHC with selective recompute, beside the formula, on one GPU.
 
-    python benchmarks/memory.py --json memory.json --png memory.png
+    python benchmarks/model/memory.py --json memory.json --png memory.png
 
-The model of `benchmarks/layers.py` (Transformer Engine's spec, bf16, one microbatch): ordinary,
+The model of `layers.py` (Transformer Engine's spec, bf16, one microbatch): ordinary,
 mHC, mHC with recompute in blocks of several lengths, and mHC under Megatron's full recompute. All
 cases are timed in turn, --rounds times, so that a clock that drifts drifts for all; step times are
 medians over all rounds.
@@ -17,16 +17,20 @@ What is measured, in GiB beyond the ordinary model:
 
 import argparse
 import json
-import os
 import statistics
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import layers
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+from benchmarks.common import command_line, gpt, plotting
+from benchmarks.common.timing import elapsed_ms
+from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.costs.recompute_plan import Plan, plan_of
 from megatron_mhc.kernels.triton import rebuild
@@ -45,27 +49,20 @@ class Case:
 
     def __init__(self, options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -> None:
         self.options = options
-        self.model = layers.build(options, mhc, **settings)
+        self.model = build(options, mhc, **settings)
         self.plan: Plan | None = plan_of([self.model])
         self.times: list[float] = []
-        shape = (options.batch, options.sequence + 1)
-        self.tokens = torch.randint(0, layers.VOCABULARY, shape, device="cuda")
+        self.tokens = random_tokens(options)
         self.wide = options.batch * options.sequence * options.hidden * 2  # bytes of one stream
         self.streams = 0 if mhc is None else mhc.num_streams
 
     def forward(self) -> torch.Tensor:
         """The loss of the one microbatch."""
-        return layers.loss_of(self.model, self.options, self.tokens)
+        return loss_of(self.model, self.options, self.tokens)
 
     def time(self, steps: int) -> None:
         """Forward and backward, by CUDA events."""
-        for _ in range(steps):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            self.forward().backward()
-            end.record()
-            torch.cuda.synchronize()
-            self.times.append(begin.elapsed_time(end))
+        self.times += [elapsed_ms(lambda: self.forward().backward()) for _ in range(steps)]
 
     def memory(self) -> dict[str, float]:
         """GiB: held, starts (a part of held), rebuilt; and the peak of a step."""
@@ -145,11 +142,10 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
     x = torch.randn(tokens, n, width, **like)
     h_pre = [torch.rand(tokens, n, device="cuda") for _ in range(sites)]
     ended = [
-        (
+        kernels.Mixing(
             torch.randn(tokens, width, **like),
             torch.rand(tokens, n, device="cuda"),
             torch.rand(tokens, n, n, device="cuda").softmax(-1),
-            None,
         )
         for _ in range(sites - 1)
     ]
@@ -157,14 +153,8 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
     us = [torch.empty(tokens, width, **like) for _ in h_pre]
     usual, result = rebuild.SITES, {}
     for rebuild.SITES in (1, 2, 4, sites):
-        times = []
-        for _ in range(13):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            kernels.rebuild(x, h_pre, ended, ys=ys, us=us, backend="triton")
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+        launch = partial(kernels.rebuild, x, h_pre, ended, ys=ys, us=us, backend="triton")
+        times = [elapsed_ms(launch) for _ in range(13)]
         result[rebuild.SITES] = 1000 * statistics.median(times[3:]) / sites
     rebuild.SITES = usual
     return result
@@ -189,13 +179,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def plot(results: dict[str, dict[str, float]], file: Path) -> None:
     """Memory beyond the ordinary model, with the formula's, and step time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plotting.pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
     # full recompute holds less than the ordinary model, by more than all of this: the table has it
     wider = [name for name in names if results[name]["sum"] > 0]
     bottom = [0.0] * len(wider)
@@ -223,42 +208,36 @@ def plot(results: dict[str, dict[str, float]], file: Path) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    sizes = {"layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8}
-    more = {"sequence": 4096, "batch": 2, "steps": 4, "rounds": 3}
-    for name, default in {**sizes, **more}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser = command_line.parser(__doc__)
+    command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "steps": 4, "rounds": 3})
     parser.add_argument(
         "--blocks", default="1,2,4,auto", help="layers a block, by commas (default: 1,2,4,auto)"
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--png", type=Path, help="draw them here")
-    return parser.parse_args()
+    return command_line.parse_on_gpu(parser)
 
 
-def main() -> None:
-    """Measure every case, print the table, and write what was asked for."""
-    options = parse()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29534")
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    wanted: dict[str, tuple[MHCConfig | None, dict[str, Any]]] = {
+def wanted(blocks: str) -> dict[str, tuple[MHCConfig | None, dict[str, Any]]]:
+    """The cases by name: mHC's settings, and more of TransformerConfig's."""
+    cases: dict[str, tuple[MHCConfig | None, dict[str, Any]]] = {
         "ordinary": (None, {}),
         "mHC": (MHCConfig(backend="triton"), {}),
     }
-    for text in options.blocks.split(","):
+    for text in blocks.split(","):
         number = text if text == "auto" else int(text)
-        wanted[f"recompute {text}"] = (MHCConfig(backend="triton", recompute=number), {})
-    wanted["full recompute"] = (MHCConfig(backend="triton"), FULL)
+        cases[f"recompute {text}"] = (MHCConfig(backend="triton", recompute=number), {})
+    return cases | {"full recompute": (MHCConfig(backend="triton"), FULL)}
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """A row a case, from rounds in which all take turns; one model at a time is in memory."""
     memories: dict[str, dict[str, float]] = {}
     cases: dict[str, Case] = {}
-    times: dict[str, list[float]] = {name: [] for name in wanted}
+    asked = wanted(options.blocks)
+    times: dict[str, list[float]] = {name: [] for name in asked}
     for turn in range(options.rounds):
-        for name, (mhc, settings) in wanted.items():
+        for name, (mhc, settings) in asked.items():
             case = cases[name] = Case(options, mhc, **settings)
             case.time(2)  # warms up: kernels, the allocator, gradients
             case.times.clear()
@@ -269,26 +248,28 @@ def main() -> None:
             case.model = None  # type: ignore[assignment]
             torch.cuda.empty_cache()
     ordinary = statistics.median(times["ordinary"])
-    results = {}
     for name, case in cases.items():
         case.times = times[name]
-        results[name] = compare(case, memories[name], memories["ordinary"], ordinary)
+    return {
+        name: compare(case, memories[name], memories["ordinary"], ordinary)
+        for name, case in cases.items()
+    }
+
+
+def main() -> None:
+    """Measure every case, print the table, and write what was asked for."""
+    options = parse()
+    gpt.join()
+    results = measure(options)
     print(torch.cuda.get_device_name(), torch.__version__)
     print(table(results))
     replayed = replay(8, options.batch * options.sequence, options.hidden)
     for sites, microseconds in replayed.items():
         print(f"rebuild kernel, {sites} sites a launch: {microseconds:.1f} us a site")
     if options.json:
-        kept = {k: v for k, v in vars(options).items() if k not in ("json", "png")}
-        text = json.dumps(
-            {
-                "options": kept,
-                "device": torch.cuda.get_device_name(),
-                "replay_us": replayed,
-                **results,
-            }
-        )
-        options.json.write_text(text)
+        asked = {k: v for k, v in vars(options).items() if k not in ("json", "png")}
+        machine = {"device": torch.cuda.get_device_name(), "replay_us": replayed}
+        options.json.write_text(json.dumps({"options": asked, **machine, **results}))
     if options.png:
         plot(results, options.png)
     dist.destroy_process_group()

@@ -1,10 +1,10 @@
 """Time one mHC site, forward and forward+backward, in ours and every installed peer.
 
-    python benchmarks/kernels.py                                    # everything, some minutes
-    python benchmarks/kernels.py --quick                            # T 8192, C 4096 alone
-    python benchmarks/kernels.py --tokens 4096 --widths 2560 7168 --peers ours TileKernels
-    python benchmarks/kernels.py --operations                       # each operation of ours alone
-    python benchmarks/kernels.py --quick --by-kernel --peers ours   # each CUDA kernel of a site
+    python benchmarks/kernels/sites.py                                  # everything, some minutes
+    python benchmarks/kernels/sites.py --quick                          # T 8192, C 4096 alone
+    python benchmarks/kernels/sites.py --tokens 4096 --widths 2560 7168 --peers ours TileKernels
+    python benchmarks/kernels/sites.py --operations                     # each operation alone
+    python benchmarks/kernels/sites.py --quick --by-kernel --peers ours # each CUDA kernel of a site
 
 A site of ours is `combine_pre`, the boundary between two sites, and its backward with all parameter
 gradients; a peer's is its pre, F the identity, its post, and their backward. Everything runs in one
@@ -23,54 +23,25 @@ Buffers rotate so that no run finds its inputs in the L2 cache.
 import argparse
 import gc
 import json
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from bandwidth import copy_bandwidth
-from kernel_peers import PEERS, Shapes, Site
-from site_kernels import captured, kernel_times
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+
+from benchmarks.common import command_line, plotting
+from benchmarks.common.timing import host_us, median_us
+from benchmarks.kernels.bandwidth import copy_bandwidth
+from benchmarks.kernels.by_kernel import captured, kernel_times
+from benchmarks.kernels.peers import PEERS, Shapes, Site
 from megatron_mhc import kernels
 
 FLOOR_FORWARD, FLOOR_BOTH = 14, 38
 L2_BYTES = 64 * 2**20
-
-
-def median_us(step: Callable[[int], object], sets: int, seconds: float = 0.25) -> float:
-    """Median time of step(i % sets), by events, over about `seconds` of GPU time."""
-    for i in range(sets + 1):
-        step(i % sets)
-    torch.cuda.synchronize()
-    begun = time.monotonic()
-    step(0)
-    torch.cuda.synchronize()
-    count = max(10, min(200, int(seconds / max(time.monotonic() - begun, 1e-6))))
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(count)
-    ]
-    for i, (start, end) in enumerate(events):
-        start.record()
-        step(i % sets)
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
-
-
-def host_us(step: Callable[[], object]) -> float:
-    """Median time in which the host queues step(), by the clock; the GPU's queue never fills."""
-    taken = []
-    for _ in range(20):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - begun)
-    torch.cuda.synchronize()
-    return statistics.median(taken) * 1e6
 
 
 def memory(site: Site) -> tuple[int, int]:
@@ -223,15 +194,11 @@ def operations(tokens: int, width: int, bandwidth: float) -> list[dict[str, Any]
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of passes, forward and both ways, a group of bars for each size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     done = [row for row in rows if "both_passes" in row]
     sizes = list(dict.fromkeys((row["tokens"], row["width"]) for row in done))
     names = list(dict.fromkeys(row["name"] for row in done))
-    figure, panes = pyplot.subplots(2, 1, figsize=(2 + 1.2 * len(sizes) + 4, 8), sharex=True)
+    size = (6 + 1.2 * len(sizes), 8)
+    figure, panes = plotting.pyplot().subplots(2, 1, figsize=size, sharex=True)
     for pane, part, floor in zip(
         panes, ("forward", "both"), (FLOOR_FORWARD, FLOOR_BOTH), strict=True
     ):
@@ -249,23 +216,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 8192, 16384])
-    parser.add_argument("--widths", type=int, nargs="*", default=[4096, 2560, 7168])
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = command_line.parser(__doc__)
+    command_line.add_list(parser, "tokens", [1024, 4096, 8192, 16384], "T, tokens of a site")
+    command_line.add_list(parser, "widths", [4096, 2560, 7168], "C, the width of a stream")
+    parser.add_argument(
+        "--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER",
+        help=f"of {', '.join(map(repr, PEERS))} (default: all that are installed)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="T 8192, C 4096 alone")
     parser.add_argument("--operations", action="store_true", help="our operations alone as well")
     parser.add_argument("--by-kernel", action="store_true", help="times of a site's CUDA kernels")
     parser.add_argument("--seconds", type=float, default=420, help="start nothing new after this")
     parser.add_argument("--output", type=Path, default=Path("kernels"), help="stem of JSON and PNG")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "a CUDA device is needed\n")
+    arguments = command_line.parse_on_gpu(parser)
     if arguments.quick:
         arguments.tokens, arguments.widths = [8192], [4096]
+    return arguments
+
+
+def main() -> None:
+    """Measure operations if asked to, then sites; print tables, write JSON and a picture."""
+    arguments = parse()
     bandwidth = copy_bandwidth()
     import triton
 

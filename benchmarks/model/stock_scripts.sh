@@ -2,12 +2,13 @@
 # Trains mHC through an unmodified pretrain_gpt.py of Megatron-LM, each way of turning it on, by
 # flags alone: tiny, on the CPU, on mock data. Prints the losses and compares them.
 #
-#   PYTHON=.venv/bin/python benchmarks/stock_scripts.sh MEGATRON_LM TAG
+#   PYTHON=.venv/bin/python benchmarks/model/stock_scripts.sh MEGATRON_LM TAG
 #
 # MEGATRON_LM is a clone of NVIDIA/Megatron-LM, TAG core_v0.19.0, say; the scripts are read from it,
 # Megatron itself is the package that PYTHON has installed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+[[ ${1:-} != -h && ${1:-} != --help ]] || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; }
+cd "$(dirname "$0")/../.."
 MEGATRON_LM=${1:?the folder of a clone of Megatron-LM} TAG=${2:?a tag, such as core_v0.19.0}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PYTHONWARNINGS=ignore

@@ -1,13 +1,14 @@
 """Trains models of several sets of flags in one launch, one after the other, round after round.
 
-    torchrun --nproc-per-node 4 -m megatron_mhc.run benchmarks/rounds.py \\
+    torchrun --nproc-per-node 4 -m megatron_mhc.run benchmarks/multi_gpu/rounds.py \\
         --rounds 3 --variants variants.json COMMON FLAGS
 
 `variants.json` is an object of names and the flags that each adds. Steps of several GPUs differ by
 20 % from launch to launch; in one launch only what the flags change differs. Every variant has the
 same parallel layout: the process groups are made once. Megatron prints the steps, each variant
 behind a line `== round NUMBER NAME`. `--trace FOLDER` adds a round in which PyTorch's profiler
-watches a step on every rank; its traces lie in FOLDER/NAME/torch_profile (see timeline.py).
+watches a step on every rank; its traces lie in FOLDER/NAME/torch_profile, and
+`benchmarks/pipeline/timeline.py` draws them.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.training.global_vars import destroy_global_vars
 
-PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
+# the search path stays the training script's own: nothing of benchmarks/ is imported here
+PRETRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
 TRACED_STEP = 5
 HOOK = "DistributedDataParallel._make_backward_post_hook"
 
@@ -70,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False,  # what it does not know is Megatron's
     )
     parser.add_argument("--rounds", type=int, default=3, help="of all variants (default: 3)")
     parser.add_argument("--variants", type=Path, required=True, help="a JSON file, as above")

@@ -1,33 +1,33 @@
 """One steady-state site forward and backward, each kernel once, for a profiler to watch.
 
-    ncu --clock-control none --set full -k regex:combine_and_project_kernel \
-        python benchmarks/profile_site.py
-    python benchmarks/profile_site.py --tiles project=32,128,4,4,3 --width 7168
+    ncu --clock-control none --set full -k regex:combine_and_project_kernel \\
+        python benchmarks/kernels/profile_site.py
+    python benchmarks/kernels/profile_site.py --tiles project=32,128,4,4,3 --width 7168
 
 A tile is tokens,channels,splits,warps,stages and, where wanted, the register limit; kernels that
 are not named keep theirs of `kernels.triton.tiles`.
 """
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from tune_kernels import named_tile, subjects, use_tile
+
+from benchmarks.common import command_line
+from benchmarks.kernels.site_tiles import named_tile, subjects, use_tile
 
 
 def main() -> None:
     """Launch every kernel of the site once, with the tiles of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
+    parser = command_line.parser(__doc__)
+    command_line.add_numbers(parser, command_line.SITE)
     parser.add_argument(
         "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
         help="tiles to run instead of kernels.triton.tiles's",
     )  # fmt: skip
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "a CUDA device is needed\n")
+    arguments = command_line.parse_on_gpu(parser)
     for kernel, numbers in arguments.tiles:
         use_tile(kernel, numbers)
     for call in subjects(arguments.tokens, arguments.width).values():

@@ -1,7 +1,7 @@
 """What a site's traffic costs by the piece of a token that is read at once, with nothing computed.
 
-    python benchmarks/pieces.py                            # T 8192, C 4096
-    python benchmarks/pieces.py --width 7168 --channels 64 128
+    python benchmarks/kernels/traffic.py                            # T 8192, C 4096
+    python benchmarks/kernels/traffic.py --width 7168 --channels 64 128
 
 A kernel reads x [T, 4, C] and f [T, C] and writes [T, 4, C], bf16: the 9 passes of
 `projection.combine_and_project_kernel`, in its pattern. A program holds a block of channels and
@@ -9,15 +9,20 @@ goes through tokens: a share of its own, or every P-th tile (P = programs), next
 read. us are medians over CUDA events, the L2 cache emptied before each run.
 """
 
-import argparse
 import functools
 import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton
 import triton.language as tl
-from bandwidth import copy_bandwidth
 from triton.testing import do_bench
+
+from benchmarks.common import command_line
+from benchmarks.kernels.bandwidth import copy_bandwidth
 
 
 @triton.jit
@@ -76,16 +81,12 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=8192, help="T (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, help="C (default: %(default)s)")
-    parser.add_argument("--channels", type=int, nargs="*", default=[32, 64, 128, 256])
-    parser.add_argument("--programs", type=int, nargs="*", default=[4, 8, 64], help="a block")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "a CUDA device is needed\n")
+    """Print a line for each block, number of programs and order of tokens."""
+    parser = command_line.parser(__doc__)
+    command_line.add_numbers(parser, command_line.SITE)
+    command_line.add_list(parser, "channels", [32, 64, 128, 256], "of a block, powers of two")
+    command_line.add_list(parser, "programs", [4, 8, 64], "that share the tokens of a block")
+    arguments = command_line.parse_on_gpu(parser)
     tokens, width = arguments.tokens, arguments.width
     x = torch.randn(tokens, 4, width, device="cuda", dtype=torch.bfloat16)
     f, y = torch.randn_like(x[:, 0]), torch.empty_like(x)

@@ -10,21 +10,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.common import pretrain
+
 RUNNER = "megatron_mhc.run"
-COMMON = """
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --mock-data --tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --eval-interval 1000
-    --log-interval 1 --lr 1e-4 --lr-decay-style constant --clip-grad 0 --seed 7
-    --no-gradient-accumulation-fusion
-    --ckpt-format torch_dist
+COMMON = f"""
+    {pretrain.FLAGS}
+    --lr 1e-4 --lr-decay-style constant --clip-grad 0 --ckpt-format torch_dist
 """
 GPU = "--bf16 --transformer-impl transformer_engine"
 CPU = """
@@ -32,10 +29,10 @@ CPU = """
     --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-swiglu-fusion
     --no-bias-dropout-fusion --no-rope-fusion
 """
-
-
 WARM_UP = 3
 """Steps that are not timed."""
+Part = tuple[Sequence[Callable[[], Any]], Sequence[Callable[[], Any]]]
+"""Launches, which may run side by side, and checks of what came of them."""
 
 
 def apart(loss: str, other: str) -> float:
@@ -60,12 +57,10 @@ class Run:
 
     def read(self, text: str) -> None:
         """Take the figures that Megatron printed."""
-        self.losses = re.findall(r"iteration +\d+/.*?lm loss: (\S+)", text)
-        self.norms = re.findall(r"grad norm: (\S+)", text)
-        times = [float(t) for t in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
+        self.losses, self.norms = pretrain.losses(text), pretrain.norms(text)
+        times = pretrain.step_times(text)
         self.step_ms = statistics.median(times[WARM_UP:]) if len(times) > WARM_UP else 0.0
-        peaks = re.findall(r"mem-max-allocated-gigabytes: ([\d.]+)|max allocated: ([\d.]+)", text)
-        self.peak_gib = max((float(a or float(b) / 1024) for a, b in peaks), default=0.0)
+        self.peak_gib = pretrain.peak_gib(text)
 
 
 class Bench:
@@ -98,7 +93,7 @@ class Bench:
         flags: str,
         iterations: int,
         first: int = 0,
-        script: str = "examples/pretrain_gpt.py",
+        script: str = pretrain.SCRIPT,
         **environment: str,
     ) -> tuple[Run, Any]:
         """Start a launch on GPUs first, first + 1, ..."""
@@ -106,7 +101,7 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         shared = self.options.ranks_per_gpu > 1
-        runner = ["--no-python", "benchmarks/shared_gpu.sh"] if shared else ["-m", RUNNER]
+        runner = ["--no-python", "benchmarks/multi_gpu/shared_gpu.sh"] if shared else ["-m", RUNNER]
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(gpus), *runner),
@@ -125,8 +120,8 @@ class Bench:
         log = (folder / "log").open("w")
         print(f"== {name}: {' '.join(flags.split())}", file=log, flush=True)
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **extra}, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=pretrain.ROOT, env={**os.environ, **extra}, start_new_session=True,
+            stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.runs[name] = Run(name, gpus)
         return self.runs[name], process
@@ -151,7 +146,7 @@ class Bench:
         text = (self.out / run.name / "log").read_text(errors="replace")
         run.read(text)
         if run.failure:
-            errors = re.findall(r"\w*(?:Error|Exception): .+", text)
+            errors = pretrain.errors(text)
             run.remark = next((e for e in errors if not e.startswith("ChildFailed")), "")[:200]
         print(f"{run.name}: {run.seconds:.0f} s {run.failure} {run.remark}", flush=True)
         return run
@@ -189,7 +184,7 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         listed = self.out / f"{group}.json"
         listed.write_text(json.dumps(variants))
-        script = f"benchmarks/rounds.py --rounds {number} --variants {listed}"
+        script = f"benchmarks/multi_gpu/rounds.py --rounds {number} --variants {listed}"
         if trace:
             script += f" --trace {self.out / 'traces' / group}"
         launch = self.train(group, gpus, flags, iterations, script=script, **environment)

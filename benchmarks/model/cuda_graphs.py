@@ -1,6 +1,6 @@
 """Megatron's CUDA graphs with mHC: do they run, are their losses those without graphs, how fast.
 
-    python benchmarks/cuda_graphs.py --out runs/cuda_graphs        # one GPU, Transformer Engine
+    python benchmarks/model/cuda_graphs.py --out runs/cuda_graphs    # one GPU, Transformer Engine
 
 Trains small models 20 steps under each of Megatron's implementations, ordinary and with mHC, each
 in a process of its own, several at a time. A row says whether it ran and whether its 20 losses and
@@ -14,7 +14,6 @@ of the step that was captured.
 
 import argparse
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -22,15 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-FLAGS = """
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import command_line, pretrain
+
+FLAGS = f"""
+    {pretrain.FLAGS}
     --num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16
     --seq-length 1024 --max-position-embeddings 1024 --vocab-size 8191
     --micro-batch-size 4 --global-batch-size 8
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --mock-data --tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --eval-interval 1000
-    --log-interval 1 --lr 1e-3 --clip-grad 1.0 --no-gradient-accumulation-fusion --seed 7
+    --lr 1e-3 --clip-grad 1.0
     --no-create-attention-mask-in-dataloader --no-check-for-nan-in-loss-and-grad
     --bf16 --transformer-impl transformer_engine --te-rng-tracker --train-iters 20
 """
@@ -124,8 +124,8 @@ def train(out: Path, case: Case, limit: float) -> Result:
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                [*command, "examples/pretrain_gpt.py", *flags],
-                cwd=ROOT,
+                [*command, pretrain.SCRIPT, *flags],
+                cwd=pretrain.ROOT,
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -136,12 +136,11 @@ def train(out: Path, case: Case, limit: float) -> Result:
             failure = f"more than {limit:.0f} s"
     text = log.read_text(errors="replace")
     if failure:
-        errors = re.findall(r"\w*(?:Error|Exception): .+", text)
+        errors = pretrain.errors(text)
         failure += f": {errors[-1][:150]}" if errors else ""
-    steps = re.findall(r"iteration +\d+/.*?lm loss: (\S+).*?grad norm: (\S+)", text)
-    times = [float(t) for t in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
+    times = pretrain.step_times(text)
     median = statistics.median(times[10:]) if len(times) > 10 else 0.0
-    return Result(tuple(steps), median, failure)
+    return Result(tuple(pretrain.steps(text)), median, failure)
 
 
 def outcome(result: Result, plain: Result) -> tuple[str, bool]:
@@ -159,18 +158,23 @@ def outcome(result: Result, plain: Result) -> tuple[str, bool]:
     return f"DIFFERS from step {first} on: last loss {result.steps[-1][0]}", False
 
 
-def main() -> int:
-    """Run all and print the table; the exit status counts rows of mHC that are not as said."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = command_line.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/cuda_graphs"), help="logs and table")
     parser.add_argument("--each", type=float, default=200, help="seconds a run may take")
     parser.add_argument(
         "--at-once", type=int, default=5, help="runs that share the GPU (not for time)"
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="these alone"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run all and print the table; the exit status counts rows of mHC that are not as said."""
+    options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = cases(options.models)
     with ThreadPoolExecutor(options.at_once) as pool:
