@@ -123,12 +123,6 @@ CONFLICTS = (
         f" {_ATTENTION_ALONE}",
     ),
     Conflict(
-        "--cpu-offloading-num-layers",
-        is_set("cpu_offloading"),
-        "activation offloading of whole layers is not tried yet; use"
-        " --fine-grained-activation-offloading",
-    ),
-    Conflict(
         "--offload-modules attn_norm or mlp_norm",
         lambda s: (
             is_set("fine_grained_activation_offloading")(s)
@@ -171,6 +165,13 @@ _OFFLOADED_LATE = Conflict(
 
 RECOMPUTE_CONFLICTS = (
     *(() if is_installed("<0.19") else (_OFFLOADED_LATE,)),
+    Conflict(
+        "--cpu-offloading-num-layers beside --mhc-recompute",
+        # a TransformerConfig has the first, Megatron's arguments the second
+        lambda s: is_set("cpu_offloading")(s) or is_set("cpu_offloading_num_layers", 0)(s),
+        "what is offloaded behind a layer has been dropped by then; use one of the two"
+        " (--fine-grained-activation-offloading goes with --mhc-recompute)",
+    ),
     Conflict(
         "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
         is_set("overlap_moe_expert_parallel_comm"),

@@ -172,11 +172,13 @@ def _runs_on_into_the_next(config: Any) -> bool:
     """Whether a layer and the next one run in one autograd region, outside any graph.
 
     The next site's input, left on it by this layer, would have no gradient across a checkpoint,
-    would be stale across a CUDA graph, and would belong to another node of a schedule.
+    would be stale across a CUDA graph, and would belong to another node of a schedule. Whole-layer
+    offloading brings a layer's tensors back when its output's gradient is there: before that of
+    such an input, which comes from inside the next layer.
     """
     is_graph = config.cuda_graph_impl in ("local", "transformer_engine")
     is_graph = is_graph and not holds_attention_alone(config)
-    is_apart = config.overlap_moe_expert_parallel_comm
+    is_apart = config.overlap_moe_expert_parallel_comm or config.cpu_offloading
     return config.recompute_granularity != "full" and not (is_graph or is_apart)
 
 

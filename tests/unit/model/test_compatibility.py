@@ -44,7 +44,7 @@ GIVEN = {
     },
     "--cuda-graph-impl beside --mhc-recompute": {"cuda_graph_impl": "transformer_engine"},
     "--cuda-graph-impl local without Triton's kernels": {"cuda_graph_impl": "local"},
-    "--cpu-offloading-num-layers": {"cpu_offloading": True},
+    "--cpu-offloading-num-layers beside --mhc-recompute": {"cpu_offloading_num_layers": 1},
     "--offload-modules attn_norm or mlp_norm": {
         "fine_grained_activation_offloading": True,
         "offload_modules": ["core_attn", "mlp_norm"],

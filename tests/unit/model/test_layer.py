@@ -11,6 +11,7 @@ PLAIN = {
     "cuda_graph_impl": "none",
     "cuda_graph_modules": [],
     "overlap_moe_expert_parallel_comm": False,
+    "cpu_offloading": False,
     "recompute_granularity": None,
 }
 GRAPHS = {"cuda_graph_impl": "transformer_engine"}
@@ -61,6 +62,7 @@ def test_attention_and_mlp_are_fused_where_one_graph_or_node_holds_both_slots(
         (GRAPHS, "attn", True),
         (GRAPHS, "attn moe_router", False),
         (OVERLAP, "", False),
+        ({"cpu_offloading": True}, "", False),
         ({**GRAPHS, **OVERLAP}, "attn", False),
     ],
     ids=str,
