@@ -97,7 +97,9 @@ def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
 
 
 def test_doctor_says_where_the_module_is_not_what_pip_has_on_record(tmp_path: Path) -> None:
-    release = "0.19.9"
+    found = megatron_core_version()
+    assert found is not None
+    release = f"{found.rpartition('.')[0]}.99"
     environment = altered(tmp_path, **with_release(release))
     result = forked_python("-m", "megatron_mhc", "doctor", **environment)
     assert result.returncode == 0, result.stdout
