@@ -191,6 +191,13 @@ CPU_PATCHES: tuple[Patch, ...] = (
         _never,
         "the fused softmax is a CUDA kernel; Megatron's own torch formula takes its place",
     ),
+    Patch(
+        "cpu-inference-linears",
+        "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
+        _never,
+        "where Transformer Engine is not installed, Megatron asks for a class that is none",
+        optional=True,
+    ),
     *RESUMING,
     Patch(
         "cpu-async-save",

@@ -49,19 +49,22 @@ def layers(case: str) -> list[dict[str, Any]]:
     return found
 
 
+def holds_attention_alone(case: str) -> bool:
+    """A graph of attention alone is norm(u) to f, outside every site."""
+    return CASES[case][0] == ["attn"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_is_captured_with_what_it_is_given_in_training(case: str) -> None:
     found = layers(case)
-    width = WIDTH if "ordinary" in case else STREAMS * WIDTH
+    width = WIDTH if "ordinary" in case or holds_attention_alone(case) else STREAMS * WIDTH
     given = [layer["given"] for layer in found]
     first = width if case == "mlp" else WIDTH  # attention has made streams of it
     assert given == [(SEQUENCE, BATCH, first), *[(SEQUENCE, BATCH, width)] * 3]
     assert all(layer["learns"] for layer in found)
     if "moe_router" not in case:  # what a router leaves is no layer's input
         made = [layer["made"] for layer in found]
-        ends_inside = case.startswith("attn") and "mlp" not in case
-        last = width if ends_inside else WIDTH
-        assert made == [*[(SEQUENCE, BATCH, width)] * 3, (SEQUENCE, BATCH, last)]
+        assert made == [*[(SEQUENCE, BATCH, width)] * 3, (SEQUENCE, BATCH, WIDTH)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,8 +73,7 @@ def test_parameters_are_gathered_for_all_that_is_captured(case: str) -> None:
         assert layer["called"] and layer["hooked"] == layer["called"]
     ours = {name for name in layers(case)[-1]["called"] if "connection" in name or name == "head"}
     sites = {"attention_connection"} if "attn" in case or "whole" in case else set()
-    if case not in ("attn", "attn, experts"):
-        sites |= {"mlp_connection"}
-    assert ours == (
-        set() if "ordinary" in case else sites | ({"head"} if "head" in case else set())
-    )
+    sites |= {"mlp_connection"}
+    if "ordinary" in case or holds_attention_alone(case):
+        sites = set()
+    assert ours == sites | ({"head"} if "head" in case else set())
