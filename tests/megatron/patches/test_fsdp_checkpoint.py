@@ -36,12 +36,15 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
 
 
 def train(processes: int, flags: list[str]) -> tuple[list[str], str]:
-    """Run the example's script: the losses and all that it prints."""
-    _, printed = forked_run(processes, SCRIPT, *PLAIN, *FSDP, *flags)
-    return losses(printed), printed
+    """Run the example's script: the losses, and all that it prints with its exit status."""
+    status, printed = forked_run(processes, SCRIPT, *PLAIN, *FSDP, *flags)
+    return losses(printed), f"{printed}\nended with {status}"
 
 
-THOROUGH = ("fp32", "optimizer alone", "nothing sharded", "recompute", "experts")
+THOROUGH = (
+    *("fp32", "optimizer alone", "nothing sharded", "recompute", "experts"),
+    "tensor parallel",  # four processes
+)
 
 
 @pytest.mark.parametrize(
