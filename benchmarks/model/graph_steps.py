@@ -3,9 +3,9 @@
     python benchmarks/model/graph_steps.py --out runs/graph_steps
     python benchmarks/model/graph_steps.py --micro-batch 2 --rounds 1
 
-MLA, 8 layers (the first one dense), 12 experts of 1536 and a shared one, C 2560, sequence 4096, four
-microbatches a step. All variants are trained in one launch, one after the other, round after round;
-"ratio" is mHC's step over the ordinary model's with the same graphs.
+MLA, 8 layers (the first one dense), 12 experts of 1536 and a shared one, C 2560, sequence 4096,
+four microbatches a step. All variants are trained in one launch, one after the other, round after
+round; "ratio" is mHC's step over the ordinary model's with the same graphs.
 """
 
 import argparse
