@@ -2,7 +2,7 @@
 
 So the same inputs give the same bits in every batch, and a new token count compiles and tunes
 nothing. The numbers below suit an H100; docs/measured-facts.md says what was measured.
-`benchmarks/tune_kernels.py --save FILE` finds others, and MEGATRON_MHC_TILES=FILE uses them. A key
+`benchmarks/kernels/tune.py --save FILE` finds others, and MEGATRON_MHC_TILES=FILE uses them. A key
 of the file names one tile: `project sm_90 n4 C4096 bfloat16`.
 """
 
@@ -86,7 +86,8 @@ def tuned() -> dict[str, Tile]:
         return {name: _tile(name, numbers) for name, numbers in listed.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}={file} is not what tune_kernels.py --save writes: {error}"
+            f"{ENVIRONMENT_VARIABLE}={file} is not what benchmarks/kernels/tune.py --save writes:"
+            f" {error}"
         ) from error
 
 

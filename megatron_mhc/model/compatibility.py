@@ -23,6 +23,26 @@ def _is_graphed(settings: Any) -> bool:
     return _whole_step_is_a_graph(settings) or _layers_are_graphs(settings)
 
 
+def holds_attention_alone(settings: Any) -> bool:
+    """Whether a layer's graph is self-attention, with every site outside.
+
+    Expert-parallel overlap wants Megatron's own graph of attention, which a node of its schedule
+    goes on from.
+
+    Args:
+        settings: a TransformerConfig, or Megatron's parsed arguments.
+    """
+    if getattr(settings, "cuda_graph_impl", None) != "transformer_engine":
+        return False
+    modules = getattr(settings, "cuda_graph_modules", None) or ()
+    names = {getattr(module, "name", module) for module in modules}
+    return names == {"attn"} and not getattr(settings, "overlap_moe_expert_parallel_comm", False)
+
+
+def _site_is_graphed(settings: Any) -> bool:
+    return _is_graphed(settings) and not holds_attention_alone(settings)
+
+
 def _last_layer_has_experts(settings: Any) -> bool:
     """Whether the model's last layer is an MoE layer (Megatron's `moe_layer_freq`)."""
     layers = settings.num_layers
@@ -31,6 +51,10 @@ def _last_layer_has_experts(settings: Any) -> bool:
         return (layers - 1) % frequency == 0
     return bool(frequency[-1])
 
+
+_ATTENTION_ALONE = (
+    "--cuda-graph-impl transformer_engine --cuda-graph-modules attn, whose graphs hold no site"
+)
 
 CONFLICTS_OF_0_18 = (
     Conflict(
@@ -94,14 +118,9 @@ CONFLICTS = (
     ),
     Conflict(
         "--cuda-graph-impl with --mhc-log-interval",
-        lambda s: _is_graphed(s) and bool(getattr(s, "mhc_log_interval", 0)),
-        "a replayed graph runs none of the code that would record it; drop one of the two",
-    ),
-    Conflict(
-        "--cpu-offloading-num-layers",
-        is_set("cpu_offloading"),
-        "activation offloading of whole layers is not tried yet; use"
-        " --fine-grained-activation-offloading",
+        lambda s: _site_is_graphed(s) and bool(getattr(s, "mhc_log_interval", 0)),
+        "a replayed graph runs none of the code that would record it; drop one of the two, or use"
+        f" {_ATTENTION_ALONE}",
     ),
     Conflict(
         "--offload-modules attn_norm or mlp_norm",
@@ -147,6 +166,13 @@ _OFFLOADED_LATE = Conflict(
 RECOMPUTE_CONFLICTS = (
     *(() if is_installed("<0.19") else (_OFFLOADED_LATE,)),
     Conflict(
+        "--cpu-offloading-num-layers beside --mhc-recompute",
+        # a TransformerConfig has the first, Megatron's arguments the second
+        lambda s: is_set("cpu_offloading")(s) or is_set("cpu_offloading_num_layers", 0)(s),
+        "what is offloaded behind a layer has been dropped by then; use one of the two"
+        " (--fine-grained-activation-offloading goes with --mhc-recompute)",
+    ),
+    Conflict(
         "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
         is_set("overlap_moe_expert_parallel_comm"),
         "what one node of its schedule drops another one on another stream would read; use one of"
@@ -160,9 +186,9 @@ RECOMPUTE_CONFLICTS = (
     ),
     Conflict(
         "--cuda-graph-impl beside --mhc-recompute",
-        _is_graphed,
+        _site_is_graphed,
         "a graph reads the memory that it was captured with, and recompute gives that away; use one"
-        " of the two",
+        f" of the two, or {_ATTENTION_ALONE}",
     ),
 )
 """What selective recompute of the streams cannot work with."""

@@ -12,7 +12,7 @@ SHARDS_NOTHING = "no_shard"
 """The one in which no layer's gradients are taken away when its backward ends (0.20)."""
 
 
-def prepare_fsdp(module: Any, ddp_config: Any, *, has_checkpoints: bool) -> None:
+def prepare_fsdp(module: Any, ddp_config: Any) -> None:
     """Let no layer read another one's parameters, where shards of them come and go with a layer.
 
     A connection that the layer before runs would get its gradient after Megatron has reduced it,
@@ -21,18 +21,11 @@ def prepare_fsdp(module: Any, ddp_config: Any, *, has_checkpoints: bool) -> None
     Args:
         module: a model chunk; one without mHC stays as it is.
         ddp_config: Megatron's DistributedDataParallelConfig.
-        has_checkpoints: whether the run saves or loads any.
 
     Raises:
         ValueError: a setting of mHC that does not work with Megatron-FSDP.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, MHCLayer)]
-    if layers and has_checkpoints:
-        raise ValueError(
-            "mHC with --use-megatron-fsdp has no checkpoints yet: Megatron takes mHC's settings out"
-            " of its fsdp_dtensor format, so that one of another model would be loaded without a"
-            " word. Drop --save and --load, or use the distributed optimizer"
-        )
     version = getattr(ddp_config, "megatron_fsdp_version", 1)
     if layers and version != 1:
         raise ValueError(

@@ -22,9 +22,9 @@ STAGE = ["--spec", "local", "--layers", "2", "--sequence", "1024", "--microbatch
 
 
 def pipeline(*flags: str) -> str:
-    """What `benchmarks/pipeline.py` prints; it raises where its own checks fail."""
+    """What `benchmarks/pipeline/overlap.py` prints; it raises where its own checks fail."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/pipeline.py", *STAGE, *flags],
+        [sys.executable, "benchmarks/pipeline/overlap.py", *STAGE, *flags],
         cwd=ROOT,
         env=os.environ | {"MASTER_PORT": "0"},
         stdout=subprocess.PIPE,

@@ -74,18 +74,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
-    """A step of two accumulated microbatches, both in flight, an evaluation and half a step more.
-
-    Losses, gradients, updated parameters, and the bytes that the two microbatches hold.
-    """
+def built(kind: str, recompute: int | str | None) -> Any:
+    """A model with Transformer Engine's layers on the GPU, away from mHC's start."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.module import Float16Module
 
     from megatron_mhc import with_mhc
@@ -129,7 +125,15 @@ def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
         for name, parameter in core.named_parameters():
             if "connection" in name:
                 parameter += 0.05 * torch.randn_like(parameter)
-    model = Float16Module(config, core.cuda())
+    return Float16Module(config, core.cuda())
+
+
+def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
+    """A step of two accumulated microbatches, both in flight, an evaluation and half a step more.
+
+    Losses, gradients, updated parameters, and the bytes that the two microbatches hold.
+    """
+    model = built(kind, recompute)
     positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, -1)
 
     def forward() -> torch.Tensor:
@@ -153,15 +157,21 @@ def trained(kind: str, recompute: int | str | None) -> dict[str, Any]:
     model.train()
     losses.append(forward())
     losses[-1].backward()
-    slots = [(m.input_layernorm, m.pre_mlp_layernorm) for m in core.decoder.layers]
     return {
-        # norms that are modules of their own; Transformer Engine has the others in its linears
-        "norms": sum(not isinstance(norm, IdentityOp) for pair in slots for norm in pair),
+        "norms": norms(model),
         "losses": [loss.item() for loss in losses],
         "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
         "parameters": {name: p.detach() for name, p in model.named_parameters()},
         "held": held,
     }
+
+
+def norms(model: Any) -> int:
+    """Norms that are modules of their own; Transformer Engine has the others in its linears."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    slots = [(m.input_layernorm, m.pre_mlp_layernorm) for m in model.module.decoder.layers]
+    return sum(not isinstance(norm, IdentityOp) for pair in slots for norm in pair)
 
 
 @pytest.mark.usefixtures("megatron")

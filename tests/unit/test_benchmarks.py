@@ -1,9 +1,9 @@
-"""The kernels' benchmarks: what their command lines say, and how they count."""
+"""The benchmarks: what their command lines and documents say, and how they count."""
 
 import gzip
-import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -13,28 +13,99 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-PROFILE = Path(__file__).parents[2] / "benchmarks" / "profile_site.py"
+
+from benchmarks.common import spans
+from benchmarks.kernels import site_tiles
+from benchmarks.kernels.by_kernel import medians
+from benchmarks.pipeline import timeline
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+PROFILE = BENCHMARKS / "kernels" / "profile_site.py"
+SCRIPTS = [
+    path.relative_to(BENCHMARKS)
+    for path in (*BENCHMARKS.rglob("*.py"), *BENCHMARKS.rglob("*.sh"))
+    if path.suffix == ".sh" or 'if __name__ == "__main__":' in path.read_text()
+]
+# each as if it were alone: started elsewhere, with nothing of the others on the search path
+HELP = """
+import contextlib, io, json, runpy, sys
+path, said = list(sys.path), {}
+for script in sys.argv[1:]:
+    sys.path[:], sys.argv = path, [script, "--help"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    said[script] = [status or 0, out.getvalue()]
+print(json.dumps(said))
+"""
+
+
+def test_every_script_says_how_it_is_called(tmp_path: Path) -> None:
+    """From any folder and without a GPU: its help has its own path in an example."""
+    pytest.importorskip("megatron.core")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["PYTHON"] = sys.executable
+
+    def printed(*command: str) -> tuple[int, str]:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        return done.returncode, done.stdout
+
+    python = [str(BENCHMARKS / script) for script in SCRIPTS if script.suffix == ".py"]
+    status, text = printed(sys.executable, "-c", HELP, *python)
+    assert status == 0
+    said = json.loads(text.splitlines()[-1])
+    for script in SCRIPTS:
+        if script.suffix == ".sh":
+            said[str(BENCHMARKS / script)] = printed(str(BENCHMARKS / script), "--help")
+    assert len(said) == len(SCRIPTS) > 15
+    for script in SCRIPTS:
+        status, text = said[str(BENCHMARKS / script)]
+        example = script.with_suffix(".sh") if script.with_suffix(".sh") in SCRIPTS else script
+        assert status == 0 and f"benchmarks/{example} " in text.replace("\n", " "), (script, text)
+
+
+def test_documents_name_the_scripts_that_there_are() -> None:
+    """Everywhere but in the dated reports, whose commands are history."""
+    folders = ("megatron_mhc", "kernels", "patches", "examples", "benchmarks", "tests", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
+    named = {
+        (path, file.relative_to(ROOT))
+        for file in files
+        if file.suffix in (".py", ".sh", ".md", "") and file.parent.name != "results"
+        for path in re.findall(r"benchmarks/[\w./-]+\.(?:py|sh|md)\b", file.read_text())
+    }
+    assert len(named) > 30
+    assert not [name for name in named if not (ROOT / name[0]).is_file()]
+    listed = (BENCHMARKS / "README.md").read_text()
+    assert not [script for script in SCRIPTS if f"{script.parent.name}/{script.name}" not in listed]
+    moved = (BENCHMARKS / "results" / "README.md").read_text()
+    now = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|sh))`", moved)
+    assert now and not [path for path in now if not (BENCHMARKS / path).is_file()]
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["--help"], 0, "A tile is tokens,channels,splits,warps,stages"),
         (["--tiles", "projct=16,64"], 2, "'projct=16,64' names none of the kernels project, "),
         (["--tiles", "project=16"], 2, "'16' is no tile: give tokens,channels["),
     ],
 )
-def test_profile_site_says_how_it_is_called(arguments: list[str], status: int, says: str) -> None:
+def test_a_tile_that_is_none_is_refused(arguments: list[str], status: int, says: str) -> None:
     command = [sys.executable, str(PROFILE), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == status and says in done.stdout + done.stderr
 
 
-def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(PROFILE.parent))
-    medians = importlib.import_module("site_kernels").medians
+def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
     # two launches of "a" around one of "b" in each of three steps; 1, 2 and 4 between them
     steps = [
         [(at, at + 3.0, "a"), (at + 4, at + 9, "b"), (at + 9 + gap, at + 11 + gap, "a")]
@@ -47,12 +118,14 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps(
             medians(other, 3)
 
 
-def test_a_timeline_tells_messages_that_nothing_runs_beside(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tuning_looks_for_kernels_that_there_are() -> None:
+    """By the name that the profiler gives them; one that is not there would have no times."""
+    assert site_tiles.KERNELS.keys() == site_tiles.GRIDS.keys() == site_tiles.FLOORS.keys()
+    assert {*site_tiles.KERNELS.values()} <= timeline.own_kernels()
+
+
+def test_a_timeline_tells_messages_that_nothing_runs_beside(tmp_path: Path) -> None:
     """Two kernels of the model, one of ours and two messages, the first half hidden."""
-    monkeypatch.syspath_prepend(str(PROFILE.parent))
-    spans, timeline = importlib.import_module("spans"), importlib.import_module("timeline")
     listed = {
         # milliseconds
         "gemm": [(0, 4), (3, 6)],
@@ -79,11 +152,28 @@ def test_a_timeline_tells_messages_that_nothing_runs_beside(
     assert timeline.rank_of(trace) == 3
 
 
-def test_pieces_moves_every_element() -> None:
+def interpreted(program: str) -> None:
+    """Run a program whose kernels Triton's interpreter runs."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+
+
+def test_the_kernels_that_are_tuned_run_alone() -> None:
+    interpreted("""
+from benchmarks.kernels import site_tiles
+calls = site_tiles.subjects(9, 64, device="cpu")
+assert calls.keys() == site_tiles.GRIDS.keys()
+for kernel, call in calls.items():
+    site_tiles.use_tile(kernel, site_tiles.running(kernel, 64))
+    call()
+""")
+
+
+def test_traffic_moves_every_element() -> None:
     """Under the interpreter: a stub of a tile, of a block, and fewer tiles than programs."""
-    program = """
+    interpreted("""
 import torch
-from pieces import run
+from benchmarks.kernels.traffic import run
 x = torch.randn(37, 4, 40)
 f = torch.randn(37, 40)
 for programs in (1, 2, 9):
@@ -91,15 +181,11 @@ for programs in (1, 2, 9):
         y = torch.full_like(x, torch.nan)
         run(x, f, y, channels=32, programs=programs, tokens=8, neighbours=neighbours)
         assert torch.equal(y, x + f[:, None])
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, check=True, cwd=PROFILE.parent, env=environment)
+""")
 
 
-def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(PROFILE.parent))
-    rounds = importlib.import_module("rounds")
+def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone() -> None:
+    from benchmarks.multi_gpu import rounds  # imports Megatron
 
     class Model:
         pass

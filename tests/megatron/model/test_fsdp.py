@@ -1,6 +1,5 @@
 """Megatron-FSDP: shards train as whole models, and mHC's parameters stay what they are."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from megatron_mhc.patches.registry import is_there
 from tests.megatron.common.compare import assert_same_training
-from tests.megatron.common.flags import SCRIPT, TINY, losses
+from tests.megatron.common.flags import SCRIPT, TINY
 from tests.megatron.common.launch import forked_run, run_scenarios
 from tests.megatron.model.test_training import SUMMATION_ORDER
 
@@ -114,16 +113,6 @@ def test_no_layer_reads_ahead_for_one_that_has_shards() -> None:
     results = run_scenarios(2, {how: both | {"fsdp": how} for how in STRATEGIES})
     for how in STRATEGIES:
         assert results[how]["linked"] == [how == "no_shard"] * 3
-
-
-@pytest.mark.parametrize("flag", ["--save", "--load"])
-def test_checkpoints_are_refused(flag: str, tmp_path: Path) -> None:
-    fsdp = ["--use-megatron-fsdp", "--use-distributed-optimizer", "--ckpt-format", "fsdp_dtensor"]
-    command = [SCRIPT, *TINY, *fsdp, "--untie-embeddings-and-output-weights", "--mhc"]
-    command += ["--save-interval", "2"]
-    status, printed = forked_run(1, *command, flag, str(tmp_path))
-    assert status != 0 and not losses(printed)
-    assert "mHC with --use-megatron-fsdp has no checkpoints yet" in printed
 
 
 SECOND = "megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallelV2"

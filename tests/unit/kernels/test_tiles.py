@@ -1,8 +1,6 @@
 """The tiles of the Triton kernels, as numbers: nothing is compiled here."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,7 +179,7 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
         ({"project sm_90 n4 C64 bfloat16": [16, 48]}, "powers of two"),
         ({"project sm_90 n4 C64 bfloat16": [16, 64, 0]}, "is no tile"),
         ({"project sm_90 n4 C64 bfloat16": [16, 64, 8, 3]}, "powers of two"),
-        ([], "is not what tune_kernels.py --save writes"),
+        ([], "is not what benchmarks/kernels/tune.py --save writes"),
     ],
 )
 def test_a_file_that_has_something_else_is_refused(
@@ -201,18 +199,13 @@ def test_a_file_that_is_not_there_is_refused(
         tiles.project(4, 4096, BF16)
 
 
-def test_what_tune_kernels_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_tuning_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    folder = Path(__file__).parents[3] / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
-    specification = importlib.util.spec_from_file_location("tuning", folder / "tune_kernels.py")
-    assert specification is not None and specification.loader is not None
-    tuning = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "tuning", tuning)
-    specification.loader.exec_module(tuning)
+    from benchmarks.kernels import tune
+
     file = tmp_path / "tiles.json"
     for width, tokens in ((4096, 8), (2560, 32), (4096, 32)):
-        tuning.save(file, {"project": (tokens, 64, 8, 2, 3, 255), "finish": (8, 1, 1, 4, 1)}, width)
+        tune.save(file, {"project": (tokens, 64, 8, 2, 3, 255), "finish": (8, 1, 1, 4, 1)}, width)
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(file))
     forget()
     assert tiles.project(4, 4096, BF16) == tiles.Tile(32, 64, 8, 2, 3, 255)

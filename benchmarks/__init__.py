@@ -1,0 +1,1 @@
+"""Benchmarks by subject, listed in README.md; scripts put the repository on their search path."""

@@ -1,0 +1,121 @@
+"""The kernels of a site both ways, each callable alone, and the tiles that may run them."""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from megatron_mhc.kernels.arguments import DEFAULT, Mixing
+from megatron_mhc.kernels.triton import tiles
+from megatron_mhc.kernels.triton.aggregate import weighted_sum
+from megatron_mhc.kernels.triton.passes.finish import finish
+from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
+from megatron_mhc.kernels.triton.passes.projection import combine_and_project
+from megatron_mhc.kernels.triton.passes.stream_gradients import streams_gradients
+from megatron_mhc.kernels.triton.passes.token_gradients import token_gradients
+
+FLOORS = {
+    "project": 9,
+    "finish": 0,
+    "aggregate": 5,
+    "coefficients_backward": 5,
+    "streams_backward": 19,
+    "phi_gradient": 4,
+}
+"""Passes that each kernel must move at n = 4, partial sums left out."""
+KERNELS = {
+    "project": "combine_and_project_kernel",
+    "finish": "finish_kernel",
+    "aggregate": "aggregate_kernel",
+    "coefficients_backward": "token_gradients_kernel",
+    "streams_backward": "stream_gradients_kernel",
+    "phi_gradient": "phi_gradient_kernel",
+}
+"""What the GPU calls each."""
+GRIDS: dict[str, list[tuple[int, ...]]] = {
+    "project": [
+        *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
+        *itertools.product((32, 64), (64,), (2, 4, 8), (4,), (3,)),
+    ],
+    "finish": [(tokens, 1, 1, warps, 2) for tokens in (4, 8, 16) for warps in (1, 2, 4)],
+    "aggregate": [
+        *itertools.product((1, 2, 4, 8), (512, 1024), (1,), (4,), (1,)),
+        *itertools.product((4, 8), (256, 512), (1,), (8,), (1,)),
+    ],
+    "coefficients_backward": [
+        *itertools.product((8, 16, 32), (64, 128), (1,), (4,), (1, 2)),
+        *itertools.product((8, 16), (256, 512), (1,), (8,), (2,)),
+    ],
+    "streams_backward": [
+        *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
+        *itertools.product((16,), (32,), (4, 8), (2,), (3,), (255,)),
+        *itertools.product((8,), (128,), (8,), (4,), (3,), (255,)),
+    ],
+    "phi_gradient": list(itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4))),
+}
+
+
+def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
+    """`KERNEL=tokens,channels,...` as a kernel's name and a tile's numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: no such kernel, or no such tile.
+    """
+    kernel, _, listed = text.partition("=")
+    if kernel not in GRIDS:
+        raise argparse.ArgumentTypeError(f"{text!r} names none of the kernels {', '.join(GRIDS)}")
+    numbers = listed.split(",")
+    if not (2 <= len(numbers) <= 6 and all(number.isdecimal() for number in numbers)):
+        raise argparse.ArgumentTypeError(
+            f"{listed!r} is no tile: give tokens,channels[,splits[,warps[,stages[,registers]]]]"
+        )
+    return kernel, tuple(map(int, numbers))
+
+
+def running(kernel: str, width: int) -> tuple[int, ...]:
+    """The tile of `kernels.triton.tiles`, for n = 4 and bf16, as `--tiles` takes it."""
+    tile = dataclasses.astuple(getattr(tiles, kernel)(4, width, torch.bfloat16))
+    return tile[:-1] if tile[-1] is None else tile
+
+
+def use_tile(kernel: str, numbers: tuple[int, ...]) -> None:
+    """Have every later launch of a kernel in this process run with this tile."""
+    tile = tiles.Tile(*numbers)
+    setattr(tiles, kernel, lambda *_: tile)
+
+
+def subjects(
+    tokens: int, width: int, n: int = 4, device: str = "cuda"
+) -> dict[str, Callable[[], object]]:
+    """The kernels with their small companions, as closures over one site's tensors."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    rows = n * n + 2 * n
+    x, dy = normal(tokens, n, width).bfloat16(), normal(tokens, n, width).bfloat16()
+    f, du = normal(tokens, width).bfloat16(), normal(tokens, width).bfloat16()
+    h_post = 2 * torch.sigmoid(normal(tokens, n))
+    h_res = torch.softmax(normal(tokens, n, n), -1)
+    phi, bias = normal(rows, n * width) * 0.02, normal(rows)
+    alpha = torch.full((3,), 0.5, device=device)
+    mixing = Mixing(f, h_post, h_res)
+    y, partial = combine_and_project(x, phi, mixing)
+    done = finish(y, partial, alpha, bias, DEFAULT, aggregate=True)
+    small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
+    token_args = (y, done.z_over_r, done.inverse_r, alpha, bias, DEFAULT)
+    token = token_gradients(*token_args, du=du, **small)
+
+    return {
+        "project": lambda: combine_and_project(x, phi, mixing),
+        "finish": lambda: finish(y, partial, alpha, bias, DEFAULT, aggregate=False),
+        "aggregate": lambda: weighted_sum(y, done.h_pre),
+        "coefficients_backward": lambda: token_gradients(*token_args, du=du, **small),
+        "streams_backward": lambda: streams_gradients(
+            y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
+        ),
+        "phi_gradient": lambda: phi_gradient(y, token.d_z),
+    }

@@ -1,0 +1,185 @@
+"""Time each kernel of a steady-state site over a list of tiles, beside the one that runs.
+
+    python benchmarks/kernels/tune.py                       # all kernels, T 8192, C 4096, n 4
+    python benchmarks/kernels/tune.py --width 3072 --save tiles.json
+    MEGATRON_MHC_TILES=tiles.json torchrun ...              # trains with the fastest of them
+    python benchmarks/kernels/tune.py --kernels project --width 7168 --seconds 60
+    python benchmarks/kernels/tune.py --tiles streams_backward=8,64,13,2,3,255 finish=8,1,1,4
+
+Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. A kernel is
+timed where it runs, in a site forward and backward replayed as a CUDA graph: alone it may find in
+the L2 cache what others push out (`finish` took 25 us alone and 97 in a site, C 7168). The fastest
+tile is the one of the fastest site: it also decides what others have to add up. Passes are
+T*C bf16 elements at the measured copy bandwidth. What is saved serves this GPU, n, C and dtype.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from benchmarks.common import command_line
+from benchmarks.kernels.bandwidth import copy_bandwidth
+from benchmarks.kernels.by_kernel import captured, kernel_times
+from benchmarks.kernels.peers import Shapes, ours
+from benchmarks.kernels.site_tiles import (
+    FLOORS,
+    GRIDS,
+    KERNELS,
+    named_tile,
+    running,
+    subjects,
+    use_tile,
+)
+from megatron_mhc.kernels.triton import tiles
+
+Numbers = tuple[int, ...]
+"""A tile, as the command line has it."""
+Grids = dict[str, list[Numbers]]
+"""The tiles to try, by kernel."""
+
+
+def save(file: Path, fastest: dict[str, tuple[int, ...]], width: int) -> None:
+    """Add the fastest tiles to a file that MEGATRON_MHC_TILES may name; others in it stay."""
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    for kernel, numbers in fastest.items():
+        saved[tiles.key(kernel, 4, width, torch.bfloat16)] = numbers
+    lines = (f"  {json.dumps(name)}: {json.dumps(saved[name])}" for name in sorted(saved))
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def compile_tiles(width: int, listed: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
+    calls = subjects(64, width)
+    for kernel, numbers in listed:
+        default = getattr(tiles, kernel)
+        use_tile(kernel, numbers)
+        with contextlib.suppress(Exception):  # main reports it
+            calls[kernel]()
+        setattr(tiles, kernel, default)
+
+
+def in_site(tokens: int, width: int) -> Callable[[str], tuple[float, float]]:
+    """A kernel's name -> us of a site both ways and of this kernel in it, with today's tiles."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # leaves live where the graph is captured
+        site = ours(Shapes(tokens, width))
+    torch.cuda.current_stream().wait_stream(side)
+
+    def both() -> None:
+        site.forward()
+        site.backward()
+
+    def times_us(kernel: str) -> tuple[float, float]:
+        with torch.cuda.stream(side):
+            both()  # raises what the capture would keep to itself
+        replay = captured(both)
+        if replay is None:
+            raise RuntimeError("a site with this tile cannot be captured")
+        times = kernel_times(lambda _: replay(), 1)
+        return sum(times.values()), times[KERNELS[kernel]]
+
+    return times_us
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = command_line.parser(__doc__)
+    command_line.add_numbers(parser, command_line.SITE)
+    parser.add_argument(
+        "--kernels", nargs="*", default=list(GRIDS), choices=list(GRIDS), metavar="KERNEL",
+        help=f"of {', '.join(GRIDS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
+        help="these tiles alone, instead of a list of this script's",
+    )  # fmt: skip
+    parser.add_argument("--save", type=Path, metavar="FILE", help="add the fastest to this file")
+    parser.add_argument("--processes", type=int, default=12, help="compile that many at a time")
+    parser.add_argument("--seconds", type=float, default=240, help="stop starting tiles after this")
+    return command_line.parse_on_gpu(parser)
+
+
+def asked(options: argparse.Namespace) -> Grids:
+    """The tiles of the command line; without any, what runs and this script's list."""
+    if not options.tiles:
+        return {
+            kernel: list(dict.fromkeys([running(kernel, options.width), *GRIDS[kernel]]))
+            for kernel in options.kernels
+        }
+    grids: Grids = {}
+    for kernel, numbers in options.tiles:
+        grids.setdefault(kernel, []).append(numbers)
+    return grids
+
+
+def compile_all(grids: Grids, options: argparse.Namespace) -> None:
+    """Compile every tile, in processes; one that takes half the time is not waited for."""
+    everything = [(kernel, numbers) for kernel, grid in grids.items() for numbers in grid]
+    spawn = multiprocessing.get_context("spawn")
+    workers = [
+        spawn.Process(
+            target=compile_tiles, args=(options.width, everything[i :: options.processes])
+        )
+        for i in range(options.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(options.seconds / 2)
+
+
+def timed(
+    kernel: str, grid: list[Numbers], times_us: Callable[[str], tuple[float, float]], seconds: float
+) -> Iterator[tuple[float, float, Numbers]]:
+    """us of a site and of this kernel in it with each tile, until the time is up."""
+    begun, default = time.monotonic(), getattr(tiles, kernel)
+    for numbers in grid:
+        if time.monotonic() - begun > seconds:
+            print(f"{kernel}: out of time before {numbers}")
+            break
+        use_tile(kernel, numbers)
+        try:
+            yield (*times_us(kernel), numbers)
+        except Exception as error:  # too much shared memory, or a tile Triton refuses
+            print(f"{kernel} {numbers}: {type(error).__name__} {str(error)[:80]}")
+    setattr(tiles, kernel, default)
+
+
+def main() -> None:
+    """Compile all tiles, time them, print the fastest of each kernel and save them if asked to."""
+    options = parse()
+    start = time.monotonic()
+    grids = asked(options)
+    compile_all(grids, options)
+    print(f"compiled for {time.monotonic() - start:.0f} s")
+    one_pass = options.tokens * options.width * 2 / copy_bandwidth() * 1e6
+    print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")
+    times_us = in_site(options.tokens, options.width)
+    fastest: dict[str, Numbers] = {}
+    for kernel, grid in grids.items():
+        results = sorted(timed(kernel, grid, times_us, options.seconds / len(grids)))
+        if results:
+            fastest[kernel] = results[0][2]
+        print(f"{kernel}: floor {FLOORS[kernel]} passes")
+        for site_us, time_us, numbers in results[:12]:
+            mark = "  (what runs)" if numbers == running(kernel, options.width) else ""
+            passes = f"{time_us / one_pass:6.2f} passes"
+            print(f"  {time_us:8.1f} us {passes}, site {site_us:8.1f} us  {numbers}{mark}")
+    if options.save:
+        save(options.save, fastest, options.width)
+        print(f"saved to {options.save}: {', '.join(fastest)}")
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Step times of larger models, all variants of a layout in one launch."""
+
+from benchmarks.common.spans import exposed
+from benchmarks.multi_gpu.launches import Bench
+from benchmarks.multi_gpu.models import LARGE, OVERLAP, PAPER_EXPERTS, TINY, paper_size
+
+LAYOUTS = ("dense-pp", "paper-pp-ep", "paper-ep")
+"""What `--only` names."""
+TIMED = {
+    "ordinary": "",
+    "mhc": "--mhc",
+    "overlap": OVERLAP,
+    "overlap-2": f"{OVERLAP} --mhc-overlap-in-flight 2",
+    "recompute": "--mhc --mhc-recompute auto",
+    "overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
+}
+
+
+def step_times(bench: Bench, gpus: int) -> None:
+    """Steps of larger models: ordinary, mHC in stock order, with overlap, with recompute."""
+    dense = f"{TINY if bench.cpu else LARGE} --log-memory-interval 5"
+    paper = paper_size(bench) + ("" if bench.cpu else PAPER_EXPERTS) + " --log-memory-interval 5"
+    two = "--pipeline-model-parallel-size 2"
+    groups = {
+        "dense-pp": (f"{dense} --pipeline-model-parallel-size {min(gpus, 4)}", TIMED),
+        "paper-pp-ep": (f"{paper} {two} --expert-model-parallel-size {gpus // 2}", TIMED),
+        "paper-ep": (
+            f"{paper} --expert-model-parallel-size {gpus}",
+            {name: TIMED[name] for name in ("ordinary", "mhc", "recompute")}
+            | {
+                "ordinary-ep-overlap": "--overlap-moe-expert-parallel-comm",
+                "ep-overlap": "--mhc --overlap-moe-expert-parallel-comm",
+            },
+        ),
+    }
+    for name, (flags, variants) in groups.items():
+        if bench.options.only and name not in bench.options.only:
+            continue
+        bench.rounds(
+            name, gpus, flags, variants,
+            number=bench.options.rounds, iterations=5 if bench.cpu else 9,
+            trace=not bench.cpu and name == "dense-pp",
+            # what runs use that want speed; the comparisons of digits go without
+            NVTE_ALLOW_NONDETERMINISTIC_ALGO="1",
+        )  # fmt: skip
+        traces = bench.out / "traces" / name
+        for variant in variants if traces.exists() else ():
+            ranks = sorted((traces / variant).rglob("*.json*"))
+            if ranks:
+                alone = [exposed(trace) for trace in ranks]
+                bench.runs[f"{name}: {variant}"].remark += "; " + ", ".join(
+                    f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
+                )
