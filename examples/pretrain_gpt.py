@@ -173,12 +173,12 @@ def describe_model(args: argparse.Namespace) -> tuple[Any, Callable[..., GPTMode
     return pretrain_cfg_container_from_args(args, gpt_config_from_args(args)), None
 
 
-def main() -> None:
-    """Reads Megatron's command line and trains."""
+def main(provider: Callable[..., Any] = datasets_provider) -> None:
+    """Reads Megatron's command line and trains on the datasets that `provider` builds."""
     config, model_provider = describe_model(parse_and_validate_args())
     pretrain(
         config,
-        datasets_provider,
+        provider,
         model_type=ModelType.encoder_or_decoder,
         forward_step_func=forward_step,
         model_provider=model_provider,
