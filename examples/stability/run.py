@@ -27,6 +27,7 @@ from pathlib import Path
 
 from study import curves, plans
 from study.commands import COMMON, runs_of
+from study.results import Result, Study
 from study.runs import ROOT, Run
 from study.schedule import Budget, Schedule
 
@@ -148,7 +149,8 @@ def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     """The runs of a plan, one a GPU."""
     size, kept = plans.SIZES[args.size], args.curves.resolve() / args.size
     data = prepare_text(args, size, kept)
-    best = curves.best_rates(kept / "sweep") | {m: float(r) for m, r in args.rate}
+    swept = Study([Result(one) for one in curves.load(kept)])
+    best = swept.best_rates() | {model: float(rate) for model, rate in args.rate}
     runs = runs_of(
         args.plan, size, tokens=args.tokens or size.tokens, rates=best, models=args.models,
         folder=args.runs / args.size, curves=kept, data=data, more=more,

@@ -33,8 +33,8 @@ def every(steps: int, times: int) -> int:
 
 
 def evaluations(data: Mapping[str, Any], size: Size) -> int:
-    """Batches of one validation: all held-out text that fills them."""
-    return max(1, data["valid_tokens"] // size.step)
+    """Batches of one validation: all held-out text that fills them, up to the size's limit."""
+    return max(1, min(data["valid_tokens"], size.validation) // size.step)
 
 
 def rate_of(job: Job, rates: Mapping[str, float]) -> float:

@@ -79,6 +79,13 @@ def summary(line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def updates(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of `updates.Watch`: [gradient, root, update, small] of each group."""
+    names = ("gradient", "root", "update", "small")
+    groups = {group: [sizes[name] for name in names] for group, sizes in line["groups"].items()}
+    return {"step": line["step"], "groups": groups}
+
+
 def last_sites(line: dict[str, Any]) -> dict[str, Any]:
     """What each site does at the last logged step, for heat maps."""
     kept = {name: line["site"][name] for name in ("to_identity", "h_pre", "h_post")}
@@ -127,20 +134,22 @@ def collect(run: Run) -> dict[str, Any] | None:
     parameters = PARAMETERS.findall(run.log.read_text(errors="replace"))
     kept: dict[str, Any] = {
         **{name: noted[name] for name in (*run.described, "state", "seconds")},
-        "parameters": int(parameters[-1]) if parameters else None,
         "hardware": hardware(),
         "versions": versions(),
-        "memory": max(found["memory"].values, default=None),
         "steps": steps,
         "loss": rounded(_whole(found["loss"], steps), 5),
         "gradient_norm": rounded(_whole(found["gradient_norm"], steps), 3),
         "validation": rounded(_pairs(found["validation"]), 6),
         "step_seconds": rounded(_pairs(found["step_seconds"])),
     }
+    if parameters:
+        kept["parameters"] = int(parameters[-1])
+    if found["memory"].values:
+        kept["memory"] = max(found["memory"].values)
     if logged := _lines(run.folder, METRICS_FILE):
         kept["logged"] = rounded([summary(line) for line in logged])
         kept["last"] = rounded(last_sites(logged[-1]), 3)
-    kept["updates"] = rounded(_lines(run.folder, UPDATES_FILE), 3)
+    kept["updates"] = rounded([updates(line) for line in _lines(run.folder, UPDATES_FILE)], 3)
     return kept
 
 
@@ -157,23 +166,9 @@ def load(folder: Path) -> list[dict[str, Any]]:
     """All curves below a folder.
 
     Raises:
-        SystemExit: there are none, or they were made from different data.
+        SystemExit: they were made from different data.
     """
     found = [strict_json.read(file.read_text()) for file in sorted(folder.rglob("*.json"))]
-    if not found:
-        raise SystemExit(f"report: no curves in {folder}; run.py --plan makes them")
     if len({one["data"]["digest"] for one in found}) > 1:
-        raise SystemExit(f"report: the runs in {folder} were trained on different data")
+        raise SystemExit(f"stability: the runs in {folder} were trained on different data")
     return found
-
-
-def best_rates(folder: Path) -> dict[str, float]:
-    """Of each model that was swept the rate of its finished run with the lowest validation loss."""
-    best: dict[str, tuple[float, float]] = {}
-    for file in sorted(folder.glob("*.json")):
-        one = json.loads(file.read_text())
-        if one["state"] == "finished" and one["validation"]:
-            value = (one["validation"][-1][1], one["learning_rate"])
-            if value[0] is not None:
-                best[one["model"]] = min(best.get(one["model"], value), value)
-    return {model: rate for model, (_, rate) in best.items()}

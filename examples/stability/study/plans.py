@@ -14,13 +14,15 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "mhc_sinkhorn5": (*MHC, "--mhc-sinkhorn-iterations", "5"),
     "mhc_static": (*MHC, "--static"),
     "mhc_fast": (*MHC, "--rate-factor", "10"),
+    "mhc_eps": (*MHC, "--adam-eps", "1e-15"),
     "moe_ordinary": (),
     "moe_mhc": MHC,
 }
 """Flags of `pretrain.py`: --static keeps phi at zero, so no coefficient depends on a token (alpha
-multiplies zero then); --rate-factor multiplies the steps of alpha and b."""
+multiplies zero then); --rate-factor multiplies the steps of alpha and b. --adam-eps is Megatron's:
+whether it is Adam's eps that holds b_res."""
 COMPARED = ("ordinary", "hc", "mhc", "mhc_zero")
-ABLATIONS = ("mhc_n2", "mhc_n8", "mhc_sinkhorn5", "mhc_static", "mhc_fast")
+ABLATIONS = ("mhc_n2", "mhc_n8", "mhc_sinkhorn5", "mhc_static", "mhc_fast", "mhc_eps")
 SWEEP_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 BREAKING_RATES = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SEEDS = (1, 2, 3)
@@ -44,6 +46,7 @@ class Size:
         sequence, batch: tokens a sequence, sequences a step.
         micro: sequences a micro-batch, by model; "" for the others.
         tokens: of a whole run.
+        validation: tokens of a validation, at most.
         vocab_size, megabytes: of the text; None: all there is.
         environment: of its processes.
         save, start: see `schedule.Budget`.
@@ -57,6 +60,7 @@ class Size:
     batch: int
     micro: Mapping[str, int]
     tokens: int
+    validation: int
     vocab_size: int
     megabytes: float | None
     environment: Mapping[str, str]
@@ -98,6 +102,7 @@ PAPER_RATIO = Size(
     # a micro-batch of 65,536 tokens keeps the GPU busier than the host
     micro={"": 64, "hc": 16, "mhc_n8": 32, "moe_ordinary": 32, "moe_mhc": 32},
     tokens=2**28,
+    validation=2**20,
     vocab_size=16384,
     megabytes=None,
     environment={"OMP_NUM_THREADS": "2"},
@@ -117,6 +122,7 @@ TINY = Size(
     batch=4,
     micro={"": 2},
     tokens=48 * 256,
+    validation=8 * 256,
     vocab_size=512,
     megabytes=4,
     # compiling would take every process longer than its training

@@ -11,8 +11,8 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 NOT_FINITE = re.compile(r"is not finite|found NaN|found Inf|NaN in local grad|Inf in local grad")
 """What the main script and Megatron say when a loss or a gradient is no number."""
-STOPPED = "exiting program after receiving"
-"""What Megatron says when it has saved because it was told to end."""
+STOPPED = "exiting program"
+"""What Megatron says when it has saved and ends before the last step."""
 UPDATES_FILE = "mhc_updates.jsonl"
 """Below --tensorboard-dir: a line a logged step, {"step": S, "groups": {group: sizes}}."""
 DONE = ("finished", "broke")
@@ -65,7 +65,7 @@ class Run:
         """Note what became of it; what is finished needs no checkpoint any more."""
         log = self.log.read_text(errors="replace")
         if code == 0:
-            state = "stopped" if stopped and STOPPED in log else "finished"
+            state = "stopped" if STOPPED in log else "finished"
         elif stopped:
             state = "stopped"
         else:

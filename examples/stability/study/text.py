@@ -114,7 +114,7 @@ def held_out(bytes_of: dict[str, int], share: float = HELD_OUT) -> set[str]:
 
 def paragraphs(text: str) -> list[str]:
     """What stands between blank lines."""
-    return [part for part in BLANK_LINES.split(text) if part.strip()]
+    return [part.rstrip() for part in BLANK_LINES.split(text.lstrip("\n")) if part.strip()]
 
 
 def key(paragraph: str) -> int:
