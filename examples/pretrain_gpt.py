@@ -40,18 +40,19 @@ Batch = dict[str, torch.Tensor]
 
 
 def datasets_provider(
-    num_samples: list[int], vp_stage: int | None = None
+    num_samples: list[int], vp_stage: int | None = None, seed: int | None = None
 ) -> tuple[GPTDataset | None, ...]:
     """Builds the training, validation and test datasets that `--data-path` names.
 
     Args:
         num_samples: how many samples each of the three must yield.
         vp_stage: the model chunk that asks; all read the same data.
+        seed: of the order of the samples; None: `--seed`.
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
-        random_seed=args.seed,
+        random_seed=args.seed if seed is None else seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,

@@ -37,7 +37,13 @@ def say(message: str) -> None:
 
 def train_tokenizer(documents: list[text.Document], vocab_size: int) -> Any:
     """A byte-level BPE; its ids end before `vocab_size - 1`, the end of a document."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "prepare_text: tokenizers is not installed; pip install 'megatron_mhc[evidence]' brings"
+            " it"
+        ) from None
 
     total = sum(len(document.text) for document in documents)
     every = -(-total // TOKENIZER_BYTES)

@@ -1,8 +1,8 @@
 """The main script of the evidence: `examples/pretrain_gpt.py`, and three things more.
 
-Every validation reads the same samples. The gradients and updates of mHC's parameters are written
-to `mhc_updates.jsonl` in --tensorboard-dir, at the steps of --mhc-log-interval. And two flags for
-ablations, beside Megatron's:
+Every validation of every seed reads the same samples. The gradients and updates of mHC's parameters
+are written to `mhc_updates.jsonl` in --tensorboard-dir, at the steps of --mhc-log-interval. And two
+flags for ablations, beside Megatron's:
 
     python -m megatron_mhc.run examples/stability/pretrain.py FLAGS --mhc --static
     python -m megatron_mhc.run examples/stability/pretrain.py FLAGS --mhc --rate-factor 10
@@ -21,12 +21,14 @@ import pretrain_gpt
 from megatron.training import get_args
 from study.updates import Watch
 
+VALIDATION_SEED = 0
+
 
 class Again(Dataset):
-    """The first `size` samples of a dataset, over and over: what every validation reads."""
+    """`length` samples, for one validation after another: the first `size` of a dataset."""
 
-    def __init__(self, dataset: Any, size: int) -> None:
-        self.dataset, self.size, self.length = dataset, size, len(dataset)
+    def __init__(self, dataset: Any, size: int, length: int) -> None:
+        self.dataset, self.size, self.length = dataset, size, length
         self.split = dataset.index_split
 
     def __len__(self) -> int:
@@ -37,12 +39,12 @@ class Again(Dataset):
 
 
 def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
-    """The training and validation data; the latter are the same samples every time."""
+    """The training data, and validation data: the same samples every time, for all seeds."""
     args = get_args()
-    train, valid, test = pretrain_gpt.datasets_provider(num_samples, vp_stage)
-    if valid is not None:
-        valid = Again(valid, args.eval_iters * args.global_batch_size)
-    return train, valid, test
+    size = args.eval_iters * args.global_batch_size
+    train, *_ = pretrain_gpt.datasets_provider(num_samples, vp_stage)
+    _, valid, _ = pretrain_gpt.datasets_provider([1, size, 0], vp_stage, seed=VALIDATION_SEED)
+    return train, Again(valid, size, num_samples[1]), None
 
 
 datasets.is_distributed = True  # type: ignore[attr-defined]

@@ -100,7 +100,7 @@ PAPER_RATIO = Size(
     sequence=1024,
     batch=128,
     # a micro-batch of 65,536 tokens keeps the GPU busier than the host
-    micro={"": 64, "hc": 16, "mhc_n8": 32, "moe_ordinary": 32, "moe_mhc": 32},
+    micro={"": 64, "hc": 32, "mhc_n8": 32, "moe_ordinary": 32, "moe_mhc": 32},
     tokens=2**28,
     validation=2**20,
     vocab_size=16384,
@@ -164,7 +164,7 @@ PLANS: Mapping[str, tuple[Job, ...]] = {
         *(_best(m, SEEDS[0]) for m in COMPARED),
         *(_best(m, seed) for seed in SEEDS[1:] for m in ("ordinary", "mhc")),
     ),
-    "moe": (_best("moe_ordinary", 1, 1 / 2), _best("moe_mhc", 1, 1 / 2)),
+    "moe": (_best("moe_ordinary", 1, 1 / 3), _best("moe_mhc", 1, 1 / 3)),
     # their reference, and init, are runs of the sweep at the same rate: mhc and mhc_zero
     "ablations": tuple(_best(model, 1, 1 / 3) for model in ABLATIONS),
 }

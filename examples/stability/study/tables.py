@@ -181,7 +181,8 @@ def adam(study: Study) -> str:
     """What Adam makes of mHC's parameters, at the first, middle and last logged step: root mean
     squares over all sites of the gradient after clipping and of the root of Adam's second moment
     (eps, 1e-8 but in mhc_eps, stands beside it), the step in learning rates (1: as large as Adam
-    makes them), and the share of elements whose root is below ten times eps."""
+    makes them), and the share of elements whose root is below ten times eps. Of others than mhc:
+    those of H_res."""
     head = ["model", "group", "step", "gradient", "root", "step in rates", "below ten eps"]
     rows = []
     for plan, models in (
@@ -193,7 +194,7 @@ def adam(study: Study) -> str:
             chosen = {line["step"]: line for line in lines[:1] + lines[len(lines) // 2 :: 10**9]}
             chosen |= {line["step"]: line for line in lines[-1:]}
             groups = list(lines[-1]["groups"]) if lines else []
-            for group in groups:
+            for group in (g for g in groups if r.model == "mhc" or g.endswith("res")):
                 for step, line in chosen.items():
                     gradient, root, update, small = line["groups"][group]
                     row = [r.model, group, str(step), f"{gradient:.2g}", f"{root:.2g}"]
