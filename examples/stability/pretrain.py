@@ -1,11 +1,14 @@
 """The main script of the evidence: `examples/pretrain_gpt.py`, and three things more.
 
 Every validation of every seed reads the same samples. The gradients and updates of mHC's parameters
-are written to `mhc_updates.jsonl` in --tensorboard-dir, at the steps of --mhc-log-interval. And two
+are written to `mhc_updates.jsonl` in --tensorboard-dir, at the steps of --mhc-log-interval. And
 flags for ablations, beside Megatron's:
 
     python -m megatron_mhc.run examples/stability/pretrain.py FLAGS --mhc --static
     python -m megatron_mhc.run examples/stability/pretrain.py FLAGS --mhc --rate-factor 10
+    python -m megatron_mhc.run examples/stability/pretrain.py FLAGS --mhc --phi-std 0.02
+
+phi stays at zero; alpha and b take steps ten times as long; phi starts at random.
 """
 
 import argparse
@@ -55,9 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--rate-factor", type=float, default=1.0)
+    parser.add_argument("--phi-std", type=float, default=0.0)
     own, rest = parser.parse_known_args()
     sys.argv = [sys.argv[0], *rest]
-    Watch(static=own.static, rate_factor=own.rate_factor).register()
+    Watch(own.static, own.rate_factor, own.phi_std).register()
     pretrain_gpt.main(datasets)
 
 

@@ -33,7 +33,7 @@ from study.schedule import Budget, Schedule
 
 MAIN = ROOT / "examples" / "pretrain_gpt.py"
 DATA = ROOT / "examples" / "prepare_data.py"
-TEXT = ROOT / "examples" / "stability" / "prepare_text.py"
+EXAMPLE = ROOT / "examples" / "stability"
 MODELS = {name: list(plans.MODELS[name]) for name in ("ordinary", "hc", "mhc")}
 
 
@@ -108,7 +108,7 @@ def arguments(size: Size, model: str, iterations: int, data: Path, folder: Path)
 def planned(args: argparse.Namespace, size: Size, data: Path, more: list[str]) -> Iterator[Run]:
     """Every run, so that what is done first compares most: all models at a rate, then the next."""
     iterations = args.iterations or size.iterations
-    for seed in args.seeds:
+    for seed in args.seeds or [1234]:
         for rate in args.learning_rates or size.learning_rates:
             for model in args.models or MODELS:
                 folder = args.runs / args.size / f"{model}-lr{rate:g}-seed{seed}"
@@ -133,7 +133,14 @@ def without_plan(args: argparse.Namespace, more: list[str], start: float) -> boo
 def prepare_text(args: argparse.Namespace, size: plans.Size, kept: Path) -> Path:
     """Make the text, the same as that of the curves that there are; returns its folder."""
     data = args.runs / "data" / args.size
-    command = [sys.executable, TEXT, "--output", data, "--vocab-size", str(size.vocab_size)]
+    command = [
+        sys.executable,
+        EXAMPLE / "prepare_text.py",
+        "--output",
+        data,
+        "--vocab-size",
+        str(size.vocab_size),
+    ]
     if size.megabytes is not None:
         command += ["--megabytes", str(size.megabytes)]
     if args.roots:
@@ -147,15 +154,17 @@ def prepare_text(args: argparse.Namespace, size: plans.Size, kept: Path) -> Path
 
 def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     """The runs of a plan, one a GPU."""
-    size, kept = plans.SIZES[args.size], args.curves.resolve() / args.size
+    size = plans.SIZES[args.size]
+    folder = args.curves or (EXAMPLE if size.fusing else args.runs) / "curves"
+    kept = folder.resolve() / args.size
     data = prepare_text(args, size, kept)
     swept = Study([Result(one) for one in curves.load(kept)])
-    best = swept.best_rates() | {model: float(rate) for model, rate in args.rate}
+    best = swept.best_rates() | dict(args.rate or [])
     runs = runs_of(
         args.plan, size, tokens=args.tokens or size.tokens, rates=best, models=args.models,
         folder=args.runs / args.size, curves=kept, data=data, more=more,
     )  # fmt: skip
-    slots = [dict(size.environment) for _ in range(args.gpus)]
+    slots = [dict(size.environment) for _ in range(args.gpus or 1)]
     if size.fusing:
         slots = [{**slot, "CUDA_VISIBLE_DEVICES": str(i)} for i, slot in enumerate(slots)]
     budget = Budget(save=size.save, start=size.start)
@@ -165,11 +174,15 @@ def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     return Schedule(runs, slots, budget, curves.keep, report, size.sequence).train()
 
 
-def _pair(text: str) -> tuple[str, str]:
-    model, separator, rate = text.partition("=")
-    if model not in plans.MODELS or not separator or float(rate) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected MODEL=RATE")
-    return model, rate
+def _pair(text: str) -> tuple[str, float]:
+    model, _, rate = text.partition("=")
+    try:
+        pair = model, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected MODEL=RATE") from None
+    if model not in plans.COMPARED:
+        raise argparse.ArgumentTypeError(f"{text!r}; models are {', '.join(plans.COMPARED)}")
+    return pair
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -181,50 +194,57 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("size", choices=list(dict.fromkeys([*SIZES, *plans.SIZES])), help="what is trained")
     add(
-        "--runs",
-        type=Path,
-        default=ROOT / "runs" / "stability",
-        metavar="FOLDER",
+        "--runs", type=Path, default=ROOT / "runs" / "stability", metavar="FOLDER",
         help="where the data and a folder for each size are kept (default: %(default)s)",
-    )
-    add("--budget", type=float, help=f"seconds of this piece {own}")
-    add("--models", nargs="+", choices=plans.MODELS, help="which (default: all)")
+    )  # fmt: skip
+    add("--budget", type=float, metavar="SECONDS", help=f"of this piece {own}")
+    add(
+        "--models", nargs="+", choices=plans.MODELS, metavar="MODEL",
+        help=f"which of {', '.join(plans.MODELS)} (default: all that there are to train)",
+    )  # fmt: skip
     plan = parser.add_argument_group("with a plan")
     plan.add_argument("--plan", choices=plans.PLANS)
-    plan.add_argument("--gpus", type=int, default=1, help="runs at a time (default: 1)")
-    plan.add_argument("--tokens", type=int, help=f"of a whole run {own}")
-    plan.add_argument(
-        "--rate",
-        type=_pair,
-        action="append",
-        default=[],
-        metavar="MODEL=RATE",
-        help="the best rate of a model (default: what the sweep's curves say)",
-    )
-    plan.add_argument(
-        "--curves",
-        type=Path,
-        default=ROOT / "examples" / "stability" / "curves",
-        metavar="FOLDER",
-        help="default: %(default)s",
-    )
+    for name, kind, text in (
+        ("--gpus", int, "runs at a time (default: 1)"),
+        ("--tokens", int, f"of a whole run {own}"),
+        ("--curves", Path, "a folder (default: curves/ of this example; on a CPU, of --runs)"),
+    ):
+        plan.add_argument(name, type=kind, help=text)
     plan.add_argument("--roots", type=Path, nargs="+", help="folders of packages to take text from")
+    plan.add_argument(
+        "--rate", type=_pair, action="append", metavar="MODEL=RATE",
+        help="the best rate of a model (default: what the sweep's curves say)",
+    )  # fmt: skip
     other = parser.add_argument_group("without one")
     other.add_argument("--jobs", type=int, help=f"runs at a time {own}")
     other.add_argument("--iterations", type=int, help=f"training steps of each run {own}")
     other.add_argument(
         "--learning-rates", nargs="+", type=float, metavar="RATE", help=f"peak rates {own}"
     )
-    other.add_argument("--seeds", nargs="+", type=int, default=[1234], metavar="SEED",
-        help="each trains all models at all rates (default: 1234)")  # fmt: skip
+    other.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED",
+        help="each trains all models at all rates (default: 1234)",
+    )  # fmt: skip
     args, more = parser.parse_known_args()
-    known = plans.SIZES if args.plan else SIZES
-    if args.size not in known:
-        parser.error(f"{args.size} is trained with{'out' if args.plan else ''} a plan")
-    if not args.plan and not set(args.models or ()) <= set(MODELS):
-        parser.error(f"--models without --plan are {', '.join(MODELS)}")
+    refuse(parser, args)
     args.runs = args.runs.resolve()
     return args, more
+
+
+PLANNED = ("gpus", "tokens", "curves", "roots", "rate")
+UNPLANNED = ("jobs", "iterations", "learning_rates", "seeds")
+
+
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Say what does not go with a plan, or without one."""
+    way = "with" if args.plan else "without"
+    if args.size not in (plans.SIZES if args.plan else SIZES):
+        parser.error(f"{args.size} is not trained {way} a plan")
+    for name in UNPLANNED if args.plan else PLANNED:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} means nothing {way} a plan (--plan)")
+    if not args.plan and not set(args.models or ()) <= set(MODELS):
+        parser.error(f"--models without a plan are {', '.join(MODELS)}")
 
 
 def main() -> None:

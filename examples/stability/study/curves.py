@@ -60,8 +60,8 @@ def _mean(values: list[float]) -> float:
 def summary(line: dict[str, Any]) -> dict[str, Any]:
     """A logged step in a few numbers: means over sites, but for the composite gains.
 
-    read and written: how many streams count in H_pre and H_post (`effective`); cosine: of pairs of
-    streams, 1 where they are all the same; away: the distance of H_res from the identity, and the
+    read and written: how many streams count in H_pre and H_post (`effective`); apart: 1 minus the
+    cosine of pairs of streams, 0 where they are all the same; away: the distance of H_res from the identity, and the
     smallest and largest of a site.
     """
     site = line["site"]
@@ -74,7 +74,7 @@ def summary(line: dict[str, Any]) -> dict[str, Any]:
         "away": [pick(site["to_identity"]) for pick in (_mean, min, max)],
         "read": _mean([effective(row) for row in site["h_pre"]]),
         "written": _mean([effective(row) for row in site["h_post"]]),
-        "cosine": _mean(site["stream_cosine"]),
+        "apart": 1 - _mean(site["stream_cosine"]),
         "gradient_norm": line["gradient_norm"],
     }
 

@@ -92,11 +92,12 @@ def over_time(study: Study) -> Figure:
 
 def streams(study: Study) -> Figure:
     """Composite gain, distance of H_res from the identity, use of streams."""
-    figure, grid = _axes("What the streams do over training", TOKENS, "", 3)
+    figure, grid = _axes("What the streams do over training", TOKENS, "", 4)
     panels = (
         ("Amax gain of the product of all H_res, backward", "backward", "log"),
         ("distance of H_res from the identity", "away", "linear"),
         ("streams a site reads from (of n)", "read", "linear"),
+        ("1 - cosine between streams (0: all the same)", "apart", "linear"),
     )
     for axes, (title, name, scale) in zip(grid, panels, strict=True):
         axes.set_title(title, fontsize=10)

@@ -14,15 +14,20 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "mhc_sinkhorn5": (*MHC, "--mhc-sinkhorn-iterations", "5"),
     "mhc_static": (*MHC, "--static"),
     "mhc_fast": (*MHC, "--rate-factor", "10"),
+    "mhc_zero_random": (*MHC, "--mhc-init", "zero", "--phi-std", "0.02"),
     "mhc_eps": (*MHC, "--adam-eps", "1e-15"),
     "moe_ordinary": (),
     "moe_mhc": MHC,
 }
 """Flags of `pretrain.py`: --static keeps phi at zero, so no coefficient depends on a token (alpha
-multiplies zero then); --rate-factor multiplies the steps of alpha and b. --adam-eps is Megatron's:
+multiplies zero then); --rate-factor multiplies the steps of alpha and b; --phi-std starts phi at
+random, which alone tells the streams of init zero apart. --adam-eps is Megatron's:
 whether it is Adam's eps that holds b_res."""
 COMPARED = ("ordinary", "hc", "mhc", "mhc_zero")
-ABLATIONS = ("mhc_n2", "mhc_n8", "mhc_sinkhorn5", "mhc_static", "mhc_fast", "mhc_eps")
+ABLATIONS = (
+    *("mhc_n2", "mhc_n8", "mhc_sinkhorn5", "mhc_static"),
+    *("mhc_fast", "mhc_eps", "mhc_zero_random"),
+)
 SWEEP_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 BREAKING_RATES = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SEEDS = (1, 2, 3)

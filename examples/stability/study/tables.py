@@ -118,6 +118,17 @@ def at_equal_time(study: Study) -> str:
     return table(["model", "seconds", "validation loss"], rows)
 
 
+def speed(study: Study) -> str:
+    """By the median step; and what 15 minutes of steps come to."""
+    rows = []
+    for r in [r for r in study.of("speed") if r.step_time]:
+        a_second = r.kept["tokens_per_step"] / r.step_time
+        row = [r.model, number(_milliseconds(r), ".0f"), f"{a_second:,.0f}"]
+        rows.append([*row, f"{900 * a_second / MILLION:.0f}", number(_gib(r.memory), ".1f")])
+    head = ["model", "ms a step", "tokens a second", "million tokens in 15 minutes", "GiB"]
+    return table(head, rows)
+
+
 def swept(study: Study) -> str:
     """Last validation loss by rate, after a third (sweep) and a sixth (breaks) of a whole run."""
     parts = []
@@ -158,9 +169,9 @@ def _ends(result: Result, pick: Callable[[dict], float], form: str = ".3g") -> s
 def streams(study: Study) -> str:
     """First, last and largest logged: composite gains (of the product of all H_res, means over
     tokens), distance of H_res from the identity (mean over sites), how many streams a site reads
-    from and writes to (exp of the entropy of H_pre and H_post), cosine between streams."""
+    from and writes to (exp of the entropy of H_pre and H_post), 1 minus the cosine between streams."""
     head = ["model", "plan", "rate", "seed", "gain forward", "gain backward"]
-    head += ["H_res from identity", "streams read", "streams written", "cosine"]
+    head += ["H_res from identity", "streams read", "streams written", "1 - cosine"]
     rows = []
     for plan in ("main", "moe", "ablations"):
         for r in study.of(plan):
@@ -171,7 +182,7 @@ def streams(study: Study) -> str:
             row.append(_ends(r, lambda line: line["away"][0]))
             row += [
                 _ends(r, lambda line, name=name: line[name])
-                for name in ("read", "written", "cosine")
+                for name in ("read", "written", "apart")
             ]
             rows.append(row)
     return table(head, rows)
@@ -187,7 +198,7 @@ def adam(study: Study) -> str:
     rows = []
     for plan, models in (
         ("main", ("mhc", "mhc_zero", "hc")),
-        ("ablations", ("mhc_fast", "mhc_eps")),
+        ("ablations", ("mhc_fast", "mhc_eps", "mhc_zero_random")),
     ):
         for r in [r for model in models for r in study.of(plan, model)[:1]]:
             lines = r.kept["updates"]
@@ -260,6 +271,7 @@ PARTS: dict[str, Callable[[Study], str]] = {
     "Compared": compared,
     "Tokens for the same loss": convergence,
     "At equal time": at_equal_time,
+    "Speed": speed,
     "Rates": swept,
     "Where each breaks": breaking,
     "Streams": streams,

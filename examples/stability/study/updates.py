@@ -52,12 +52,14 @@ class Watch:
 
     Args:
         static: phi (theta, in HC) stays at its start, zero.
+        phi_std: phi (theta) starts as normal numbers of this deviation, the same for a site in
+            every run; 0: as the model has it, at zero.
         rate_factor: multiplies every step of alpha and b, as a larger learning rate would: Adam's
             step is proportional to it, and these have no weight decay.
     """
 
-    def __init__(self, static: bool, rate_factor: float) -> None:
-        self.static, self.rate_factor = static, rate_factor
+    def __init__(self, static: bool, rate_factor: float, phi_std: float) -> None:
+        self.static, self.rate_factor, self.phi_std = static, rate_factor, phi_std
         self.known: dict[int, Known] = {}
         self.before: dict[int, Tensor] = {}
 
@@ -70,8 +72,13 @@ class Watch:
     def _registered(self, module: Any, name: str, parameter: Any) -> None:
         if isinstance(module, HyperConnection):
             self.known[id(parameter)] = Known(parameter, name, module.mhc.num_streams)
-            if self.static and name in ("phi", "theta"):
+            is_phi = name in ("phi", "theta")
+            if self.static and is_phi:
                 parameter.requires_grad_(False)
+            if self.phi_std and is_phi:
+                own = torch.Generator(parameter.device).manual_seed(module.site)
+                with torch.no_grad():
+                    parameter.normal_(0, self.phi_std, generator=own)
 
     def _own(self, optimizer: Any) -> list[tuple[Known, dict[str, Any]]]:
         """This optimizer's parameters of mHC, each with its group."""

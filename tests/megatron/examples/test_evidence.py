@@ -131,11 +131,12 @@ def kept(curves: Path, plan: str, model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ablations(data: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The curves of two ablations."""
+    """The curves of three ablations."""
     curves = tmp_path_factory.mktemp("curves")
-    done = train(runs, curves, "ablations", "--models", "mhc_fast", "mhc_static")
+    models = ("mhc_fast", "mhc_static", "mhc_zero_random")
+    done = train(runs, curves, "ablations", "--models", *models)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 runs are done" in done.stdout
+    assert "3 of 3 runs are done" in done.stdout
     return curves
 
 
@@ -188,6 +189,12 @@ def test_static_coefficients_do_not_move_phi_and_a_factor_makes_the_steps_larger
     assert usual[step]["bias_post"][2] <= 1.0 and usual[step]["bias_post"][3] == 0
     assert fast[step]["bias_post"][2] > 5
     assert fast[step]["phi_post"][2] <= 1.001  # Adam's own, rounded to three digits
+
+
+def test_streams_of_init_zero_part_where_phi_starts_at_random(ablations: Path) -> None:
+    run = kept(ablations, "ablations", "mhc_zero_random")
+    # exactly 0 at every step where phi starts at zero: equal streams, however they are mixed
+    assert run["updates"][-1]["groups"]["bias_res"][0] > 0
 
 
 def test_every_validation_reads_the_same_samples(data: Path, runs: Path, tmp_path: Path) -> None:
