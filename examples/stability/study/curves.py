@@ -61,8 +61,8 @@ def summary(line: dict[str, Any]) -> dict[str, Any]:
     """A logged step in a few numbers: means over sites, but for the composite gains.
 
     read and written: how many streams count in H_pre and H_post (`effective`); apart: 1 minus the
-    cosine of pairs of streams, 0 where they are all the same; away: the distance of H_res from the identity, and the
-    smallest and largest of a site.
+    cosine of pairs of streams, 0 where they are all the same; away: the distance of H_res from the
+    identity, and the smallest and largest of a site.
     """
     site = line["site"]
     return {

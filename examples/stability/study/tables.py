@@ -169,7 +169,7 @@ def _ends(result: Result, pick: Callable[[dict], float], form: str = ".3g") -> s
 def streams(study: Study) -> str:
     """First, last and largest logged: composite gains (of the product of all H_res, means over
     tokens), distance of H_res from the identity (mean over sites), how many streams a site reads
-    from and writes to (exp of the entropy of H_pre and H_post), 1 minus the cosine between streams."""
+    from and writes to (exp of the entropy of H_pre and H_post), 1 minus the cosine of streams."""
     head = ["model", "plan", "rate", "seed", "gain forward", "gain backward"]
     head += ["H_res from identity", "streams read", "streams written", "1 - cosine"]
     rows = []
