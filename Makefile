@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := megatron_mhc kernels patches examples benchmarks tests
 
-.PHONY: help env train test test-all test-cards test-lowest test-matrix lint style types wheel clean
+.PHONY: help env train test test-all test-cards test-lowest test-main test-matrix lint style types wheel clean
 
 help:  ## List the commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -53,6 +53,18 @@ test-matrix:  ## Run the tests with every supported Megatron-Core, each in an en
 	for release in $(MATRIX); do \
 		echo "Megatron-Core $$release: $$(tail -n 1 $(VENV)-$$release/tests.log)"; \
 	done; exit $$status
+
+# A checkout has the dataset helpers as C++ alone; the wheel's are linked where their source is the same.
+DATASETS = $(abspath $(MEGATRON_LM))/megatron/core/datasets
+WHEELS := $(abspath $(VENV))/lib/python3.12/site-packages/megatron/core/datasets
+
+test-main: env  ## Run the tests with the source of Megatron-LM in MEGATRON_LM=<checkout>
+	@test -n "$(MEGATRON_LM)" -a -f "$(DATASETS)/helpers.cpp" || \
+		{ echo "make: MEGATRON_LM=<a checkout of Megatron-LM> is missing" >&2; exit 1; }
+	@ls $(DATASETS)/helpers_cpp*.so >/dev/null 2>&1 || \
+		{ cmp $(DATASETS)/helpers.cpp $(WHEELS)/helpers.cpp && ln -s $(WHEELS)/helpers_cpp*.so $(DATASETS); } || \
+		{ echo "make: compile the helpers first: make -C $(DATASETS) (it needs pybind11)" >&2; exit 1; }
+	PYTHONPATH=$(abspath $(MEGATRON_LM)) $(BIN)/python -m pytest $(WORKERS) $(QUICK) $(TESTS)
 
 # Triton 3.5's interpreter, which the tests alone use, wants an older NumPy.
 test-lowest:  ## Run the tests with the lowest PyTorch, Triton and Megatron-Core that pyproject.toml allows

@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             no check of Megatron's training saw.
     """
     options, rest = _parse(sys.argv[1:] if argv is None else argv)
+    # as `python SCRIPT` has it, before a Megatron is looked for: one may stand beside the script
+    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
     check_release()
     if options.cpu:
         # before Megatron is imported: it decides what to compile at import
@@ -86,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     activate()
     _alone()
     sys.argv = [options.script, *rest]
-    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
     try:
         runpy.run_path(options.script, run_name="__main__")
     except SystemExit as end:

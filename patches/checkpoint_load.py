@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -63,12 +64,18 @@ def checkpoint_load_patch(
 
 
 def state_dict_load_patches(
-    check: Callable[[Any, Mapping[str, Any], str], None],
+    check: Callable[[Any, Mapping[str, Any], str], None], kept: str
 ) -> tuple[Patch, ...]:
     """`check(chunk, state, folder)` runs for each chunk of a model that is about to be loaded.
 
-    For what does not go through `dist_checkpointing.load`: the legacy format and local checkpoints.
-    Not where the state is loaded: Megatron tries again there without what does not fit.
+    For what does not go through `dist_checkpointing.load`: the legacy format, local checkpoints and
+    Megatron-FSDP's. Not where the state is loaded: Megatron tries again there without what does not
+    fit.
+
+    Args:
+        check: called with a chunk without its wrappers, its state dict in the checkpoint (of
+            Megatron-FSDP's format what ends in `kept` alone) and where that is.
+        kept: how the keys of a model's objects end that Megatron-FSDP's format is to have.
     """
 
     def note(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,10 +96,18 @@ def state_dict_load_patches(
         ) -> Any:
             from megatron.core.utils import unwrap_model
 
+            chunks = [] if rank0 else unwrap_model(_model.get() or [])
+            is_fsdp = getattr(args, "use_megatron_fsdp", False)
+            if chunks and is_fsdp:
+                # before: torch stops over the first parameter that is missing
+                _, name, _, kind = original(load_dir, args, True)
+                if kind is not None and kind.name == "FSDP_DTENSOR":
+                    # Megatron leaves an inner wrapper around it
+                    core = unwrap_model(getattr(chunks[0], "module", chunks[0]))
+                    check(core, _first_object(name, kept), name)
             loaded = original(load_dir, args, rank0, *rest, **kwargs)
             state, name, *_ = loaded
-            if not rank0 and state is not None:
-                chunks = unwrap_model(_model.get() or [])
+            if state is not None and not is_fsdp:
                 for index, chunk in enumerate(chunks):
                     key = "model" if len(chunks) == 1 else f"model{index}"
                     if key in state:
@@ -101,10 +116,43 @@ def state_dict_load_patches(
 
         return _load_base_checkpoint
 
+    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def preprocess(args: Any, raw_state_dict: Any, *rest: Any, **kwargs: Any) -> Any:
+            model = raw_state_dict["model"]
+            ours = {key: value for key, value in model.items() if key.endswith(kept)}
+            state = original(args, raw_state_dict, *rest, **kwargs)
+            state["model"].update(ours)
+            return state
+
+        return preprocess
+
     module = "megatron.training.checkpointing"
-    why = "compares the mHC settings in a legacy or local checkpoint with the model's"
+    why = "compares the mHC settings in a checkpoint of no distributed format with the model's"
     return (
         Patch("checkpoint-load-state", f"{module}:_load_base_checkpoint", look, why),
         Patch("checkpoint-load-model", f"{module}:load_checkpoint", note, why),
         Patch("checkpoint-load-training", "megatron.training.training:load_checkpoint", note, why),
+        Patch(
+            "checkpoint-fsdp",
+            f"{module}:preprocess_fsdp_dtensor_state_dict",
+            keep,
+            "keeps the mHC settings in Megatron-FSDP's format, which leaves out all extra state",
+        ),
     )
+
+
+def _first_object(folder: str, ends: str) -> dict[str, dict[str, Any]]:
+    """The first object of a model whose key ends so, in a checkpoint of Megatron-FSDP; or none.
+
+    Such a checkpoint has an item for each entry of an object.
+    """
+    reader = checkpoint.FileSystemReader(folder)
+    keys = [key for key in reader.read_metadata().state_dict_metadata if f".{ends}." in key]
+    if not keys:
+        return {}
+    name = keys[0][: keys[0].index(f"{ends}.") + len(ends)]
+    state: dict[str, Any] = {key: None for key in keys if key.startswith(f"{name}.")}
+    checkpoint.load(state, storage_reader=reader, no_dist=True)
+    own = re.sub(r"^model\.(module\.)*", "", name)
+    return {own: {key.removeprefix(f"{name}."): value for key, value in state.items()}}

@@ -1,4 +1,4 @@
-"""Patches of Megatron's two FSDP wrappers.
+"""Patches of Megatron's FSDP wrappers: two of its own and torch's.
 
 Whether FSDP is on stands on no TransformerConfig; what every way of turning it on ends in is the
 wrapper.
@@ -8,7 +8,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .registry import Patch
+from .registry import Patch, is_there
+
+_MEGATRONS = "megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel"
+"""The wrapper's class; from 0.20 on a function, which takes one of two classes by the version."""
 
 
 def fsdp_patches(
@@ -43,17 +46,32 @@ def fsdp_patches(
 
         return init
 
-    distributed = "megatron.core.distributed"
+    def megatron_2(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(self: Any, config: Any, ddp_config: Any, module: Any, *a: Any, **k: Any) -> None:
+            prepare(module, ddp_config)
+            original(self, config, ddp_config, module, *a, **k)
+
+        return init
+
+    first = f"{_MEGATRONS}V1" if is_there(f"{_MEGATRONS}V1") else _MEGATRONS
+    second = Patch(
+        id="megatron-fsdp-2",
+        target=f"{_MEGATRONS}V2.__init__",
+        replace=megatron_2,
+        why="the second version of Megatron-FSDP refuses a model with mHC",
+    )
     return (
         Patch(
             id="megatron-fsdp",
-            target=f"{distributed}.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel.__init__",
+            target=f"{first}.__init__",
             replace=megatron,
             why="mHC's parameters keep their marks, and no layer reads another's shards",
         ),
+        *((second,) if is_there(second.target) else ()),
         Patch(
             id="torch-fsdp2",
-            target=f"{distributed}.torch_fully_sharded_data_parallel:"
+            target="megatron.core.distributed.torch_fully_sharded_data_parallel:"
             "TorchFullyShardedDataParallel.__init__",
             replace=torch,
             why="torch's FSDP2 refuses a model with mHC",

@@ -2,18 +2,21 @@
 
 `Float16OptimizerWithFloat16Params.sharded_state_dict` numbers the bf16 parameters alone, while the
 optimizer's state numbers the fp32 ones among them: states swap places, or the shapes do not fit
-and it stops (Megatron-LM issue 5835). The distributed optimizer numbers them rightly, but loads its
-default format and the legacy one into fp32 parameters themselves, which autograd refuses.
+and it stops (Megatron-LM issue 5835). From 0.20 on it numbers all, but a group of fp32 parameters
+alone, which has an empty list of copies, does not come back. The distributed optimizer numbers them
+rightly, but loads its default format and the legacy one into fp32 parameters themselves, which
+autograd refuses.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from .registry import Patch
+from .registry import Patch, is_there, locate
 from .releases import is_installed
 
 _COPIES = "fp32_from_fp16_params"
@@ -44,9 +47,17 @@ def _number_all(original: Callable[..., Any]) -> Callable[..., Any]:
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         token = _in_order.set(parameters_in_order(self))
         try:
-            state = original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             _in_order.reset(token)
+
+    return sharded_state_dict
+
+
+def _leave_empty_groups_out(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
         # the checkpoint's reader does not put empty lists back where they stood
         state[_COPIES] = [group for group in state[_COPIES] if group]
         return state
@@ -94,24 +105,34 @@ def _without_autograd(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
-_PATCHES = (
+_SAVE = f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict"
+
+_NUMBERING = (
     Patch(
         id="optimizer-checkpoint",
-        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
+        target=_SAVE,
         replace=_number_all,
         why="a checkpoint of bf16 and fp32 parameters keeps each one's optimizer state",
-    ),
-    Patch(
-        id="optimizer-checkpoint-load",
-        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.load_state_dict",
-        replace=_put_empty_groups_back,
-        why="a group of fp32 parameters has no fp32 copies to load",
     ),
     Patch(
         id="optimizer-checkpoint-map",
         target=f"{_OPTIMIZER}:get_param_id_to_sharded_param_map",
         replace=_take_all,
         why="takes the numbering of optimizer-checkpoint",
+    ),
+)
+_PATCHES = (
+    Patch(
+        id="optimizer-checkpoint-empty",
+        target=_SAVE,
+        replace=_leave_empty_groups_out,
+        why="a group of fp32 parameters has no fp32 copies to save",
+    ),
+    Patch(
+        id="optimizer-checkpoint-load",
+        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.load_state_dict",
+        replace=_put_empty_groups_back,
+        why="a group of fp32 parameters has no fp32 copies to load",
     ),
     Patch(
         id="optimizer-checkpoint-fp32",
@@ -131,6 +152,17 @@ _GROUPS = Patch(
 )
 
 
+def numbers_all(sharded_state_dict: Callable[..., Any]) -> bool:
+    """Whether this method of Megatron's tells fp32 copies from parameters that are fp32 themselves.
+
+    Only one that looks at the copies can; the others take every parameter to have one.
+    """
+    return "fp32_from_float16_groups" in inspect.unwrap(sharded_state_dict).__code__.co_names
+
+
 def optimizer_checkpoint_patches() -> tuple[Patch, ...]:
     """The patches that the installed Megatron needs."""
-    return (*_PATCHES, _GROUPS) if is_installed(_GROUPS.versions) else _PATCHES
+    is_mended = is_there(_SAVE) and numbers_all(getattr(*locate(_SAVE)))
+    numbering = () if is_mended else _NUMBERING
+    groups = (_GROUPS,) if is_installed(_GROUPS.versions) else ()
+    return (*numbering, *_PATCHES, *groups)

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from packaging.specifiers import SpecifierSet
-
-from .releases import SUPPORTED, megatron_core_version
+from .releases import SUPPORTED, is_of, megatron_core_version
 
 ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
 """Turns single patches off: comma-separated ids with a minus in front, `-metrics,-throughput`."""
@@ -72,15 +70,27 @@ def locate(target: str) -> tuple[Any, str]:
     """The object that holds a target, and the attribute's name.
 
     Raises:
-        ImportError, AttributeError: the module or the attribute is not there.
+        ImportError, AttributeError: the module or the attribute is not there, or what should be a
+            class is none (a function has an `__init__` too, which nobody calls).
     """
     module_name, _, path = target.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
+        if not isinstance(owner, type):
+            raise AttributeError(f"{parent} in {module_name} is no class")
     getattr(owner, name)
     return owner, name
+
+
+def is_there(target: str) -> bool:
+    """Whether a Megatron that is supported has this: for what differs between its releases."""
+    try:
+        locate(target)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 class Registry:
@@ -110,9 +120,7 @@ class Registry:
         if patch.id in self._applied or patch.id in turned_off():
             return False
         installed = megatron_core_version()
-        if installed is None or not SpecifierSet(patch.versions).contains(
-            installed, prereleases=True
-        ):
+        if not is_of(installed, patch.versions):
             raise PatchError(
                 f"patch {patch.id!r} ({patch.why}) knows Megatron-Core {patch.versions}; installed"
                 f" is {installed or 'none'}. Install a known version, or turn the patch off with"

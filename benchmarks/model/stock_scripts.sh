@@ -5,7 +5,7 @@
 #   PYTHON=.venv/bin/python benchmarks/model/stock_scripts.sh MEGATRON_LM TAG
 #
 # MEGATRON_LM is a clone of NVIDIA/Megatron-LM, TAG core_v0.19.0, say; the scripts are read from it,
-# Megatron itself is the package that PYTHON has installed.
+# Megatron itself is what PYTHON imports: the installed package, or a checkout on PYTHONPATH.
 set -euo pipefail
 [[ ${1:-} != -h && ${1:-} != --help ]] || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/../.."
@@ -58,7 +58,8 @@ same() { # same NAME OTHER : fails where their losses differ in a digit
 }
 
 "$PYTHON" -c 'from importlib.metadata import version as v; import platform
-print(f"Megatron-Core {v("megatron-core")}, PyTorch {v("torch")}, Python {platform.python_version()}")'
+from megatron_mhc.patches.releases import megatron_core_version
+print(f"Megatron-Core {megatron_core_version()}, PyTorch {v("torch")}, Python {platform.python_version()}")'
 echo "pretrain_gpt.py of $TAG; FLAGS: ${MODEL_ARGS[*]} ${TRAINING_ARGS[*]} ${CPU_ARGS[*]}"
 train ordinary 1 "${RUNNER[@]}"
 train runner 1 "${RUNNER[@]}" --mhc

@@ -1,30 +1,12 @@
 """What mHC cannot work with, each with a sentence that says what to change."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.patches.releases import is_installed
 
-
-@dataclass(frozen=True)
-class Conflict:
-    """A setting that mHC refuses.
-
-    Attributes:
-        flag: what the user gave.
-        given: from the settings (a TransformerConfig or Megatron's parsed arguments), whether.
-        advice: why not, and what to do.
-    """
-
-    flag: str
-    given: Callable[[Any], bool]
-    advice: str
-
-
-def _is_set(name: str, *off: Any) -> Callable[[Any], bool]:
-    return lambda settings: getattr(settings, name, None) not in (None, False, *off)
+from .conflict import Conflict, is_set
+from .native_mhc import NATIVE_CONFLICTS
 
 
 def _whole_step_is_a_graph(settings: Any) -> bool:
@@ -41,6 +23,26 @@ def _is_graphed(settings: Any) -> bool:
     return _whole_step_is_a_graph(settings) or _layers_are_graphs(settings)
 
 
+def holds_attention_alone(settings: Any) -> bool:
+    """Whether a layer's graph is self-attention, with every site outside.
+
+    Expert-parallel overlap wants Megatron's own graph of attention, which a node of its schedule
+    goes on from.
+
+    Args:
+        settings: a TransformerConfig, or Megatron's parsed arguments.
+    """
+    if getattr(settings, "cuda_graph_impl", None) != "transformer_engine":
+        return False
+    modules = getattr(settings, "cuda_graph_modules", None) or ()
+    names = {getattr(module, "name", module) for module in modules}
+    return names == {"attn"} and not getattr(settings, "overlap_moe_expert_parallel_comm", False)
+
+
+def _site_is_graphed(settings: Any) -> bool:
+    return _is_graphed(settings) and not holds_attention_alone(settings)
+
+
 def _last_layer_has_experts(settings: Any) -> bool:
     """Whether the model's last layer is an MoE layer (Megatron's `moe_layer_freq`)."""
     layers = settings.num_layers
@@ -50,10 +52,14 @@ def _last_layer_has_experts(settings: Any) -> bool:
     return bool(frequency[-1])
 
 
+_ATTENTION_ALONE = (
+    "--cuda-graph-impl transformer_engine --cuda-graph-modules attn, whose graphs hold no site"
+)
+
 CONFLICTS_OF_0_18 = (
     Conflict(
         "--mtp-num-layers",
-        _is_set("mtp_num_layers", 0),
+        is_set("mtp_num_layers", 0),
         "multi-token prediction with mHC is tested with Megatron-Core 0.19 alone; drop the flag, or"
         " install 0.19",
     ),
@@ -69,12 +75,12 @@ CONFLICTS = (
     *(CONFLICTS_OF_0_18 if is_installed("<0.19") else ()),
     Conflict(
         "--fp32-residual-connection",
-        _is_set("fp32_residual_connection"),
+        is_set("fp32_residual_connection"),
         "the streams are kept in the model's dtype; drop the flag",
     ),
     Conflict(
         "--fused-residual-rmsnorm",
-        _is_set("fused_residual_rmsnorm"),
+        is_set("fused_residual_rmsnorm"),
         "it fuses an addition that mHC replaces; drop the flag",
     ),
     Conflict(
@@ -96,12 +102,12 @@ CONFLICTS = (
     ),
     Conflict(
         "--heterogeneous-layers-config-path",
-        _is_set("heterogeneous_block_specs"),
+        is_set("heterogeneous_block_specs"),
         "layers of different kinds are not tried yet; drop the flag",
     ),
     Conflict(
         "--hybrid-layer-pattern",
-        _is_set("hybrid_layer_pattern"),
+        is_set("hybrid_layer_pattern"),
         "mHC has sites for TransformerLayers, and a HybridModel has others too; use a GPTModel",
     ),
     Conflict(
@@ -112,19 +118,14 @@ CONFLICTS = (
     ),
     Conflict(
         "--cuda-graph-impl with --mhc-log-interval",
-        lambda s: _is_graphed(s) and bool(getattr(s, "mhc_log_interval", 0)),
-        "a replayed graph runs none of the code that would record it; drop one of the two",
-    ),
-    Conflict(
-        "--cpu-offloading-num-layers",
-        _is_set("cpu_offloading"),
-        "activation offloading of whole layers is not tried yet; use"
-        " --fine-grained-activation-offloading",
+        lambda s: _site_is_graphed(s) and bool(getattr(s, "mhc_log_interval", 0)),
+        "a replayed graph runs none of the code that would record it; drop one of the two, or use"
+        f" {_ATTENTION_ALONE}",
     ),
     Conflict(
         "--offload-modules attn_norm or mlp_norm",
         lambda s: (
-            _is_set("fine_grained_activation_offloading")(s)
+            is_set("fine_grained_activation_offloading")(s)
             and not {"attn_norm", "mlp_norm"}.isdisjoint(getattr(s, "offload_modules", None) or ())
         ),
         "these norms read the streams, which the residual slot reads again; take them off the"
@@ -132,23 +133,23 @@ CONFLICTS = (
     ),
     Conflict(
         "--inference-fuse-tp-communication",
-        _is_set("inference_fuse_tp_communication"),
+        is_set("inference_fuse_tp_communication"),
         "it adds the residual inside its linears and leaves mHC's slots out; drop the flag",
     ),
     Conflict(
         "--overlap-moe-expert-parallel-comm with a dense last layer",
-        lambda s: _is_set("overlap_moe_expert_parallel_comm")(s) and not _last_layer_has_experts(s),
+        lambda s: is_set("overlap_moe_expert_parallel_comm")(s) and not _last_layer_has_experts(s),
         "Megatron's schedule then forgets the final norm, without mHC too; give the last layer"
         " experts (--moe-layer-freq), or drop the flag",
     ),
     Conflict(
         "--use-megatron-fsdp with --mhc-log-interval",
-        lambda s: _is_set("use_megatron_fsdp")(s) and bool(getattr(s, "mhc_log_interval", 0)),
+        lambda s: is_set("use_megatron_fsdp")(s) and bool(getattr(s, "mhc_log_interval", 0)),
         "gradients are sharded in a way that the metrics do not know; drop one of the two",
     ),
     Conflict(
         "--use-torch-fsdp2",
-        _is_set("use_torch_fsdp2"),
+        is_set("use_torch_fsdp2"),
         "it wants one dtype in a layer, and mHC's parameters stay fp32; use --use-megatron-fsdp, or"
         " the distributed optimizer",
     ),
@@ -158,29 +159,36 @@ _INTERLEAVED = "virtual_pipeline_model_parallel_size"
 
 _OFFLOADED_LATE = Conflict(
     "--delay-offload-until-cuda-graph beside --mhc-recompute",
-    _is_set("delay_offload_until_cuda_graph"),
+    is_set("delay_offload_until_cuda_graph"),
     "what is offloaded late has been dropped by then; use one of the two",
 )
 
 RECOMPUTE_CONFLICTS = (
     *(() if is_installed("<0.19") else (_OFFLOADED_LATE,)),
     Conflict(
+        "--cpu-offloading-num-layers beside --mhc-recompute",
+        # a TransformerConfig has the first, Megatron's arguments the second
+        lambda s: is_set("cpu_offloading")(s) or is_set("cpu_offloading_num_layers", 0)(s),
+        "what is offloaded behind a layer has been dropped by then; use one of the two"
+        " (--fine-grained-activation-offloading goes with --mhc-recompute)",
+    ),
+    Conflict(
         "--overlap-moe-expert-parallel-comm beside --mhc-recompute",
-        _is_set("overlap_moe_expert_parallel_comm"),
+        is_set("overlap_moe_expert_parallel_comm"),
         "what one node of its schedule drops another one on another stream would read; use one of"
         " the two",
     ),
     Conflict(
         "--recompute-granularity full beside --mhc-recompute",
-        _is_set("recompute_granularity", "selective"),
+        is_set("recompute_granularity", "selective"),
         "it keeps nothing inside a layer, so the streams are gone already and rebuilding them is"
         " work for nothing; use one of the two (selective goes with --mhc-recompute)",
     ),
     Conflict(
         "--cuda-graph-impl beside --mhc-recompute",
-        _is_graphed,
+        _site_is_graphed,
         "a graph reads the memory that it was captured with, and recompute gives that away; use one"
-        " of the two",
+        f" of the two, or {_ATTENTION_ALONE}",
     ),
 )
 """What selective recompute of the streams cannot work with."""
@@ -188,7 +196,7 @@ RECOMPUTE_CONFLICTS = (
 OVERLAP_CONFLICTS = (
     Conflict(
         "--mhc-overlap-p2p with --overlap-moe-expert-parallel-comm",
-        _is_set("overlap_moe_expert_parallel_comm"),
+        is_set("overlap_moe_expert_parallel_comm"),
         "its schedule places the ends of a stage and their messages itself; drop one of the two",
     ),
     Conflict(
@@ -205,22 +213,22 @@ OVERLAP_CONFLICTS = (
     ),
     Conflict(
         "--mhc-overlap-p2p with variable_seq_lengths",
-        _is_set("variable_seq_lengths"),
+        is_set("variable_seq_lengths"),
         "stages then wait to tell each other their shapes; give every microbatch one length",
     ),
     Conflict(
         "--mhc-overlap-p2p with use_ring_exchange_p2p",
-        _is_set("use_ring_exchange_p2p"),
+        is_set("use_ring_exchange_p2p"),
         "a ring exchange is waited for at once; turn one of the two off",
     ),
     Conflict(
         "--mhc-overlap-p2p with num_microbatches_with_partial_activation_checkpoints",
-        _is_set("num_microbatches_with_partial_activation_checkpoints"),
+        is_set("num_microbatches_with_partial_activation_checkpoints"),
         "its schedule checkpoints all microbatches alike; leave it unset",
     ),
     Conflict(
         "--mhc-overlap-p2p with moe_paged_stash",
-        _is_set("moe_paged_stash"),
+        is_set("moe_paged_stash"),
         "its schedule does not stash experts' activations; turn one of the two off",
     ),
     Conflict(
@@ -244,7 +252,7 @@ REFERENCE_CONFLICTS = (
 IN_FLIGHT_CONFLICTS = (
     Conflict(
         "--mhc-overlap-in-flight 2 with virtual stages",
-        _is_set(_INTERLEAVED),
+        is_set(_INTERLEAVED),
         "the interleaved schedule is Megatron's and starts as many microbatches as it likes; drop"
         " the flag, or the virtual stages",
     ),
@@ -271,7 +279,7 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
         asked += REFERENCE_CONFLICTS
     if mhc is not None and mhc.overlap_in_flight > 1:
         asked += IN_FLIGHT_CONFLICTS
-    conflicts = CONFLICTS + asked
+    conflicts = CONFLICTS + NATIVE_CONFLICTS + asked
     found = [c for c in conflicts if c.given(settings)]
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)

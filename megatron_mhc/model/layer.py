@@ -11,7 +11,6 @@ import functools
 import pkgutil
 from typing import Any
 
-import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -21,15 +20,16 @@ from torch import Tensor
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.recompute_plan import Plan, plan
 
-from .compatibility import check_transformer_config
+from .compatibility import check_transformer_config, holds_attention_alone
 from .config_marks import mark_streams
 from .connection import Head, HyperConnection
+from .graphs import GraphedLayer
 from .recompute import Block
 from .site import Site
 from .stored_settings import StoredSettings
 
 
-class MHCLayer(TransformerLayer):
+class MHCLayer(GraphedLayer):
     """Mixed into a TransformerLayer class by `mhc_layer`: two sites; entry and exit by position.
 
     Args:
@@ -63,8 +63,11 @@ class MHCLayer(TransformerLayer):
         self.mlp_connection = build(first_site + 1)
         self.attention_site = Site(self.attention_connection, self.input_layernorm)
         self.mlp_site = Site(self.mlp_connection, self.pre_mlp_layernorm)
+        _ask_the_norms_again(self)
         self.self_attn_bda = self.attention_site.write
         self.mlp_bda = self.mlp_site.write
+        if holds_attention_alone(config):
+            self.graph_attention_alone()
         self.fuses_inside = _is_one_region(config, isinstance(self.mlp, MoELayer))
         self.attention_site.following = self.mlp_site if self.fuses_inside else None
         self.fuses_with_next = not self.is_mtp and _runs_on_into_the_next(config)
@@ -143,32 +146,6 @@ class MHCLayer(TransformerLayer):
             self.mlp_norm_manager = None  # where Megatron (0.19) keeps what its MLP's norm reads
             raise
 
-    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
-        """What Megatron captures this layer's CUDA graph with: n streams, but at the entry."""
-        inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
-        if not self.is_entry:
-            one = inputs["hidden_states"]
-            inputs["hidden_states"] = (
-                one.detach().repeat(1, 1, self.mhc.num_streams).requires_grad_(one.requires_grad)
-            )
-        return inputs
-
-    def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:
-        """Megatron's list, and the connections and head whose parameters its slots read.
-
-        Parameters are gathered for what is on it.
-        """
-        held = super()._get_submodules_under_cudagraphs()
-        if held == [self]:
-            return held
-        if self.input_layernorm in held:
-            held.append(self.attention_connection)
-        if self.pre_mlp_layernorm in held:
-            held.append(self.mlp_connection)
-        if self.mlp in held and self.is_exit and self.mhc.learned_head:
-            held.append(self.head)
-        return held
-
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
@@ -183,14 +160,25 @@ class MHCLayer(TransformerLayer):
         return state
 
 
+def _ask_the_norms_again(layer: TransformerLayer) -> None:
+    """Megatron, from 0.20 on, asks each norm once, while it builds the layer: before the sites."""
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        answer = f"_{norm}_returns_residual"
+        if hasattr(layer, answer):
+            setattr(layer, answer, getattr(layer, norm).returns_residual)
+
+
 def _runs_on_into_the_next(config: Any) -> bool:
     """Whether a layer and the next one run in one autograd region, outside any graph.
 
     The next site's input, left on it by this layer, would have no gradient across a checkpoint,
-    would be stale across a CUDA graph, and would belong to another node of a schedule.
+    would be stale across a CUDA graph, and would belong to another node of a schedule. Whole-layer
+    offloading brings a layer's tensors back when its output's gradient is there: before that of
+    such an input, which comes from inside the next layer.
     """
     is_graph = config.cuda_graph_impl in ("local", "transformer_engine")
-    is_apart = config.overlap_moe_expert_parallel_comm
+    is_graph = is_graph and not holds_attention_alone(config)
+    is_apart = config.overlap_moe_expert_parallel_comm or config.cpu_offloading
     return config.recompute_granularity != "full" and not (is_graph or is_apart)
 
 
@@ -198,11 +186,11 @@ def _is_one_region(config: Any, is_moe: bool) -> bool:
     """Whether a layer's residual slot of attention and norm slot of the MLP are in one region.
 
     The nodes of expert-parallel overlap end behind an MoE layer's router, and in front of a dense
-    layer's MLP. Transformer Engine's graphs may hold attention alone, or the MLP's part alone.
+    layer's MLP. Transformer Engine's graphs may hold the MLP's part alone.
     """
     if config.overlap_moe_expert_parallel_comm and not is_moe:
         return False
-    if config.cuda_graph_impl != "transformer_engine":
+    if config.cuda_graph_impl != "transformer_engine" or holds_attention_alone(config):
         return True
     held = {module.name for module in config.cuda_graph_modules}
     return not held or {"attn"} < held & {"attn", *(("moe", "moe_router") if is_moe else ("mlp",))}
@@ -219,6 +207,10 @@ def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
         raise ValueError(f"mHC needs a TransformerLayer and the spec has {base!r}")
     if issubclass(base, MHCLayer):
         raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
+    if getattr(base, "supports_mhc_connections", False):
+        raise ValueError(
+            f"{base.__name__} is a layer of Megatron's own mHC: give with_mhc an ordinary one"
+        )
     name = f"of.{base.__module__}.{base.__qualname__}"
     names = {"__module__": __name__, "__qualname__": name}
     return type(f"MHC{base.__name__}", (MHCLayer, base), names)

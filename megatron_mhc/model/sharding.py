@@ -8,35 +8,40 @@ from .parameters import is_hyper_connection
 SHARDS_PARAMETERS = "optim_grads_params"
 """Megatron-FSDP's strategy in which a layer has its parameters only while it runs."""
 
+SHARDS_NOTHING = "no_shard"
+"""The one in which no layer's gradients are taken away when its backward ends (0.20)."""
 
-def prepare_fsdp(module: Any, ddp_config: Any, *, has_checkpoints: bool) -> None:
-    """Let no layer read another one's parameters, where they are there only while it runs.
+
+def prepare_fsdp(module: Any, ddp_config: Any) -> None:
+    """Let no layer read another one's parameters, where shards of them come and go with a layer.
+
+    A connection that the layer before runs would get its gradient after Megatron has reduced it,
+    and be run, where parameters are sharded too, before they are there.
 
     Args:
         module: a model chunk; one without mHC stays as it is.
         ddp_config: Megatron's DistributedDataParallelConfig.
-        has_checkpoints: whether the run saves or loads any.
 
     Raises:
         ValueError: a setting of mHC that does not work with Megatron-FSDP.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, MHCLayer)]
-    if layers and has_checkpoints:
+    version = getattr(ddp_config, "megatron_fsdp_version", 1)
+    if layers and version != 1:
         raise ValueError(
-            "mHC with --use-megatron-fsdp has no checkpoints yet: Megatron takes mHC's settings out"
-            " of its fsdp_dtensor format, so that one of another model would be loaded without a"
-            " word. Drop --save and --load, or use the distributed optimizer"
+            f"mHC is not tried with --megatron-fsdp-version {version} yet, which shards parameters"
+            " in another way: use 1"
         )
     if any(layer.mhc.overlap_p2p for layer in layers):
         raise ValueError(
             "--mhc-overlap-p2p does not work with --use-megatron-fsdp, whose hooks do not know the"
             " streams beside the compute stream: drop one of the two"
         )
-    if ddp_config.data_parallel_sharding_strategy != SHARDS_PARAMETERS:
-        return
+    strategy = ddp_config.data_parallel_sharding_strategy
     for layer in layers:
-        layer.fuses_with_next = False
-        if layer.recompute_plan is not None and layer.recompute_plan.norms:
+        layer.fuses_with_next &= strategy == SHARDS_NOTHING
+        norms = layer.recompute_plan.norms if layer.recompute_plan is not None else 0
+        if norms and strategy == SHARDS_PARAMETERS:
             raise ValueError(
                 "--mhc-recompute runs the norms of a block again in the backward, and with"
                 f" --data-parallel-sharding-strategy {SHARDS_PARAMETERS} their weights are not"

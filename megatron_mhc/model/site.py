@@ -120,6 +120,8 @@ class Site:
         self._norm = norm.forward
         self._ahead: _Ahead | None = None
         norm.forward = self.read
+        # what Megatron asks of a norm from 0.20 on
+        norm.returns_residual = True  # type: ignore[assignment]
 
     @nvtx_decorator(message="mhc.read")
     def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Residual]:

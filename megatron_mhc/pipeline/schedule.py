@@ -12,9 +12,9 @@ from megatron_mhc.model.config_marks import overlap_in_flight_of
 
 from .agreement import check_stages
 from .connect import two_directions
-from .ends import ends_on_side_streams
 from .links import SideStreamCommunicator
-from .one_forward_one_backward import OneForwardOneBackward
+from .overlapped_1f1b import Overlapped1F1B
+from .stage_ends import ends_on_side_streams
 from .state import state_of
 
 NCCL = "nccl"
@@ -92,4 +92,4 @@ def run_overlapped(name: str, original: Callable[..., Any], arguments: dict[str,
         return original(**arguments)
     if is_interleaved:
         return interleaved(original, **arguments)
-    return OneForwardOneBackward(**arguments).run()
+    return Overlapped1F1B(**arguments).run()

@@ -123,9 +123,7 @@ def _prepare_fsdp(module: Any, ddp_config: Any) -> None:
     """`sharding.prepare_fsdp`, imported when there is a model to wrap."""
     from megatron_mhc.model.sharding import prepare_fsdp
 
-    args = flags.megatron_arguments()
-    has_checkpoints = any(getattr(args, name, None) for name in ("save", "load"))
-    prepare_fsdp(module, ddp_config, has_checkpoints=has_checkpoints)
+    prepare_fsdp(module, ddp_config)
 
 
 def _refuse_torch_fsdp(module: Any) -> None:
@@ -154,7 +152,7 @@ def loader_patches() -> tuple[Patch, ...]:
     """For Megatron's own loader of checkpoints; none where a library user has not imported it."""
     if "megatron.training.training" not in sys.modules:
         return ()
-    return state_dict_load_patches(stored_settings.check_state_dict)
+    return state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY)
 
 
 def plugin_patches() -> tuple[Patch, ...]:
@@ -169,7 +167,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         *spec_function_patches(),
         throughput_patch(_extra_flops_a_token),
         *model_patches(),
-        *state_dict_load_patches(stored_settings.check_state_dict),
+        *state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY),
         SHIPPED_HELPERS,
     )
 

@@ -5,121 +5,87 @@ import copy
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from megatron_mhc.config import Convention, Init, MHCConfig, Variant
-from megatron_mhc.kernels.backend import BACKENDS
+from megatron_mhc.config import MHCConfig
 from megatron_mhc.metrics.monitor import add_monitor_arguments
 from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
+from megatron_mhc.model import native_mhc
 from megatron_mhc.model.compatibility import check_transformer_config
 from megatron_mhc.model.stored_settings import FUNCTION_FIELDS
+from megatron_mhc.patches import PatchError
+from megatron_mhc.patches.releases import SUPPORTED, megatron_core_version
+
+from .settings import SETTINGS, SHARED, VARIABLES, flag_of, switch
 
 SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
 """What `--spec` must name for a model with mHC."""
 
 
-def _whole(text: str, expected: str = "a whole number") -> int:
-    try:
-        return int(text)
-    except ValueError:
-        # argparse puts the flag in front of this, `config_from_environment` the variable
-        raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}") from None
-
-
-def _recompute(text: str) -> int | str | None:
-    if text == "off":
-        return None
-    return text if text == "auto" else _whole(text, "off, auto or a number of layers")
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in ("0", "1", "false", "true"):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected 0 or 1")
-    return text.lower() in ("1", "true")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    parse: Callable[[str], Any]
-    help: str
-    choices: tuple[str, ...] | None = None
-
-
-SETTINGS: Mapping[str, _Setting] = {
-    "num_streams": _Setting(_whole, "residual streams (n; kernels exist for 1, 2, 4 and 8)"),
-    "sinkhorn_iterations": _Setting(
-        _whole, "Sinkhorn-Knopp steps that make H_res doubly stochastic"
-    ),
-    "convention": _Setting(
-        str,
-        "'paper', or 'deepseek_v4' for the eps values and the learned head of the V4 checkpoints",
-        get_args(Convention),
-    ),
-    "init": _Setting(
-        str,
-        "'residual' starts as the ordinary network's function, 'zero' with every bias at zero",
-        get_args(Init),
-    ),
-    "variant": _Setting(
-        str, "'mhc', or 'hc' for unconstrained hyper-connections", get_args(Variant)
-    ),
-    "backend": _Setting(
-        str, "'triton' kernels, the 'torch' reference, or 'auto' for what can run", BACKENDS
-    ),
-    "recompute": _Setting(
-        _recompute,
-        "drop the streams after the forward and rebuild them in the backward, in blocks of so many"
-        " layers; 'auto' takes the number that needs the least memory, 'off' keeps them",
-    ),
-    "overlap_p2p": _Setting(
-        _switch, "overlap pipeline communication and the ends of each stage with the rest"
-    ),
-    "overlap_in_flight": _Setting(
-        _whole,
-        "with --mhc-overlap-p2p and 1F1B: microbatches started ahead for each stage behind; 2 hides"
-        " the way of a gradient back too, for up to twice the activations",
-    ),
-}
-"""A row a field of MHCConfig."""
-
-VARIABLES: Mapping[str, str] = {f"MHC_{name.upper()}": name for name in SETTINGS}
-"""The environment variables, and the field that each one sets."""
-
-
-def _flag(name: str) -> str:
-    return "--mhc-" + name.replace("_", "-")
+def _is_megatrons(field: dataclasses.Field[Any], parser: Any) -> bool:
+    """Whether the parser has this field's flag already, and it is the same one."""
+    native = parser._option_string_actions.get(flag_of(field.name))
+    return (
+        native is not None
+        and field.name in SHARED
+        and (native.dest, native.default) == (f"mhc_{field.name}", field.default)
+        and native.type is type(field.default)
+    )
 
 
 def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
-    """Add a flag for each of these fields of MHCConfig to a parser or a group."""
+    """Add a flag for each of these fields of MHCConfig to a parser or a group.
+
+    Raises:
+        argparse.ArgumentError: the parser has a flag of that name which is another one.
+    """
     for field in dataclasses.fields(MHCConfig):
-        if field.name not in names:
+        if field.name not in names or _is_megatrons(field, parser):
             continue
         setting = SETTINGS[field.name]
-        flag = _flag(field.name)
+        flag = flag_of(field.name)
         default = "off" if field.default in (None, False) else field.default
         text = f"{setting.help} (default: {default})"
-        if setting.parse is _switch:
+        if setting.parse is switch:
             parser.add_argument(flag, action="store_true", default=None, help=text)
         else:
             parser.add_argument(flag, type=setting.parse, choices=setting.choices, help=text)
 
 
 def add_mhc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--mhc` and a flag for every field of MHCConfig, with its default in the help."""
+    """Add `--mhc` and a flag for every field of MHCConfig, with its default in the help.
+
+    Raises:
+        PatchError: Megatron has a flag of the same name that is another one.
+    """
     group = parser.add_argument_group(
         "mHC", "manifold-constrained hyper-connections (arXiv 2512.24880) by megatron_mhc"
     )
-    group.add_argument("--mhc", action="store_true", help="replace residual connections by mHC")
-    add_setting_flags(group, SETTINGS)
-    add_monitor_arguments(group)
+    try:
+        group.add_argument("--mhc", action="store_true", help="replace residual connections by mHC")
+        add_setting_flags(group, SETTINGS)
+        add_monitor_arguments(group)
+    except argparse.ArgumentError as error:
+        raise PatchError(
+            f"Megatron-Core {megatron_core_version()} has a flag of its own where megatron_mhc adds"
+            f" one: {error}. Use a release that was tested, {SUPPORTED}, or with_mhc in the script"
+        ) from error
     return parser
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def _values(args: argparse.Namespace) -> dict[str, Any]:
     values = {f.name: getattr(args, f"mhc_{f.name}", None) for f in dataclasses.fields(MHCConfig)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _given(args: argparse.Namespace) -> set[str]:
+    """The fields that the user has set; where the flag is Megatron's too, it has a default."""
+    return {
+        name
+        for name in _values(args)
+        if name not in SHARED or native_mhc.on_command_line(flag_of(name))
+    }
 
 
 def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
@@ -129,12 +95,12 @@ def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
         ValueError: a value that MHCConfig refuses, or an environment variable beside the flags.
     """
     if found := sorted(VARIABLES.keys() & os.environ.keys()):
-        flags = ", ".join(_flag(VARIABLES[variable]) for variable in found)
+        flags = ", ".join(flag_of(VARIABLES[variable]) for variable in found)
         raise ValueError(
             f"{', '.join(found)} set in the environment, which is not read where there are flags:"
             f" unset it and give {flags}"
         )
-    return MHCConfig(**_given(args))
+    return MHCConfig(**_values(args))
 
 
 def flags_of(mhc: MHCConfig) -> str:
@@ -142,7 +108,7 @@ def flags_of(mhc: MHCConfig) -> str:
     flags = ["--mhc"]
     for field in dataclasses.fields(MHCConfig):
         if (value := getattr(mhc, field.name)) != field.default:
-            flag = _flag(field.name)
+            flag = flag_of(field.name)
             flags.append(flag if value is True else f"{flag} {value}")
     return " ".join(flags)
 
@@ -182,9 +148,9 @@ def take_from_checkpoint(
         return
     given = spec if list(spec or []) != SPEC else getattr(args, "mhc_base_spec", None)
     args.mhc_base_spec = getattr(stored, "mhc_base_spec", None) or given
-    for name in FUNCTION_FIELDS:
-        if getattr(args, f"mhc_{name}", None) is None:
-            setattr(args, f"mhc_{name}", getattr(stored, f"mhc_{name}", None))
+    for name in set(FUNCTION_FIELDS) - _given(args):
+        if hasattr(stored, f"mhc_{name}"):
+            setattr(args, f"mhc_{name}", getattr(stored, f"mhc_{name}"))
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -197,8 +163,11 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.mhc = True
     check_monitor_arguments(args)
     if not args.mhc:
-        if given := _given(args):
-            flags = ", ".join(map(_flag, given))
+        given = _given(args)
+        if native_mhc.is_on(args):  # then a flag that both have is Megatron's
+            given -= set(SHARED)
+        if given:
+            flags = ", ".join(map(flag_of, sorted(given)))
             raise ValueError(f"{flags} given without --mhc: add --mhc, or drop them")
         return
     config = config_from_arguments(args)
@@ -250,10 +219,20 @@ def megatron_arguments() -> argparse.Namespace:
 
 
 def active_config() -> tuple[MHCConfig, str]:
-    """The settings of this process, and where they come from: "flags" or "environment"."""
+    """The settings of this process, and where they come from: "flags" or "environment".
+
+    Raises:
+        ValueError: settings that are refused; a flag that Megatron parses for itself alone here.
+    """
     args = megatron_arguments()
     if getattr(args, "mhc", False):
         return config_from_arguments(args), "flags"
+    for name in SHARED:
+        if native_mhc.on_command_line(flag := flag_of(name)):
+            raise ValueError(
+                f"{flag} sets Megatron's own mHC, as this script does not know --mhc: set"
+                f" MHC_{name.upper()} in the environment"
+            )
     return config_from_environment(), "environment"
 
 

@@ -79,7 +79,13 @@ def find_checkpoint(source: Path) -> Path:
     if format_.is_file() and not metadata.is_file():
         # Megatron wrote it before the other; `cp FOLDER/*` passes over a name with a dot
         raise ConvertError(f"{metadata} is missing, so the folder is not whole: {_ANOTHER}")
-    if not metadata.is_file() or not format_.is_file():
+    if metadata.is_file() and not format_.is_file():
+        raise ConvertError(
+            f"{folder} has no {format_.name}, as checkpoints of Megatron-FSDP have none"
+            " (--ckpt-format fsdp_dtensor), and convert knows torch_dist alone: give one of those,"
+            f" or, if this is one, {_ANOTHER}"
+        )
+    if not metadata.is_file():
         raise ConvertError(
             f"{folder} is no torch_dist checkpoint: give a folder that --save wrote to, which has"
             f" {TRACKER} in it, or one iteration's folder (another --ckpt-format must be saved anew"

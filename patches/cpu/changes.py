@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import _CoalescingManager, _world
 
 from megatron_mhc.patches.registry import Patch
 
+from .resuming import RESUMING
 from .without_kernels import WITHOUT_KERNELS
 
 NO_GRAPHS = "a CUDA graph replays what a GPU recorded: leave CUDA graphs off with --cpu"
@@ -98,46 +99,6 @@ def _never(original: Callable[..., bool]) -> Callable[..., bool]:
         return False
 
     return never
-
-
-def _before_first_step(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(original)
-    def state_dict(self: Any) -> Any:
-        state = self.optimizer.state
-        if state:
-            return original(self)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state[parameter] = {"step": torch.zeros(())}
-        try:
-            return original(self)
-        finally:
-            state.clear()
-
-    return state_dict
-
-
-def _step_of_checkpoint(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        original(self, state_dict)
-        (step,) = {group["step"] for group in state_dict["optimizer"]["param_groups"]}
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(step, dtype=torch.float32)
-
-    return load_state_dict
-
-
-def _with_step(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def set_(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        # the step that `_step_of_checkpoint` sets, onto itself, where the checkpoint has none
-        step = {"step": state["step"]} if "step" in state else {}
-        original(self, model_param, step | tensors)
-
-    return set_
 
 
 def _forked_writer(original: Any) -> Any:
@@ -231,24 +192,13 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "the fused softmax is a CUDA kernel; Megatron's own torch formula takes its place",
     ),
     Patch(
-        "cpu-resume",
-        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
-        _before_first_step,
-        "resuming asks torch's Adam for its step before there is one",
+        "cpu-inference-linears",
+        "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
+        _never,
+        "where Transformer Engine is not installed, Megatron asks for a class that is none",
+        optional=True,
     ),
-    Patch(
-        "cpu-resume-step",
-        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
-        _step_of_checkpoint,
-        "resuming loses the step of torch's Adam, which corrects its averages by it",
-    ),
-    Patch(
-        "cpu-resume-step-of-each",
-        "megatron.core.optimizer.distrib_optimizer:"
-        "DistributedOptimizer._set_main_param_and_optimizer_states",
-        _with_step,
-        "a fully reshardable checkpoint has no step of torch's Adam for each parameter",
-    ),
+    *RESUMING,
     Patch(
         "cpu-async-save",
         "megatron.core.dist_checkpointing.strategies.async_utils:"

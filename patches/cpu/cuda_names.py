@@ -143,6 +143,9 @@ def _impossible(name: str) -> Callable[..., Any]:
             " uses it (CUDA graphs, memory pools) off with --cpu"
         )
 
+    if isinstance(getattr(torch.cuda, name, None), type):
+        # a class stays one: it stands in annotations and isinstance
+        return type(name, (), {"__new__": stand_in})
     stand_in.__name__ = name
     return stand_in
 

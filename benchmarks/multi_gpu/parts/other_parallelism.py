@@ -25,7 +25,10 @@ def other_parallelism(bench: Bench, gpus: int, size: str) -> Part:
         partial(bench.alike, "tp-sp", "dense-one", 2e-2),
     ]
     if not bench.cpu:
-        context = f"{dense} --context-parallel-size {split}"
-        launches.append(partial(bench.train, "cp", split, context, steps, **one_queue))
-        checks.append(partial(bench.alike, "cp", "dense-one", 2e-2))
+        for ranks in sorted({2, split}):
+            for how in ("p2p", "a2a"):
+                name = f"cp{ranks}-{how}"
+                context = f"{dense} --context-parallel-size {ranks} --cp-comm-type {how}"
+                launches.append(partial(bench.train, name, ranks, context, steps, **one_queue))
+                checks.append(partial(bench.alike, name, "dense-one", 2e-2))
     return launches, checks

@@ -28,6 +28,7 @@ class Scenario:
             TransformerBlockSubmodules) or "own norm" (`OwnNorm` in both norm slots).
         perturb: give mHC's parameters values of a trained model's size instead of their start.
         save, load: folders of a distributed checkpoint of the model.
+        lengths: tokens of each microbatch's sequences, SEQUENCE at most and where it is empty.
         bf16: train in bf16.
         fuse: which boundaries between sites run in one operation: "all", "layer" (none across
             layers) or "none".
@@ -65,6 +66,7 @@ class Scenario:
     perturb: bool = True
     microbatches: int = 2
     batch: int = 4
+    lengths: list[int] = dataclasses.field(default_factory=list)
     tied: bool = True
     evaluate: bool = False
     save: str | None = None

@@ -13,13 +13,14 @@ from tests.megatron.common.scenario import SEQUENCE, VOCABULARY, Scenario
 
 
 def batches(s: Scenario, step: int) -> Iterator[Tensor]:
-    """This data-parallel rank's microbatches of tokens [b, SEQUENCE + 1]."""
+    """This data-parallel rank's microbatches of tokens [b, length + 1]."""
     # two batches in turn: few enough to be learnt by heart
     generator = torch.Generator().manual_seed(1000 + step % 2)
     tokens = torch.randint(0, VOCABULARY, (s.batch, SEQUENCE + 1), generator=generator)
     ranks = parallel_state.get_data_parallel_world_size()
-    for microbatch in tokens.chunk(s.microbatches):
-        yield microbatch.chunk(ranks)[parallel_state.get_data_parallel_rank()]
+    lengths = s.lengths or [SEQUENCE] * s.microbatches
+    for microbatch, length in zip(tokens.chunk(s.microbatches), lengths, strict=True):
+        yield microbatch[:, : length + 1].chunk(ranks)[parallel_state.get_data_parallel_rank()]
 
 
 def forward_step(
@@ -30,8 +31,9 @@ def forward_step(
     With `return_schedule_plan`, as for expert-parallel overlap, the plan of what computes it.
     """
     tokens = next(iterator)
-    positions = torch.arange(SEQUENCE).expand(tokens.shape[0], -1)
-    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    length = tokens.shape[1] - 1
+    positions = torch.arange(length).expand(tokens.shape[0], -1)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     run = model.build_schedule_plan if return_schedule_plan else model
     losses = run(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
 

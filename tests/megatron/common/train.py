@@ -29,6 +29,7 @@ from megatron_mhc.model.connection import HyperConnection
 from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.pipeline.state import rebuild_ahead
 from tests.megatron.common.generation import decoded, generated
+from tests.megatron.common.offloading import Offloading, offload_on_cpu
 from tests.megatron.common.probes import fall_silent, held_bytes, interrupted
 from tests.megatron.common.scenario import SEQUENCE, Scenario
 from tests.megatron.common.steps import batches, forward_step, mean_loss, mtp_loss
@@ -54,6 +55,8 @@ class Training:
     def __init__(self, s: Scenario) -> None:
         self.s = s
         self.config = config_of(s)
+        if self.config.cpu_offloading:
+            offload_on_cpu()
         if s.share_config:
             models.build(dataclasses.replace(s, mhc={}), self.config)
         self.cores = models.build(s, self.config)
@@ -253,6 +256,7 @@ def train(s: Scenario) -> dict[str, Any]:
         **training.described(),
         "held": held,
         "left": left,
+        "offloaded": Offloading.taken,
         "decoded": decoded(core) if s.decode else None,
         "generated": generated(core) if s.generate else None,
     }

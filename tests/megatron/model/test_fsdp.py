@@ -1,13 +1,13 @@
 """Megatron-FSDP: shards train as whole models, and mHC's parameters stay what they are."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_mhc.patches.registry import is_there
 from tests.megatron.common.compare import assert_same_training
-from tests.megatron.common.flags import SCRIPT, TINY, losses
+from tests.megatron.common.flags import SCRIPT, TINY
 from tests.megatron.common.launch import forked_run, run_scenarios
 from tests.megatron.model.test_training import SUMMATION_ORDER
 
@@ -108,22 +108,26 @@ def test_what_shards_cannot_do_is_refused(settings: dict[str, Any], says: str) -
         run_scenarios(2, {"bad": {"tied": False, **settings}})
 
 
-def test_no_layer_reads_ahead_for_one_whose_parameters_are_shards() -> None:
+def test_no_layer_reads_ahead_for_one_that_has_shards() -> None:
     both = {"steps": 1, "tied": False, "microbatches": 1}
-    whole, shards = STRATEGIES[-2:]
-    results = run_scenarios(2, {how: both | {"fsdp": how} for how in (whole, shards)})
-    assert results[whole]["linked"] == [True] * 3
-    assert results[shards]["linked"] == [False] * 3
+    results = run_scenarios(2, {how: both | {"fsdp": how} for how in STRATEGIES})
+    for how in STRATEGIES:
+        assert results[how]["linked"] == [how == "no_shard"] * 3
 
 
-@pytest.mark.parametrize("flag", ["--save", "--load"])
-def test_checkpoints_are_refused(flag: str, tmp_path: Path) -> None:
-    fsdp = ["--use-megatron-fsdp", "--use-distributed-optimizer", "--ckpt-format", "fsdp_dtensor"]
-    command = [SCRIPT, *TINY, *fsdp, "--untie-embeddings-and-output-weights", "--mhc"]
-    command += ["--save-interval", "2"]
-    status, printed = forked_run(1, *command, flag, str(tmp_path))
-    assert status != 0 and not losses(printed)
-    assert "mHC with --use-megatron-fsdp has no checkpoints yet" in printed
+SECOND = "megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedDataParallelV2"
+
+
+@pytest.mark.skipif(not is_there(SECOND), reason="this Megatron has one version of Megatron-FSDP")
+@pytest.mark.parametrize("mhc", [["--mhc"], []], ids=["mHC", "ordinary"])
+def test_the_second_version_is_refused(mhc: list[str]) -> None:
+    """Only for a model with mHC."""
+    fsdp = ["--use-megatron-fsdp", "--megatron-fsdp-version", "2"]
+    fsdp += ["--data-parallel-sharding-strategy", STRATEGIES[-1], "--ckpt-format", "fsdp_dtensor"]
+    command = [SCRIPT, *TINY, *fsdp, "--untie-embeddings-and-output-weights", *mhc]
+    _, printed = forked_run(2, *command)
+    refused = "mHC is not tried with --megatron-fsdp-version 2 yet" in printed
+    assert refused == bool(mhc), printed[-3000:]
 
 
 def test_recompute_works_where_parameters_are_whole() -> None:

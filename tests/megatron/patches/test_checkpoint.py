@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
 from megatron_mhc.patches.releases import is_installed
+from tests.megatron.common.altered_megatron import altered
 from tests.megatron.common.flags import DISTRIBUTED, MOE, RESUMED, SCRIPT, losses
 from tests.megatron.common.kill_in_save import check_a_kill_in_mid_save
-from tests.megatron.common.launch import forked_run
+from tests.megatron.common.launch import forked_python, forked_run
 
 # Megatron's own writer; its other one wants nvidia-resiliency-ext
 ASYNCHRONOUS = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
@@ -54,6 +56,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
 }
 if is_installed("<0.19"):
     del CASES["bf16 multi-token prediction"]  # refused there
+NEEDS_NUMBERING = "optimizer-checkpoint" in {patch.id for patch in optimizer_checkpoint_patches()}
 
 
 def train(processes: int, flags: list[str], **environment: str) -> tuple[list[str], str]:
@@ -191,11 +194,41 @@ def test_a_run_killed_in_mid_save_goes_on_from_the_one_before(tmp_path: Path) ->
     assert resumed == whole
 
 
+@pytest.mark.skipif(not NEEDS_NUMBERING, reason="this Megatron numbers fp32 parameters itself")
 def test_without_our_patch_megatron_cannot_save(tmp_path: Path) -> None:
-    """What `optimizer-checkpoint` is for; when Megatron mends it, this says so."""
+    """What `optimizer-checkpoint` is for; when Megatron mends it, the patch is not there."""
     flags = ["--save", str(tmp_path), "--save-interval", "3"]
     ids = ("optimizer-checkpoint", "optimizer-checkpoint-map", "optimizer-checkpoint-load")
     off = {"MEGATRON_MHC_PATCHES": ",".join(f"-{patch}" for patch in ids)}
     _, printed = train(1, [*flags, "--exit-interval", "3"], **off)
     assert "does not match model shape" in printed, printed[-2000:]
     assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_without_our_patch_megatron_cannot_load(tmp_path: Path) -> None:
+    """What `optimizer-checkpoint-empty` is for, also where Megatron numbers all."""
+    flags = ["--save", str(tmp_path), "--save-interval", "3", "--load", str(tmp_path)]
+    off = {"MEGATRON_MHC_PATCHES": "-optimizer-checkpoint-empty,-optimizer-checkpoint-load"}
+    _, printed = train(1, [*flags, "--exit-interval", "3"], **off)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").exists(), printed[-2000:]
+    _, printed = train(1, flags, **off)
+    assert "Cannot merge two lists with different lengths" in printed, printed[-2000:]
+
+
+def test_the_numbering_steps_aside_where_megatron_looks_at_the_copies(tmp_path: Path) -> None:
+    """By what its method does, whatever its version."""
+
+    def look(text: str) -> str:
+        method = text.index("def sharded_state_dict", text.index("Float16OptimizerWithFloat16Par"))
+        line = "        state_dict = self.state_dict()\n"
+        at = text.index(line, method)
+        return text[:at] + "        self.fp32_from_float16_groups\n" + text[at:]
+
+    program = (
+        "from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches\n"
+        "print(*(patch.id for patch in optimizer_checkpoint_patches()))"
+    )
+    environment = altered(tmp_path, core__optimizer__optimizer=look)
+    result = forked_python("-c", program, stage="torch", **environment)
+    ids = result.stdout.splitlines()[-1].split()
+    assert "optimizer-checkpoint-empty" in ids and "optimizer-checkpoint" not in ids, result.stdout

@@ -221,6 +221,15 @@ def test_streams_and_events(inside: None) -> None:
         torch.cuda.CUDAGraph()
 
 
+@pytest.mark.parametrize("name", ["CUDAGraph", "MemPool"])
+def test_what_no_cpu_has_stays_a_class(name: str, inside: None) -> None:
+    """Megatron has them in annotations and asks whether something is one."""
+    held = getattr(torch.cuda, name)
+    assert (held | None) and not isinstance(object(), held)
+    with pytest.raises(RuntimeError, match=f"torch.cuda.{name} works with what a GPU holds"):
+        held()
+
+
 def test_seeding_cuda_seeds_dropout(inside: None) -> None:
     drawn = []
     for seed in (torch.cuda.manual_seed, torch.manual_seed, torch.cuda.manual_seed_all):

@@ -28,7 +28,7 @@ def test_over_nccl_the_first_step_of_each_kind_is_in_stock_order(
         def run(self) -> str:
             return "ours"
 
-    monkeypatch.setattr(schedule, "OneForwardOneBackward", Ours)
+    monkeypatch.setattr(schedule, "Overlapped1F1B", Ours)
     monkeypatch.setattr(schedule, "check_stages", lambda *_: None)
     connected: list[Any] = []
     monkeypatch.setattr(schedule, "two_directions", lambda group, config: connected.append(group))
@@ -97,7 +97,7 @@ def test_no_timer_of_megatrons_waits_for_a_message() -> None:
 
 def test_distillations_shapes_have_no_place_in_our_schedule() -> None:
     with pytest.raises(ValueError, match="does not work with adjust_tensor_shapes_fn"):
-        schedule.OneForwardOneBackward(
+        schedule.Overlapped1F1B(
             forward_step_func=None,  # type: ignore[arg-type]
             data_iterator=None,
             model=None,

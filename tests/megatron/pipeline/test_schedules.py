@@ -35,6 +35,13 @@ EXACT: dict[str, Any] = {
     "evaluate": True,
     "batch": 8,
 }
+# the shapes of messages go ahead of them: Megatron's `variable_seq_lengths`
+VARIABLE: dict[str, Any] = {
+    "microbatches": 4,
+    "lengths": [32, 7, 24, 13],
+    # the dispatcher that it wants, of a dense model too
+    "config": {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"},
+}
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
 EMBEDDING = {"num_layers": 3, "account_for_embedding_in_pipeline_split": True}
 # microbatches fewer than, as many as and more than the stages
@@ -64,6 +71,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"parallel": stages(2)},
     ),
     "ordinary model": (2, {"microbatches": 4, "mhc": None}, {"parallel": stages(2)}),
+    "variable lengths": (2, VARIABLE, {"parallel": stages(2)}),
+    "variable lengths, interleaved": (2, VARIABLE, {"parallel": VIRTUAL}),
+    "variable lengths, streams recomputed": (
+        2,
+        {**VARIABLE, "mhc": {"recompute": 2}},
+        {"parallel": stages(2)},
+    ),
     # each rank's one microbatch is one of the process's two: their gradients are added alike
     "DP=2, overlapped": (
         4,
@@ -112,6 +126,7 @@ def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_stages_train_as_one_process_bit_for_bit(case: str) -> None:
     split, alone = results(case)
     assert_same_training(split, alone, bound=None)
+    assert alone["losses"][-1] != alone["losses"][0]
 
 
 @pytest.mark.parametrize("case", ROUNDED)

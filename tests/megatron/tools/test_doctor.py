@@ -5,14 +5,21 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import with_mhc
-from megatron_mhc.patches.releases import REFUSED, SUPPORTED, megatron_core_version
-from tests.megatron.common.flags import RUN
-from tests.megatron.common.launch import cold_python, forked_python
+from megatron_mhc.patches.releases import (
+    REFUSED,
+    SUPPORTED,
+    distribution_version,
+    megatron_core_folder,
+    megatron_core_version,
+)
+from tests.megatron.common.altered_megatron import altered, with_flag, with_release
+from tests.megatron.common.flags import RUN, SOURCE, TINY
+from tests.megatron.common.launch import RUNNER, cold_python, forked_python
 from tests.megatron.model.test_specs import specs
 
 REFUSALS = [
     *((f"{series}.1", f"{series}.1 is not supported: {why}. ") for series, why in REFUSED.items()),
-    ("0.21.0", "0.21.0 is not supported. "),
+    ("0.99.0", "0.99.0 is not supported. "),
 ]
 WAYS = {
     "runner": [*RUN, "--mhc"],
@@ -25,27 +32,46 @@ WAYS = {
 }
 
 
-def installed(release: str, folder: Path) -> dict[str, str]:
-    """The environment in which Python believes that this release of Megatron-Core is installed."""
-    (folder / "sitecustomize.py").write_text(
-        "import importlib.metadata as m\n"
-        "real = m.version\n"
-        f"m.version = lambda name: {release!r} if name == 'megatron-core' else real(name)\n"
-    )
-    return {"PYTHONPATH": str(folder)}
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("release", "message"), REFUSALS, ids=[r for r, _ in REFUSALS])
 def test_an_unsupported_megatron_is_refused_by_name(
     release: str, message: str, way: str, tmp_path: Path
 ) -> None:
-    result = forked_python(*WAYS[way], stage="torch", **installed(release, tmp_path))
+    """What counts is what an import finds: pip has a supported one on record here."""
+    environment = altered(tmp_path, **with_release(release))
+    result = forked_python(*WAYS[way], stage="torch", **environment)
     assert result.returncode != 0
     assert (
-        f"UnsupportedMegatronError: Megatron-Core {message}megatron_mhc works with {SUPPORTED}:"
-        f" pip install 'megatron-core{SUPPORTED}'"
+        f"UnsupportedMegatronError: Megatron-Core {message}It is in {tmp_path}/megatron/core, which"
+        f" Python finds before the {distribution_version()} that is installed. megatron_mhc works"
+        f" with {SUPPORTED}: pip install 'megatron-core{SUPPORTED}'"
     ) in result.stdout
+
+
+def test_a_megatron_beside_the_script_is_judged_as_the_script_would_import_it(
+    tmp_path: Path,
+) -> None:
+    """`python SCRIPT` looks in the script's folder first, and so does the runner."""
+    altered(tmp_path, **with_release("0.99.0"))
+    (tmp_path / "train.py").write_text(SOURCE)
+    result = forked_python(*RUNNER, str(tmp_path / "train.py"), *TINY, "--mhc", stage="torch")
+    assert result.returncode != 0
+    assert f"Megatron-Core 0.99.0 is not supported. It is in {tmp_path}/megatron" in result.stdout
+
+
+def test_the_found_release_decides_and_not_the_one_on_record(tmp_path: Path) -> None:
+    """Patches for some releases alone, and refusals, follow it too."""
+    program = (
+        "from megatron_mhc.patches.releases import is_installed, check_release; check_release()\n"
+        "from megatron_mhc.model.compatibility import CONFLICTS, CONFLICTS_OF_0_18\n"
+        "print(is_installed('<0.19'), CONFLICTS_OF_0_18[0] in CONFLICTS)"
+    )
+    for release, is_old in (("0.18.9", True), ("0.19.9", False)):
+        folder = tmp_path / release
+        folder.mkdir()
+        environment = altered(folder, **with_release(release))
+        result = forked_python("-c", program, stage="torch", **environment)
+        assert result.stdout.splitlines()[-1] == f"{is_old} {is_old}", result.stdout
 
 
 def test_doctor_knows_every_hook_and_patch() -> None:
@@ -53,17 +79,44 @@ def test_doctor_knows_every_hook_and_patch() -> None:
     result = cold_python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES="-parameter-groups")
     assert result.returncode == 0, result.stdout
     assert "MISSING" not in result.stdout and "ERROR" not in result.stdout
-    assert f"megatron-core              {megatron_core_version()}" in result.stdout
+    found = f"{megatron_core_version()} in {megatron_core_folder()}"
+    assert f"  megatron-core              {found}" in result.stdout
+    for built in ("Megatron's parser, with --mhc", "a layer's spec with mHC"):
+        assert f"  built                      {built}" in result.stdout
     assert "parameter-groups           off (by MEGATRON_MHC_PATCHES)" in result.stdout
     for applied in ("arguments", "validation", "built-model"):
         assert f"  {applied:26} applied" in result.stdout
 
 
 def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
-    result = forked_python("-m", "megatron_mhc", "doctor", **installed("0.21.0", tmp_path))
+    environment = altered(tmp_path, **with_release("0.99.0"))
+    result = forked_python("-m", "megatron_mhc", "doctor", **environment)
     assert result.returncode == 1, result.stdout
-    assert "  ERROR Megatron-Core 0.21.0 is not supported. " in result.stdout
+    assert "  ERROR Megatron-Core 0.99.0 is not supported. " in result.stdout
     assert "Traceback" not in result.stdout
+
+
+def test_doctor_says_where_the_module_is_not_what_pip_has_on_record(tmp_path: Path) -> None:
+    found = megatron_core_version()
+    assert found is not None
+    release = f"{found.rpartition('.')[0]}.99"
+    environment = altered(tmp_path, **with_release(release))
+    result = forked_python("-m", "megatron_mhc", "doctor", **environment)
+    assert result.returncode == 0, result.stdout
+    assert (
+        f"  megatron-core              {release} in {tmp_path}/megatron/core; pip has"
+        f" {distribution_version()} on record, which is not what runs"
+    ) in result.stdout
+
+
+def test_doctor_fails_where_no_command_line_could_work(tmp_path: Path) -> None:
+    """Every patch applies and every hook is there, but the parser cannot be built."""
+    environment = altered(tmp_path, **with_flag("--mhc-num-streams", "type=float"))
+    result = forked_python("-m", "megatron_mhc", "doctor", **environment)
+    assert result.returncode == 1, result.stdout
+    assert "  ERROR Megatron's parser, with --mhc: PatchError: Megatron-Core " in result.stdout
+    assert "conflicting option string: --mhc-num-streams" in result.stdout
+    assert result.stdout.count("ERROR") == 1 and "MISSING" not in result.stdout
 
 
 def test_doctor_fails_where_a_hook_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ GIVEN = {
     },
     "--cuda-graph-impl beside --mhc-recompute": {"cuda_graph_impl": "transformer_engine"},
     "--cuda-graph-impl local without Triton's kernels": {"cuda_graph_impl": "local"},
-    "--cpu-offloading-num-layers": {"cpu_offloading": True},
+    "--cpu-offloading-num-layers beside --mhc-recompute": {"cpu_offloading_num_layers": 1},
     "--offload-modules attn_norm or mlp_norm": {
         "fine_grained_activation_offloading": True,
         "offload_modules": ["core_attn", "mlp_norm"],
@@ -118,6 +119,25 @@ def test_overlap_wants_experts_in_the_last_layer(
     outcome = contextlib.nullcontext() if has_experts else pytest.raises(ValueError, match="dense")
     with outcome:
         check_transformer_config(argparse.Namespace(**given))
+
+
+@pytest.mark.parametrize("as_names", [True, False], ids=["names", "enum"])
+def test_graphs_of_attention_alone_go_with_recompute_and_metrics(as_names: bool) -> None:
+    """As Megatron's arguments name the modules, and as its configuration has them."""
+    module = "attn" if as_names else SimpleNamespace(name="attn")
+    graph = {"cuda_graph_impl": "transformer_engine", "mhc_log_interval": 10}
+    recompute = MHCConfig(recompute="auto")
+    alone = argparse.Namespace(**graph, cuda_graph_modules=[module])
+    if not refused_anyway(alone):
+        check_transformer_config(alone, recompute)
+    for more in (
+        {"cuda_graph_modules": [module, "moe_router"]},
+        {"cuda_graph_modules": []},
+        {"cuda_graph_modules": [module], "overlap_moe_expert_parallel_comm": True},
+    ):
+        with pytest.raises(ValueError, match="beside --mhc-recompute") as error:
+            check_transformer_config(argparse.Namespace(**graph, num_layers=4, **more), recompute)
+        assert "with --mhc-log-interval" in str(error.value)
 
 
 @pytest.mark.parametrize("conflict", RECOMPUTE_CONFLICTS, ids=lambda conflict: conflict.flag)

@@ -11,6 +11,7 @@ PLAIN = {
     "cuda_graph_impl": "none",
     "cuda_graph_modules": [],
     "overlap_moe_expert_parallel_comm": False,
+    "cpu_offloading": False,
     "recompute_granularity": None,
 }
 GRAPHS = {"cuda_graph_impl": "transformer_engine"}
@@ -29,7 +30,7 @@ def config(settings: dict[str, Any], modules: str = "") -> SimpleNamespace:
         ({}, "", True, True),
         ({"cuda_graph_impl": "local"}, "", True, True),
         (GRAPHS, "", True, True),
-        (GRAPHS, "attn", False, False),
+        (GRAPHS, "attn", True, True),  # which holds no site
         (GRAPHS, "mlp", False, False),
         (GRAPHS, "attn mlp", True, False),
         (GRAPHS, "attn moe", False, True),
@@ -37,6 +38,7 @@ def config(settings: dict[str, Any], modules: str = "") -> SimpleNamespace:
         (GRAPHS, "attn moe_router moe_preprocess", False, True),
         (GRAPHS, "moe_router", False, False),
         (OVERLAP, "", False, True),
+        ({**GRAPHS, **OVERLAP}, "attn", False, False),
         ({**GRAPHS, **OVERLAP}, "attn moe_router", False, True),
     ],
     ids=str,
@@ -49,19 +51,39 @@ def test_attention_and_mlp_are_fused_where_one_graph_or_node_holds_both_slots(
 
 
 @pytest.mark.parametrize(
-    ("settings", "fused"),
+    ("settings", "modules", "fused"),
     [
-        ({}, True),
-        ({"cuda_graph_impl": "full_iteration"}, True),
-        ({"recompute_granularity": "selective"}, True),
-        ({"recompute_granularity": "full"}, False),
-        ({"cuda_graph_impl": "local"}, False),
-        (GRAPHS, False),
-        (OVERLAP, False),
+        ({}, "", True),
+        ({"cuda_graph_impl": "full_iteration"}, "", True),
+        ({"recompute_granularity": "selective"}, "", True),
+        ({"recompute_granularity": "full"}, "", False),
+        ({"cuda_graph_impl": "local"}, "", False),
+        (GRAPHS, "", False),
+        (GRAPHS, "attn", True),
+        (GRAPHS, "attn moe_router", False),
+        (OVERLAP, "", False),
+        ({"cpu_offloading": True}, "", False),
+        ({**GRAPHS, **OVERLAP}, "attn", False),
     ],
     ids=str,
 )
 def test_layers_are_fused_where_nothing_begins_between_them(
-    settings: dict[str, Any], fused: bool
+    settings: dict[str, Any], modules: str, fused: bool
 ) -> None:
-    assert layer._runs_on_into_the_next(config(settings)) == fused
+    assert layer._runs_on_into_the_next(config(settings, modules)) == fused
+
+
+def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:
+    """From 0.20 on it keeps their answers, from before there were sites; 0.19 has none to keep."""
+    site = SimpleNamespace(returns_residual=True)
+    asked = SimpleNamespace(
+        input_layernorm=site,
+        pre_mlp_layernorm=site,
+        _input_layernorm_returns_residual=False,
+        _pre_mlp_layernorm_returns_residual=False,
+    )
+    layer._ask_the_norms_again(asked)
+    assert asked._input_layernorm_returns_residual and asked._pre_mlp_layernorm_returns_residual
+    never = SimpleNamespace(input_layernorm=site, pre_mlp_layernorm=site)
+    layer._ask_the_norms_again(never)
+    assert vars(never).keys() == {"input_layernorm", "pre_mlp_layernorm"}

@@ -207,3 +207,10 @@ def test_reading_and_writing_are_ranges_of_a_profile(monkeypatch: pytest.MonkeyP
     u, residual = first.read(batch())
     first.write(True, False)((u, None), residual, 0.0)
     assert seen == ["mhc.read", "end", "mhc.write", "end"]
+
+
+def test_the_norm_of_a_site_says_that_it_returns_a_residual() -> None:
+    """What Megatron from 0.20 on asks it, before it takes the two apart."""
+    norm = torch.nn.Identity()
+    Site(HyperConnection(MHCConfig(), WIDTH, 0), norm)
+    assert norm.returns_residual is True

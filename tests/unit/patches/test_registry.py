@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_mhc.patches import Patch, PatchError, Registry
+from megatron_mhc.patches.registry import is_there
 from megatron_mhc.patches.releases import SUPPORTED
 
 REGISTRY_MODULE = sys.modules[Registry.__module__]
@@ -118,6 +119,15 @@ def test_a_missing_target_names_everything_and_leaves_nothing(target: types.Modu
     assert registry.status(patch(target="patch_target:nothing"))[0].state == "missing"
 
 
+def test_what_is_no_class_any_more_is_missing(target: types.ModuleType) -> None:
+    """A function that took a class's name has an `__init__` too: nobody would call the patch."""
+    registry = Registry()
+    with pytest.raises(PatchError, match=r"did not find .* function in patch_target is no class"):
+        registry.apply(patch(target="patch_target:function.__init__"))
+    assert not is_there("patch_target:function.__init__")
+    assert is_there("patch_target:Thing.make")
+
+
 def test_a_failure_leaves_what_stood_before(target: types.ModuleType) -> None:
     registry = Registry()
     registry.apply(patch())
@@ -132,7 +142,7 @@ def test_an_optional_target_may_be_missing(target: types.ModuleType) -> None:
     assert registry.status(patch(target="no_such_module:x"))[0].state == "missing"
 
 
-@pytest.mark.parametrize("version", ["0.17.1", "0.20.0", None])
+@pytest.mark.parametrize("version", ["0.17.1", "0.99.0", None])
 def test_another_version_is_refused_by_name(
     target: types.ModuleType, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:

@@ -6,13 +6,17 @@ import dataclasses
 import pytest
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.patches import PatchError
 from megatron_mhc.start.flags import (
-    SETTINGS,
+    SPEC,
+    active_config,
     add_mhc_arguments,
     config_from_arguments,
     config_from_environment,
     prepare_arguments,
+    take_from_checkpoint,
 )
+from megatron_mhc.start.settings import SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,93 @@ def test_flags_become_the_config() -> None:
     assert args.spec == ["megatron_mhc.spec", "gpt_layer_spec"]
     # Megatron prints and stores its arguments: the defaults that apply stand among them
     assert args.mhc_sinkhorn_iterations == 20
+
+
+def megatrons(flag: str, **settings) -> argparse.ArgumentParser:
+    """A parser in which Megatron has a flag already."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--spec", nargs="*")
+    parser.add_argument("--enable-mhc-connections", action="store_true")
+    parser.add_argument(flag, **settings)
+    return parser
+
+
+SHARED = ("--mhc-sinkhorn-iterations", {"type": int, "default": 20, "help": "Megatron's own"})
+
+
+def parse_shared(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
+    """The flags beside a native one, as the process's own command line."""
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    flag, settings = SHARED
+    return add_mhc_arguments(megatrons(flag, **settings)).parse_args()
+
+
+@pytest.mark.parametrize(
+    ("flags", "iterations"),
+    [((), 20), (("--mhc-sinkhorn-iterations", "5"), 5), (("--mhc-sinkhorn-iterations=5",), 5)],
+)
+def test_a_flag_that_megatron_has_too_is_shared(
+    flags: tuple[str, ...], iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse_shared(monkeypatch, "--mhc", *flags)
+    prepare_arguments(args)
+    assert config_from_arguments(args) == MHCConfig(sinkhorn_iterations=iterations)
+    assert (
+        add_mhc_arguments(megatrons(SHARED[0], **SHARED[1])).format_help().count("Megatron's own")
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "settings"),
+    [
+        ("--mhc-num-streams", {"type": int}),  # not listed
+        ("--mhc-log-interval", {"type": int, "default": 0}),
+        ("--mhc", {"action": "store_true"}),
+        (SHARED[0], {**SHARED[1], "type": float}),
+        (SHARED[0], {**SHARED[1], "default": 10}),
+        (SHARED[0], {**SHARED[1], "dest": "steps"}),
+    ],
+    ids=str,
+)
+def test_another_clash_names_the_flag(flag: str, settings: dict) -> None:
+    with pytest.raises(PatchError, match=f"a flag of its own .*: conflicting .*string: {flag}\\."):
+        add_mhc_arguments(megatrons(flag, **settings))
+
+
+def test_a_native_default_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no native run could start, and no checkpoint's number would be taken."""
+    plain = parse_shared(monkeypatch)
+    before = vars(plain).copy()
+    prepare_arguments(plain)
+    assert vars(plain) == before
+    stored = argparse.Namespace(spec=SPEC, mhc_sinkhorn_iterations=7)
+    for flags, iterations in (((), 7), (("--mhc-sinkhorn-iterations", "20"), 20)):
+        args = parse_shared(monkeypatch, "--mhc", *flags)
+        take_from_checkpoint(args, None, stored)
+        prepare_arguments(args)
+        assert config_from_arguments(args).sinkhorn_iterations == iterations
+
+
+def test_a_shared_flag_without_mhc_is_megatrons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--mhc-sinkhorn-iterations", "5"]
+    with pytest.raises(ValueError, match="--mhc-sinkhorn-iterations given without --mhc"):
+        prepare_arguments(parse_shared(monkeypatch, *given))
+    native = parse_shared(monkeypatch, *given, "--enable-mhc-connections")
+    before = vars(native).copy()
+    prepare_arguments(native)
+    assert vars(native) == before
+
+
+def test_where_megatron_alone_reads_a_shared_flag_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the `--spec` route it would set nothing of ours."""
+    monkeypatch.setattr("sys.argv", ["train.py", *SPEC])
+    monkeypatch.setenv("MHC_SINKHORN_ITERATIONS", "5")
+    assert active_config() == (MHCConfig(sinkhorn_iterations=5), "environment")
+    monkeypatch.setattr("sys.argv", ["train.py", *SPEC, "--mhc-sinkhorn-iterations", "5"])
+    with pytest.raises(ValueError, match="set MHC_SINKHORN_ITERATIONS in the environment"):
+        active_config()
 
 
 def test_every_setting_has_a_flag() -> None:

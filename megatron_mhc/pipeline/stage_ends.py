@@ -13,7 +13,7 @@ from megatron_mhc.model.site import INLINE, Inline
 from .side_streams import SideStreams
 
 
-def set_ends(chunk: torch.nn.Module, side_streams: Inline) -> None:
+def set_stage_ends(chunk: torch.nn.Module, side_streams: Inline) -> None:
     """Where the first and the last site of a model chunk work on the streams.
 
     The first site of the model reads the embedding and the last one feeds the head: both of them
@@ -35,11 +35,11 @@ def ends_on_side_streams(
 ) -> Iterator[None]:
     """For one step, the ends of these model chunks work beside the compute stream."""
     for chunk in chunks:
-        set_ends(chunk, side_streams)
+        set_stage_ends(chunk, side_streams)
     side_streams.begin()
     try:
         yield
     finally:
         side_streams.end()
         for chunk in chunks:
-            set_ends(chunk, INLINE)
+            set_stage_ends(chunk, INLINE)

@@ -37,12 +37,12 @@ from torch import Tensor
 from megatron_mhc.model.config_marks import overlap_in_flight_of
 
 from .connect import two_directions
-from .ends import ends_on_side_streams
 from .links import Links
+from .stage_ends import ends_on_side_streams
 from .state import rebuild_ahead, state_of
 
 
-class OneForwardOneBackward:
+class Overlapped1F1B:
     """A step of this stage, in the place of `forward_backward_pipelining_without_interleaving`.
 
     Args:

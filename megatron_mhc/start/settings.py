@@ -1,0 +1,88 @@
+"""How users give each field of MHCConfig: a row a field, for its flag and its variable."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from megatron_mhc.config import Convention, Init, Variant
+from megatron_mhc.kernels.backend import BACKENDS
+
+
+def _whole(text: str, expected: str = "a whole number") -> int:
+    try:
+        return int(text)
+    except ValueError:
+        # argparse puts the flag in front of this, `config_from_environment` the variable
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}") from None
+
+
+def _recompute(text: str) -> int | str | None:
+    if text == "off":
+        return None
+    return text if text == "auto" else _whole(text, "off, auto or a number of layers")
+
+
+def switch(text: str) -> bool:
+    """The value of a switch in an environment variable; its flag takes none."""
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected 0 or 1")
+    return text.lower() in ("1", "true")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How text becomes the value of a field, and what `--help` says of it."""
+
+    parse: Callable[[str], Any]
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "num_streams": Setting(_whole, "residual streams (n; kernels exist for 1, 2, 4 and 8)"),
+    "sinkhorn_iterations": Setting(
+        _whole, "Sinkhorn-Knopp steps that make H_res doubly stochastic"
+    ),
+    "convention": Setting(
+        str,
+        "'paper', or 'deepseek_v4' for the eps values and the learned head of the V4 checkpoints",
+        get_args(Convention),
+    ),
+    "init": Setting(
+        str,
+        "'residual' starts as the ordinary network's function, 'zero' with every bias at zero",
+        get_args(Init),
+    ),
+    "variant": Setting(
+        str, "'mhc', or 'hc' for unconstrained hyper-connections", get_args(Variant)
+    ),
+    "backend": Setting(
+        str, "'triton' kernels, the 'torch' reference, or 'auto' for what can run", BACKENDS
+    ),
+    "recompute": Setting(
+        _recompute,
+        "drop the streams after the forward and rebuild them in the backward, in blocks of so many"
+        " layers; 'auto' takes the number that needs the least memory, 'off' keeps them",
+    ),
+    "overlap_p2p": Setting(
+        switch, "overlap pipeline communication and the ends of each stage with the rest"
+    ),
+    "overlap_in_flight": Setting(
+        _whole,
+        "with --mhc-overlap-p2p and 1F1B: microbatches started ahead for each stage behind; 2 hides"
+        " the way of a gradient back too, for up to twice the activations",
+    ),
+}
+"""A row a field of MHCConfig."""
+
+SHARED = ("sinkhorn_iterations",)
+"""Fields whose flag Megatron has from 0.20 on, for its own mHC: of the same type and meaning."""
+
+VARIABLES: Mapping[str, str] = {f"MHC_{name.upper()}": name for name in SETTINGS}
+"""The environment variables, and the field that each one sets."""
+
+
+def flag_of(name: str) -> str:
+    """The flag that sets this field of MHCConfig."""
+    return "--mhc-" + name.replace("_", "-")
