@@ -40,18 +40,19 @@ Batch = dict[str, torch.Tensor]
 
 
 def datasets_provider(
-    num_samples: list[int], vp_stage: int | None = None
+    num_samples: list[int], vp_stage: int | None = None, seed: int | None = None
 ) -> tuple[GPTDataset | None, ...]:
     """Builds the training, validation and test datasets that `--data-path` names.
 
     Args:
         num_samples: how many samples each of the three must yield.
         vp_stage: the model chunk that asks; all read the same data.
+        seed: of the order of the samples; None: `--seed`.
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
-        random_seed=args.seed,
+        random_seed=args.seed if seed is None else seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
@@ -173,12 +174,12 @@ def describe_model(args: argparse.Namespace) -> tuple[Any, Callable[..., GPTMode
     return pretrain_cfg_container_from_args(args, gpt_config_from_args(args)), None
 
 
-def main() -> None:
-    """Reads Megatron's command line and trains."""
+def main(provider: Callable[..., Any] = datasets_provider) -> None:
+    """Reads Megatron's command line and trains on the datasets that `provider` builds."""
     config, model_provider = describe_model(parse_and_validate_args())
     pretrain(
         config,
-        datasets_provider,
+        provider,
         model_type=ModelType.encoder_or_decoder,
         forward_step_func=forward_step,
         model_provider=model_provider,

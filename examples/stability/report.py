@@ -1,128 +1,16 @@
-"""Prints the Markdown tables of a study that run.py made, from what its runs left behind.
+"""Prints the Markdown tables of a study that run.py made; for a plan's curves, draws it too.
 
-    python examples/stability/report.py runs/stability/tiny
+    python examples/stability/report.py runs/stability/tiny       # without a plan: its runs
+    python examples/stability/report.py examples/stability/curves/paper_ratio --pictures FOLDER
 
-Losses are means over 10 steps, since one batch says little. A run broke if a loss or gradient was
-no number, if that mean rose by more than half a nat above the lowest it had been, or if from some
-step to the end all gradients were exactly 0, so that nothing learns any more. Gains and
-distances are means over the tokens of a logged step; gains are of the composite H_res of all sites.
+Each table says above it what its columns are.
 """
 
 import argparse
-import json
-import math
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from megatron_mhc.tools.plot_runs import Curve, Run, largest, read_run
-
-WINDOW = 10
-"""Steps in a mean of the loss."""
-SURGE = 0.5
-"""Nats that the mean loss may rise above its minimum before a run counts as broken."""
-
-
-class Row(NamedTuple):
-    """A run's settings and its numbers."""
-
-    model: str
-    rate: float
-    seed: int
-    state: str
-    run: Run
-
-    @property
-    def loss(self) -> float:
-        """The mean training loss of the last steps, nats a byte."""
-        return means(self.run.loss)[-1]
-
-    @property
-    def surge(self) -> float:
-        """The largest rise of the mean loss above its minimum so far, nats."""
-        lowest, largest = math.inf, 0.0
-        for mean in means(self.run.loss):
-            lowest = min(lowest, mean)
-            largest = max(largest, mean - lowest)
-        return largest
-
-    @property
-    def dead(self) -> int | None:
-        """The step from which to the end all gradients are exactly 0, if there is one."""
-        norms = self.run.gradient_norm
-        dead = None
-        for step, norm in zip(norms.steps, norms.values, strict=True):
-            dead = (dead or step) if norm == 0 else None
-        return dead
-
-    @property
-    def outcome(self) -> str:
-        """finished, broke, stopped or failed."""
-        if self.dead is not None:
-            return f"broke: gradients 0 from step {self.dead}"
-        return "broke" if self.surge > SURGE else self.state
-
-
-def means(loss: Curve) -> list[float]:
-    """Means of WINDOW steps, one after another; of what there is, if that is less."""
-    edges = range(0, max(len(loss.values), WINDOW) + 1, WINDOW)
-    parts = [loss.values[a:b] for a, b in pairwise(edges)]
-    return [sum(part) / len(part) for part in parts if part]
-
-
-def read(folder: Path) -> list[Row]:
-    """The runs of a study, at rising rates.
-
-    Raises:
-        SystemExit: there are none.
-    """
-    rows = []
-    for file in sorted(folder.glob("*/run.json")):
-        made: dict[str, Any] = json.loads(file.read_text())
-        run = read_run(f"{made['model']}={file.parent}")
-        rows.append(Row(made["model"], made["learning_rate"], made["seed"], made["state"], run))
-    if not rows:
-        raise SystemExit(f"report: no runs in {folder}; run.py makes them")
-    order = ("ordinary", "hc", "mhc")
-    return sorted(rows, key=lambda row: (row.seed, row.rate, order.index(row.model)))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def runs_table(rows: list[Row]) -> str:
-    """A line for each run."""
-    head = ["model", "peak rate", "seed", "steps", "outcome", "last loss", "largest rise"]
-    head += ["largest gradient norm", "gain forward: first, last, largest"]
-    head += ["gain backward: first, last, largest", "H_res from identity: first, last"]
-    lines = []
-    for row in rows:
-        run = row.run
-        line = [row.model, f"{row.rate:g}", str(row.seed), str(run.loss.steps[-1]), row.outcome]
-        line += [f"{row.loss:.3f}", f"{row.surge:.3f}", f"{max(run.gradient_norm.values):.3g}"]
-        for way in ("forward", "backward") if run.logged else ():
-            gain = run.over_steps(f"gain_{way}_mean").values
-            line.append(f"{gain[0]:.4g}, {gain[-1]:.4g}, {largest(gain):.4g}")
-        if run.logged:
-            ends = (run.logged[0]["site"]["to_identity"], run.logged[-1]["site"]["to_identity"])
-            line.append(", ".join(f"{sum(values) / len(values):.3g}" for values in ends))
-        lines.append(line + ["–"] * (len(head) - len(line)))
-    return _table(head, lines)
-
-
-def gaps_table(rows: list[Row]) -> str:
-    """The last loss of HC and mHC minus the ordinary model's, where both came equally far."""
-    found = {(row.model, row.rate, row.seed): row for row in rows}
-    lines = []
-    for row in rows:
-        ordinary = found.get(("ordinary", row.rate, row.seed))
-        if row.model != "ordinary" and ordinary is not None:
-            same = row.run.loss.steps[-1] == ordinary.run.loss.steps[-1]
-            gap = f"{row.loss - ordinary.loss:+.3f}" if same else "other steps"
-            lines.append([row.model, f"{row.rate:g}", str(row.seed), gap])
-    return _table(["model", "peak rate", "seed", "loss minus the ordinary model's"], lines)
+from study import curves, rates_report, tables
+from study.results import Result, Study
 
 
 def main() -> None:
@@ -130,9 +18,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", type=Path, help="the folder of a size, runs/stability/tiny")
-    rows = read(parser.parse_args().study)
-    print(runs_table(rows), gaps_table(rows), sep="\n\n")
+    parser.add_argument("study", type=Path, help="a folder of runs, or of a size's curves")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the curves there")
+    args = parser.parse_args()
+    if any(args.study.glob("*/run.json")):
+        if args.pictures:
+            parser.error("--pictures draws curves; python -m megatron_mhc plot draws these runs")
+        print(rates_report.report(args.study))
+        return
+    study = Study([Result(one) for one in curves.load(args.study)])
+    if not study.results:
+        parser.error(f"no runs and no curves in {args.study}; run.py makes them")
+    print(tables.report(study))
+    if args.pictures:
+        from study.pictures import draw
+
+        for file in draw(study, args.pictures):
+            print(f"report: wrote {file}")
 
 
 if __name__ == "__main__":

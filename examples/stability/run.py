@@ -1,40 +1,45 @@
-"""Trains ordinary, HC and mHC models of one size, on the same data and seeds, at several rates.
+"""Trains ordinary, HC and mHC models of one size, on the same data and seeds.
 
     python examples/stability/run.py tiny                        # CPU, minutes
     python examples/stability/run.py single_gpu --budget 270     # a GPU, a piece of 270 seconds
     python examples/stability/run.py tiny --models mhc --seq-length 128   # more flags: Megatron's
 
-A run is a process of its own, `--jobs` of them at a time: deep, narrow models leave most of a GPU
-idle. Once the budget is spent, the runs save a checkpoint and stop; the same command goes on from
-there, and starts no run that is finished. Then `report.py` prints the table and
-`python -m megatron_mhc plot` draws.
+Every model at every rate and seed; deep, narrow models leave most of a GPU idle, so `--jobs` runs
+share one. With a plan (speed, sweep, breaks, main, moe, ablations: `study/plans.py`) instead the
+evidence at a size that matters, one run a GPU, on the text of installed packages:
+
+    python examples/stability/run.py paper_ratio --plan sweep --gpus 4 --budget 540
+    python examples/stability/run.py tiny --plan main --rate ordinary=0.01 --rate mhc=0.01 ...
+
+Once the budget is spent, the runs have saved a checkpoint and stopped; the same command goes on
+from there, and starts no run that is finished. A plan's curves are written to --curves; what is
+finished there is not run again. Then `report.py` makes the tables.
 """
 
 import argparse
 import dataclasses
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from study import curves, plans
+from study.commands import COMMON, runs_of
+from study.results import Result, Study
+from study.runs import ROOT, Run
+from study.schedule import Budget, Schedule
+
 MAIN = ROOT / "examples" / "pretrain_gpt.py"
 DATA = ROOT / "examples" / "prepare_data.py"
-MODELS = {"ordinary": [], "hc": ["--mhc", "--mhc-variant", "hc"], "mhc": ["--mhc"]}
-NOT_FINITE = re.compile(r"is not finite|found NaN|found Inf|NaN in local grad|Inf in local grad")
-"""What the main script and Megatron say when a loss or a gradient is no number."""
-SAVE_SECONDS = 60
-"""How long a run that was told to stop may take to save."""
+EXAMPLE = ROOT / "examples" / "stability"
+MODELS = {name: list(plans.MODELS[name]) for name in ("ordinary", "hc", "mhc")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A size of the study.
+    """A size that is trained without a plan.
 
     Attributes:
         flags: Megatron's, for the model, the batch and the device.
@@ -83,171 +88,171 @@ SIZES = {
         budget=270,
     ),
 }
-
-SAME_FLAGS = [
-    *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"),
-    *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
-    *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.06"),
-    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"),
-    *("--no-rope-fusion", "--no-gradient-accumulation-fusion", "--disable-jit-fuser"),
-    *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"),
-    *("--split", "95,5,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", "257"),
-    *("--make-vocab-size-divisible-by", "8", "--no-create-attention-mask-in-dataloader"),
-    *("--num-workers", "0", "--lr-decay-style", "cosine", "--weight-decay", "0.1"),
-    *("--adam-beta2", "0.95", "--clip-grad", "1.0", "--log-interval", "10"),
-    *("--eval-iters", "0", "--eval-interval", "1000000", "--tensorboard-log-interval", "1"),
-    *("--save-interval", "1000000", "--ckpt-format", "torch_dist", "--exit-signal-handler"),
-    *("--logging-level", "30"),
-]
+SAME_FLAGS = [*COMMON, *plans.LOCAL, "--init-method-std", "0.06", "--split", "95,5,0"]
+SAME_FLAGS += ["--vocab-size", "257", "--log-interval", "10", "--num-workers", "0"]
+SAME_FLAGS += ["--eval-iters", "0", "--eval-interval", "1000000"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One model at one rate and seed, and the folder that holds all of it."""
-
-    folder: Path
-    model: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def state(self) -> str:
-        """finished, broke, stopped, failed or new."""
-        file = self.folder / "run.json"
-        return json.loads(file.read_text())["state"] if file.exists() else "new"
-
-    def command(self, size: Size, iterations: int, data: Path, more: list[str]) -> list[str]:
-        """Trains it, from its checkpoint if it has one."""
-        checkpoints = self.folder / "checkpoints"
-        resume = ["--load", str(checkpoints)] if checkpoints.is_dir() else []
-        every = str(max(1, iterations // 20))
-        metrics = ["--mhc-log-interval", every] if MODELS[self.model] else []
-        return [
-            *(sys.executable, "-m", "megatron_mhc.run", *size.runner, str(MAIN)),
-            *(*SAME_FLAGS, *size.flags, "--data-path", str(data)),
-            *("--data-cache-path", str(self.folder / "cache")),
-            *("--tensorboard-dir", str(self.folder / "tensorboard")),
-            *("--save", str(checkpoints), *resume, "--train-iters", str(iterations)),
-            *("--lr-warmup-iters", str(max(1, iterations // 20))),
-            *("--lr", str(self.learning_rate), "--min-lr", str(self.learning_rate / 10)),
-            *("--seed", str(self.seed), *MODELS[self.model], *metrics, *more),
-        ]
-
-    def close(self, code: int, stopped: bool, seconds: float, command: list[str]) -> str:
-        """Note what became of it; what is finished needs no checkpoint any more."""
-        log = (self.folder / "train.log").read_text(errors="replace")
-        if code == 0:
-            state = (
-                "stopped" if stopped and "exiting program after receiving" in log else "finished"
-            )
-        elif stopped:
-            state = "stopped"
-        else:
-            state = "broke" if NOT_FINITE.search(log) else "failed"
-        if state in ("finished", "broke"):
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        described = {"model": self.model, "learning_rate": self.learning_rate, "seed": self.seed}
-        described |= {"state": state, "exit_code": code, "seconds": round(seconds, 1)}
-        text = json.dumps({**described, "command": command}, indent=2)
-        (self.folder / "run.json").write_text(text + "\n")
-        return state
+def arguments(size: Size, model: str, iterations: int, data: Path, folder: Path) -> list[str]:
+    """What follows `python -m megatron_mhc.run`, but for rate, seed and --load."""
+    every = str(max(1, iterations // 20))
+    metrics = ["--mhc-log-interval", every] if MODELS[model] else []
+    return [
+        *(*size.runner, str(MAIN), *SAME_FLAGS, *size.flags, "--data-path", str(data)),
+        *("--data-cache-path", str(folder / "cache"), "--save", str(folder / "checkpoints")),
+        *("--tensorboard-dir", str(folder / "tensorboard"), "--train-iters", str(iterations)),
+        *("--lr-warmup-iters", every, *MODELS[model], *metrics),
+    ]
 
 
-def planned(folder: Path, models: list[str], rates: list[float], seeds: list[int]) -> Iterator[Run]:
+def planned(args: argparse.Namespace, size: Size, data: Path, more: list[str]) -> Iterator[Run]:
     """Every run, so that what is done first compares most: all models at a rate, then the next."""
-    for seed in seeds:
-        for rate in rates:
-            for model in models:
-                yield Run(folder / f"{model}-lr{rate:g}-seed{seed}", model, rate, seed)
+    iterations = args.iterations or size.iterations
+    for seed in args.seeds or [1234]:
+        for rate in args.learning_rates or size.learning_rates:
+            for model in args.models or MODELS:
+                folder = args.runs / args.size / f"{model}-lr{rate:g}-seed{seed}"
+                own = ["--lr", str(rate), "--min-lr", str(rate / 10), "--seed", str(seed)]
+                command = [*arguments(size, model, iterations, data, folder), *own, *more]
+                yield Run(folder, {"model": model, "learning_rate": rate, "seed": seed}, command)
 
 
-def train(
-    runs: list[Run], size: Size, iterations: int, data: Path, more: list[str], jobs: int, end: float
-) -> bool:
-    """Train what is not finished, `jobs` at a time, until time.monotonic() is `end`.
-
-    Returns:
-        Whether no run failed (to break is no failure here: it is what the study looks for).
-    """
-    waiting = [run for run in runs if run.state not in ("finished", "broke")]
-    running: dict[subprocess.Popen[bytes], tuple[Run, float, list[str]]] = {}
+def without_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
+    """All models at all rates and seeds, some at a time on one device."""
+    size = SIZES[args.size]
+    budget = size.budget if args.budget is None else args.budget
+    data = args.runs / "data" / "stdlib"
+    subprocess.run([sys.executable, DATA, "--output", data], cwd=ROOT, check=True)
     # compiling would take every process longer than its training
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    good, stopped = True, False
+    slot = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    runs = list(planned(args, size, data, more))
+    end = Budget() if budget is None else Budget(start + budget)
+    return Schedule(runs, [slot] * (args.jobs or size.jobs), end).train()
+
+
+def prepare_text(args: argparse.Namespace, size: plans.Size, kept: Path) -> Path:
+    """Make the text, the same as that of the curves that there are; returns its folder."""
+    data = args.runs / "data" / args.size
+    command = [
+        sys.executable,
+        EXAMPLE / "prepare_text.py",
+        "--output",
+        data,
+        "--vocab-size",
+        str(size.vocab_size),
+    ]
+    if size.megabytes is not None:
+        command += ["--megabytes", str(size.megabytes)]
+    if args.roots:
+        command += ["--roots", *args.roots]
+    if file := next(kept.rglob("*.json"), None):
+        command += ["--digest", json.loads(file.read_text())["data"]["digest"]]
+    if code := subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(code)
+    return data
+
+
+def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
+    """The runs of a plan, one a GPU."""
+    size = plans.SIZES[args.size]
+    folder = args.curves or (EXAMPLE if size.fusing else args.runs) / "curves"
+    kept = folder.resolve() / args.size
+    data = prepare_text(args, size, kept)
+    swept = Study([Result(one) for one in curves.load(kept)])
+    best = swept.best_rates() | dict(args.rate or [])
+    runs = runs_of(
+        args.plan, size, tokens=args.tokens or size.tokens, rates=best, models=args.models,
+        folder=args.runs / args.size, curves=kept, data=data, more=more,
+    )  # fmt: skip
+    slots = [dict(size.environment) for _ in range(args.gpus or 1)]
+    if size.fusing:
+        slots = [{**slot, "CUDA_VISIBLE_DEVICES": str(i)} for i, slot in enumerate(slots)]
+    budget = Budget(save=size.save, start=size.start)
+    if args.budget is not None:
+        budget = budget._replace(end=start + args.budget - size.save)
+    report = 20 if size.fusing else 5
+    return Schedule(runs, slots, budget, curves.keep, report, size.sequence).train()
+
+
+def _pair(text: str) -> tuple[str, float]:
+    model, _, rate = text.partition("=")
     try:
-        while running or (waiting and not stopped):
-            while waiting and len(running) < jobs and not stopped:
-                run = waiting.pop(0)
-                run.folder.mkdir(parents=True, exist_ok=True)
-                command = run.command(size, iterations, data, more)
-                with (run.folder / "train.log").open("wb") as log:
-                    started = subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-                    )
-                running[started] = (run, time.monotonic(), command)
-            time.sleep(0.2)
-            if not stopped and time.monotonic() > end:
-                stopped = True
-                for process in running:
-                    process.terminate()
-            if stopped and time.monotonic() > end + SAVE_SECONDS:
-                for process in running:
-                    process.kill()
-            for process in [p for p in running if p.poll() is not None]:
-                run, start, command = running.pop(process)
-                seconds = time.monotonic() - start
-                state = run.close(process.returncode, stopped, seconds, command)
-                print(f"stability: {run.folder.name}: {state} in {seconds:.0f} s", flush=True)
-                if state == "failed":
-                    good = False
-                    lines = (run.folder / "train.log").read_text(errors="replace").splitlines()
-                    print("\n".join(lines[-15:]), file=sys.stderr, flush=True)
-    finally:
-        for process in running:
-            process.kill()
-    left = [run for run in runs if run.state not in ("finished", "broke")]
-    print(f"stability: {len(runs) - len(left)} of {len(runs)} runs are done", flush=True)
-    return good
+        pair = model, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected MODEL=RATE") from None
+    if model not in plans.COMPARED:
+        raise argparse.ArgumentTypeError(f"{text!r}; models are {', '.join(plans.COMPARED)}")
+    return pair
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The command line: our flags, and Megatron's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own = "(default: the size's own)"
+    add = parser.add_argument
+    add("size", choices=list(dict.fromkeys([*SIZES, *plans.SIZES])), help="what is trained")
+    add(
+        "--runs", type=Path, default=ROOT / "runs" / "stability", metavar="FOLDER",
+        help="where the data and a folder for each size are kept (default: %(default)s)",
+    )  # fmt: skip
+    add("--budget", type=float, metavar="SECONDS", help=f"of this piece {own}")
+    add(
+        "--models", nargs="+", choices=plans.MODELS, metavar="MODEL",
+        help=f"which of {', '.join(plans.MODELS)} (default: all that there are to train)",
+    )  # fmt: skip
+    plan = parser.add_argument_group("with a plan")
+    plan.add_argument("--plan", choices=plans.PLANS)
+    for name, kind, text in (
+        ("--gpus", int, "runs at a time (default: 1)"),
+        ("--tokens", int, f"of a whole run {own}"),
+        ("--curves", Path, "a folder (default: curves/ of this example; on a CPU, of --runs)"),
+    ):
+        plan.add_argument(name, type=kind, help=text)
+    plan.add_argument("--roots", type=Path, nargs="+", help="folders of packages to take text from")
+    plan.add_argument(
+        "--rate", type=_pair, action="append", metavar="MODEL=RATE",
+        help="the best rate of a model (default: what the sweep's curves say)",
+    )  # fmt: skip
+    other = parser.add_argument_group("without one")
+    other.add_argument("--jobs", type=int, help=f"runs at a time {own}")
+    other.add_argument("--iterations", type=int, help=f"training steps of each run {own}")
+    other.add_argument(
+        "--learning-rates", nargs="+", type=float, metavar="RATE", help=f"peak rates {own}"
+    )
+    other.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED",
+        help="each trains all models at all rates (default: 1234)",
+    )  # fmt: skip
+    args, more = parser.parse_known_args()
+    refuse(parser, args)
+    args.runs = args.runs.resolve()
+    return args, more
+
+
+PLANNED = ("gpus", "tokens", "curves", "roots", "rate")
+UNPLANNED = ("jobs", "iterations", "learning_rates", "seeds")
+
+
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Say what does not go with a plan, or without one."""
+    way = "with" if args.plan else "without"
+    if args.size not in (plans.SIZES if args.plan else SIZES):
+        parser.error(f"{args.size} is not trained {way} a plan")
+    for name in UNPLANNED if args.plan else PLANNED:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} means nothing {way} a plan (--plan)")
+    if not args.plan and not set(args.models or ()) <= set(MODELS):
+        parser.error(f"--models without a plan are {', '.join(MODELS)}")
 
 
 def main() -> None:
     """Reads the command line, prepares the data and trains."""
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    own = "(default: the size's own)"
-    parser.add_argument(
-        "size", choices=SIZES, help="model, batch, device, and what the flags below default to"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "stability", metavar="FOLDER",
-        help="where the data and a folder for each size are kept (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--budget", type=float, help=f"seconds of this piece {own}")
-    parser.add_argument("--jobs", type=int, help=f"runs at a time {own}")
-    parser.add_argument("--iterations", type=int, help=f"training steps of each run {own}")
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)"
-    )
-    parser.add_argument(
-        "--learning-rates", nargs="+", type=float, metavar="RATE", help=f"peak rates {own}"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[1234], metavar="SEED",
-        help="each trains all models at all rates (default: 1234)",
-    )  # fmt: skip
-    args, more = parser.parse_known_args()
-    size = SIZES[args.size]
-    budget = size.budget if args.budget is None else args.budget
-    rates = args.learning_rates or list(size.learning_rates)
-    folder = args.runs.resolve() / args.size
-    data = args.runs.resolve() / "data" / "stdlib"
-    subprocess.run([sys.executable, DATA, "--output", data], cwd=ROOT, check=True)
-    runs = list(planned(folder, args.models, rates, args.seeds))
-    end = float("inf") if budget is None else start + budget
-    iterations, jobs = args.iterations or size.iterations, args.jobs or size.jobs
-    if not train(runs, size, iterations, data, more, jobs, end):
+    args, more = parse()
+    train = with_plan if args.plan else without_plan
+    if not train(args, more, start):
         sys.exit("stability: a run failed; its train.log says why")
 
 

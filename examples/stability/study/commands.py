@@ -1,0 +1,120 @@
+"""From a plan to runs: the folder and the command line of each."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .plans import MODELS, PLANS, Job, Size
+from .runs import ROOT, Run
+
+COMMON = (
+    *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"),
+    *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--tokenizer-type", "NullTokenizer"),
+    *("--make-vocab-size-divisible-by", "8", "--no-create-attention-mask-in-dataloader"),
+    *("--lr-decay-style", "cosine", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
+    *("--clip-grad", "1.0", "--tensorboard-log-interval", "1", "--save-interval", "1000000"),
+    *("--ckpt-format", "torch_dist", "--exit-signal-handler", "--logging-level", "30"),
+)
+"""Flags of every run of the study, the older sizes' too."""
+WARM_UP = 20
+"""One part in so many of a run's steps."""
+VALIDATIONS = 32
+LOGGED = 20
+"""Steps of a run at which mHC's metrics and updates are written."""
+MAIN = ROOT / "examples" / "stability" / "pretrain.py"
+
+
+def every(steps: int, times: int) -> int:
+    """The interval that makes about so many of so many steps."""
+    return max(1, steps // times)
+
+
+def evaluations(data: Mapping[str, Any], size: Size) -> int:
+    """Batches of one validation: all held-out text that fills them, up to the size's limit."""
+    return max(1, min(data["valid_tokens"], size.validation) // size.step)
+
+
+def rate_of(job: Job, rates: Mapping[str, float]) -> float:
+    """The job's own rate, or its model's best.
+
+    Raises:
+        SystemExit: nothing says what is best.
+    """
+    if job.rate is not None:
+        return job.rate
+    if job.rate_of not in rates:
+        sys.exit(
+            f"stability: no finished run of {job.rate_of} in the sweep says what rate is best for"
+            f" {job.model}: run --plan sweep first, or give --rate {job.rate_of}=RATE"
+        )
+    return rates[job.rate_of]
+
+
+def arguments(job: Job, size: Size, steps: int, rate: float, folder: Path, data: Path) -> list[str]:
+    """What follows `python -m megatron_mhc.run`, but for --load."""
+    held = json.loads((data / "data.json").read_text())
+    mhc = MODELS[job.model]
+    if mhc:
+        mhc = (*mhc, "--mhc-log-interval", str(every(steps, LOGGED)))
+    if mhc and size.fusing and job.model != "hc":
+        mhc = (*mhc, "--mhc-backend", "triton")
+    memory = ("--log-memory-to-tensorboard",) if size.fusing else ()
+    return [
+        *(*size.runner, str(MAIN), *COMMON, *size.flags, *memory),
+        *(size.moe if job.model.startswith("moe_") else ()),
+        *("--seq-length", str(size.sequence), "--max-position-embeddings", str(size.sequence)),
+        *("--micro-batch-size", str(size.micro_batch(job.model))),
+        *("--global-batch-size", str(size.batch), "--vocab-size", str(size.vocab_size)),
+        *("--train-data-path", str(data / "train"), "--valid-data-path", str(data / "valid")),
+        *("--data-cache-path", str(folder / "cache"), "--save", str(folder / "checkpoints")),
+        *("--tensorboard-dir", str(folder / "tensorboard"), "--log-timers-to-tensorboard"),
+        *("--log-interval", str(every(steps, 128)), "--train-iters", str(steps)),
+        *("--eval-interval", str(every(steps, VALIDATIONS if steps >= 200 else 4))),
+        *("--eval-iters", str(evaluations(held, size))),
+        *("--lr-warmup-iters", str(every(steps, WARM_UP)), "--lr", str(rate)),
+        *("--min-lr", str(rate / 10), "--seed", str(job.seed), *mhc),
+    ]
+
+
+def runs_of(
+    plan: str,
+    size: Size,
+    *,
+    tokens: int,
+    rates: Mapping[str, float],
+    models: list[str] | None,
+    folder: Path,
+    curves: Path,
+    data: Path,
+    more: list[str],
+) -> list[Run]:
+    """The runs of a plan, in the order in which they are wanted.
+
+    Args:
+        plan: a name of `PLANS`.
+        size: what is trained.
+        tokens: of a whole run.
+        rates: the best rate of each model, where a job has none of its own.
+        models: the only ones that are wanted; None: all.
+        folder: of the size's runs; curves: of its curves; data: of `prepare_text.py`.
+        more: flags for Megatron that are added to all.
+    """
+    made = json.loads((data / "data.json").read_text())
+    kept = ("digest", "train_tokens", "valid_tokens", "valid_bytes")
+    found = []
+    for job in PLANS[plan]:
+        if models is not None and job.model not in models:
+            continue
+        steps = max(8, round(tokens * job.part / size.step))
+        rate = rate_of(job, rates)
+        name = f"{job.model}-lr{rate:g}-seed{job.seed}-{steps}steps"
+        described = {"model": job.model, "learning_rate": rate, "seed": job.seed, "plan": plan}
+        described |= {"train_iters": steps, "tokens_per_step": size.step}
+        described |= {"data": {key: made[key] for key in kept}, "flags": more}
+        own = folder / plan / name
+        command = [*arguments(job, size, steps, rate, own, data), *more]
+        found.append(Run(own, described, command, curves / plan / f"{name}.json"))
+    return found
