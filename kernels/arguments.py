@@ -5,6 +5,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Sizes(NamedTuple):
+    """Of streams [..., n, C], or [..., n*C]: T tokens, n streams, C the width of one."""
+
+    tokens: int
+    n: int
+    width: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Sizes":
+        """Of streams x [..., n, C]."""
+        n, width = x.shape[-2:]
+        return cls(x.numel() // (n * width), n, width)
+
+
 class Mixing(NamedTuple):
     """What a site leaves when its sublayer has run: all that `combine` takes beside the streams."""
 
@@ -12,6 +26,12 @@ class Mixing(NamedTuple):
     h_post: Tensor
     h_res: Tensor
     f_bias: Tensor | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the streams that it goes with."""
+        n, width = self.h_post.shape[-1], self.f.shape[-1]
+        return Sizes(self.f.numel() // width, n, width)
 
     def detach(self) -> "Mixing":
         """The same tensors outside their graph."""

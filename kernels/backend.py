@@ -52,9 +52,9 @@ def why_not_triton(
         return f"there is no Triton kernel for {num_streams} streams (there is for {served})"
     if dtype == torch.float64:
         return "there is no Triton kernel for torch.float64 (the reference computes it)"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
     if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
         return f"Triton needs a CUDA device and the tensors are on {device.type!r}"
     if device.index not in _cards:
         _cards[device.index] = _why_not_card(device)

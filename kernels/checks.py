@@ -1,11 +1,38 @@
 """Argument checks of the public operations: ValueError with what came and what was wanted."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .reference import accumulation_dtype
 
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+_passed: dict[tuple[Any, ...], int] = {}
+"""What `once` has returned for arguments like these."""
+MOST_KINDS = 4096
+"""Kinds of arguments that `once` remembers: more come of sequences of very many lengths."""
+
+
+def once(check: Callable[..., int], *tensors: Tensor | None) -> int:
+    """`check(*tensors)`, made once for their shapes, dtypes and devices: all that it looks at.
+
+    It is made each time while something traces, whose shapes may be symbols.
+    """
+    if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, Parameter):
+        return check(*tensors)
+    kind = (check, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    found = _passed.get(kind)
+    if found is None:
+        found = check(*tensors)
+        if len(_passed) >= MOST_KINDS:
+            _passed.clear()
+        _passed[kind] = found
+    return found
 
 
 def check_streams(name: str, x: Tensor) -> None:
@@ -22,29 +49,21 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected one of {wanted}")
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """The tensor has exactly this shape and lives where x does."""
-    if tuple(tensor.shape) != shape:
+def check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, x: Tensor
+) -> None:
+    """The tensor has exactly this shape, this dtype (None: any), and lives where x does."""
+    device = x.device
+    if tensor.shape == shape and dtype in (None, tensor.dtype) and tensor.device == device:
+        return
+    if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; expected {shape}"
+            f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}"
             f" for x of shape {tuple(x.shape)}"
         )
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
-
-
-def check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """A parameter: this shape, where x is, in the accumulation dtype (fp32 for all but float64)."""
-    check_shape(name, tensor, shape, x)
-    _check_dtype(name, tensor, accumulation_dtype(x), x)
-
-
-def check_tokens(
-    name: str, tensor: Tensor, x: Tensor, tail: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """A per-token tensor: the token dimensions of x, then `tail`."""
-    check_shape(name, tensor, tuple(x.shape[:-2]) + tail, x)
-    _check_dtype(name, tensor, dtype, x)
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, where x is")
+    raise ValueError(f"{name} has dtype {tensor.dtype}; expected {dtype} for x in {x.dtype}")
 
 
 def check_iterations(iterations: int) -> None:
@@ -53,6 +72,63 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations is {iterations}; expected a whole number, at least 1")
 
 
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; expected {dtype} for x in {x.dtype}")
+def _streams(x: Tensor, h_post: Tensor | None = None) -> tuple[int, ...]:
+    """(*tokens, n, C) of streams x; with `h_post`, x may be [..., n*C]."""
+    check_streams("x", x)
+    if h_post is None or x.dim() > h_post.dim() or h_post.dim() == 0:
+        return x.shape
+    *tokens, wide = x.shape
+    return (*tokens, h_post.shape[-1], wide // max(h_post.shape[-1], 1))
+
+
+def _check_projection(
+    shape: tuple[int, ...], x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor
+) -> None:
+    n, width = shape[-2:]
+    rows, dtype = n * n + 2 * n, accumulation_dtype(x)
+    check("phi", phi, (rows, n * width), dtype, x)
+    check("alpha", alpha, (3,), dtype, x)
+    check("bias", bias, (rows,), dtype, x)
+
+
+def check_combine(
+    shape: tuple[int, ...],
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    f_bias: Tensor | None,
+    of: str = "",
+) -> None:
+    """What `combine` takes fits streams of this shape, (*tokens, n, C); `of` begins the names."""
+    *tokens, n, width = shape
+    dtype = accumulation_dtype(x)
+    check(of + "f", f, (*tokens, width), x.dtype, x)
+    check(of + "h_post", h_post, (*tokens, n), dtype, x)
+    check(of + "h_res", h_res, (*tokens, n, n), dtype, x)
+    if f_bias is not None:
+        check(of + "f_bias", f_bias, (width,), None, x)
+
+
+def check_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> int:
+    """What `pre` takes fits x [..., n, C]. Returns n."""
+    shape = _streams(x)
+    _check_projection(shape, x, phi, alpha, bias)
+    return shape[-2]
+
+
+def check_boundary(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    f_bias: Tensor | None,
+    *projection: Tensor,
+) -> int:
+    """What `combine` takes fits x, [..., n, C] or [..., n*C]; with phi, alpha and bias what
+    `combine_pre` takes. Returns n."""
+    shape = _streams(x, h_post)
+    check_combine(shape, x, f, h_post, h_res, f_bias)
+    if projection:
+        _check_projection(shape, x, *projection)
+    return shape[-2]

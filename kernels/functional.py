@@ -16,13 +16,16 @@ from . import reference
 from .arguments import Mixing, Options
 from .backend import resolve
 from .checks import (
+    check,
+    check_boundary,
+    check_combine,
     check_dtype,
     check_iterations,
-    check_parameter,
-    check_shape,
+    check_pre,
     check_streams,
-    check_tokens,
+    once,
 )
+from .reference import accumulation_dtype
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -34,8 +37,9 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _checked(options: Options) -> Options:
     """At least one iteration, and every eps a float: Triton compiles a kernel for each integer."""
-    check_iterations(options.iterations)
-    return Options(options.iterations, *(float(eps) for eps in options[1:]))
+    iterations, norm_eps, pre_eps, sinkhorn_eps = options
+    check_iterations(iterations)
+    return Options(iterations, float(norm_eps), float(pre_eps), float(sinkhorn_eps))
 
 
 def _run(
@@ -57,25 +61,6 @@ def _run(
     if options is not None:
         kw["options"] = options
     return getattr(operations, operation)(x, *args, **kw)
-
-
-def _check_projection(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> None:
-    n, width = x.shape[-2:]
-    rows = n * n + 2 * n
-    check_parameter("phi", phi, (rows, n * width), x)
-    check_parameter("alpha", alpha, (3,), x)
-    check_parameter("bias", bias, (rows,), x)
-
-
-def _check_combine(
-    x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, of: str = ""
-) -> None:
-    n, width = x.shape[-2:]
-    check_tokens(f"{of}f", f, x, (width,), x.dtype)
-    check_tokens(f"{of}h_post", h_post, x, (n,), reference.accumulation_dtype(x))
-    check_tokens(f"{of}h_res", h_res, x, (n, n), reference.accumulation_dtype(x))
-    if f_bias is not None:
-        check_shape(f"{of}f_bias", f_bias, (width,), x)
 
 
 def sinkhorn(
@@ -102,16 +87,15 @@ def coefficients(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.coefficients`."""
-    check_streams("x", x)
-    _check_projection(x, phi, alpha, bias)
+    n = once(check_pre, x, phi, alpha, bias)
     options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
-    return _run("coefficients", backend, x.shape[-2], x, phi, alpha, bias, options=options)
+    return _run("coefficients", backend, n, x, phi, alpha, bias, options=options)
 
 
 def aggregate(x: Tensor, h_pre: Tensor, *, backend: str | None = None) -> Tensor:
     """See `reference.aggregate`."""
     check_streams("x", x)
-    check_tokens("h_pre", h_pre, x, (x.shape[-2],), reference.accumulation_dtype(x))
+    check("h_pre", h_pre, x.shape[:-1], accumulation_dtype(x), x)
     return _run("aggregate", backend, x.shape[-2], x, h_pre)
 
 
@@ -128,10 +112,9 @@ def pre(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
-    check_streams("x", x)
-    _check_projection(x, phi, alpha, bias)
+    n = once(check_pre, x, phi, alpha, bias)
     options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
-    return _run("pre", backend, x.shape[-2], x, phi, alpha, bias, options=options)
+    return _run("pre", backend, n, x, phi, alpha, bias, options=options)
 
 
 def combine(
@@ -144,9 +127,8 @@ def combine(
     backend: str | None = None,
 ) -> Tensor:
     """See `reference.combine`."""
-    check_streams("x", x)
-    _check_combine(x, f, h_post, h_res, f_bias)
-    return _run("combine", backend, x.shape[-2], x, f, h_post, h_res, f_bias)
+    n = once(check_boundary, x, f, h_post, h_res, f_bias)
+    return _run("combine", backend, n, x, f, h_post, h_res, f_bias)
 
 
 def combine_pre(
@@ -166,12 +148,10 @@ def combine_pre(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.combine_pre`."""
-    check_streams("x", x)
-    _check_combine(x, f, h_post, h_res, f_bias)
-    _check_projection(x, phi, alpha, bias)
+    n = once(check_boundary, x, f, h_post, h_res, f_bias, phi, alpha, bias)
     options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
     tensors = (x, f, h_post, h_res, phi, alpha, bias)
-    return _run("combine_pre", backend, x.shape[-2], *tensors, f_bias=f_bias, options=options)
+    return _run("combine_pre", backend, n, *tensors, f_bias=f_bias, options=options)
 
 
 def pre_with_h_pre(
@@ -184,10 +164,9 @@ def pre_with_h_pre(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_with_h_pre`."""
-    check_streams("x", x)
-    _check_projection(x, phi, alpha, bias)
+    n = once(check_pre, x, phi, alpha, bias)
     checked = _checked(Options(**options))
-    return _run("pre_with_h_pre", backend, x.shape[-2], x, phi, alpha, bias, options=checked)
+    return _run("pre_with_h_pre", backend, n, x, phi, alpha, bias, options=checked)
 
 
 def combine_pre_with_h_pre(
@@ -204,11 +183,9 @@ def combine_pre_with_h_pre(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.combine_pre_with_h_pre`."""
-    check_streams("x", x)
-    _check_combine(x, f, h_post, h_res, f_bias)
-    _check_projection(x, phi, alpha, bias)
+    n = once(check_boundary, x, f, h_post, h_res, f_bias, phi, alpha, bias)
     tensors = (x, f, h_post, h_res, phi, alpha, bias)
-    n, checked = x.shape[-2], _checked(Options(**options))
+    checked = _checked(Options(**options))
     return _run("combine_pre_with_h_pre", backend, n, *tensors, f_bias=f_bias, options=checked)
 
 
@@ -224,7 +201,7 @@ def rebuild(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See `reference.rebuild`."""
     check_streams("x", x)
-    n, width = x.shape[-2:]
+    *tokens, n, width = x.shape
     if len(h_pre) != len(ended) + 1:
         raise ValueError(
             f"h_pre has {len(h_pre)} sites and ended {len(ended)}; expected one more h_pre, that"
@@ -237,14 +214,14 @@ def rebuild(
         if given is not None and len(given) != count:
             raise ValueError(f"{name} has {len(given)} tensors; expected {count}")
         for index, tensor in enumerate(given or ()):
-            check_tokens(f"{name}[{index}]", tensor, x, tail, x.dtype)
+            check(f"{name}[{index}]", tensor, (*tokens, *tail), x.dtype, x)
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}[{index}] is not contiguous; results are written into it")
     for index, weights in enumerate(h_pre):
-        check_tokens(f"h_pre[{index}]", weights, x, (n,), reference.accumulation_dtype(x))
+        check(f"h_pre[{index}]", weights, (*tokens, n), accumulation_dtype(x), x)
     ended = [Mixing(*site) for site in ended]  # a plain tuple will do
     for index, site in enumerate(ended):
-        _check_combine(x, *site, of=f"ended[{index}]'s ")
+        check_combine(x.shape, x, *site, of=f"ended[{index}]'s ")
     return _run("rebuild", backend, n, x, h_pre, ended, ys=ys, us=us)
 
 
@@ -261,9 +238,10 @@ def head(
     """See `reference.head`."""
     check_streams("x", x)
     n, width = x.shape[-2:]
-    check_parameter("fn", fn, (n, n * width), x)
-    check_parameter("scale", scale, (1,), x)
-    check_parameter("base", base, (n,), x)
+    dtype = accumulation_dtype(x)
+    check("fn", fn, (n, n * width), dtype, x)
+    check("scale", scale, (1,), dtype, x)
+    check("base", base, (n,), dtype, x)
     norm_eps, pre_eps = float(norm_eps), float(pre_eps)
     return _run("head", backend, n, x, fn, scale, base, norm_eps=norm_eps, pre_eps=pre_eps)
 
@@ -274,8 +252,9 @@ def hc_coefficients(
     """See `reference.hc_coefficients`, the only implementation."""
     check_streams("x", x)
     n, width = x.shape[-2:]
-    check_parameter("theta", theta, (n + 2, width), x)
-    check_parameter("alpha", alpha, (3,), x)
-    check_parameter("bias", bias, (n * n + 2 * n,), x)
+    dtype = accumulation_dtype(x)
+    check("theta", theta, (n + 2, width), dtype, x)
+    check("alpha", alpha, (3,), dtype, x)
+    check("bias", bias, (n * n + 2 * n,), dtype, x)
     with _without_autocast(x):
         return reference.hc_coefficients(x, theta, alpha, bias)

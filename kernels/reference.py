@@ -128,19 +128,25 @@ def combine(
     """y = H_res x + H_post^T (f + f_bias): the next streams (paper eq. 3).
 
     Args:
-        x: [..., n, C], the streams that the site's `pre` read.
+        x: [..., n, C], the streams that the site's `pre` read, or [..., n*C], stream after stream.
         f: [..., C], the sublayer's output; f_bias: [C], the bias it left for the residual, or None.
         h_post: [..., n].
         h_res: [..., n, n], indexed [dst, src].
 
     Returns:
-        y [..., n, C] in the dtype of x.
+        y in the shape and the dtype of x.
     """
+    streams = _apart(x, f, h_post).to(h_res.dtype)
     f = f.to(h_res.dtype)
     if f_bias is not None:
         f = f + f_bias.to(h_res.dtype)
-    y = h_res @ x.to(h_res.dtype) + h_post.unsqueeze(-1) * f.unsqueeze(-2)
-    return y.to(x.dtype)
+    y = h_res @ streams + h_post.unsqueeze(-1) * f.unsqueeze(-2)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def _apart(x: Tensor, f: Tensor, h_post: Tensor) -> Tensor:
+    """Streams [..., n*C] as [..., n, C]; those that are so already, as they are."""
+    return x.reshape(*h_post.shape, f.shape[-1])
 
 
 def combine_pre(
@@ -161,10 +167,10 @@ def combine_pre(
     `coefficients` to the next.
 
     Returns:
-        y [..., n, C]; u [..., C], h_post [..., n] and h_res [..., n, n] of the next site.
+        y in the shape of x; u [..., C], h_post [..., n] and h_res [..., n, n] of the next site.
     """
     y = combine(x, f, h_post, h_res, f_bias)
-    return y, *pre(y, phi, alpha, bias, **options)
+    return y, *pre(_apart(y, f, h_post), phi, alpha, bias, **options)
 
 
 def pre_with_h_pre(
@@ -197,7 +203,7 @@ def combine_pre_with_h_pre(
         y, u, h_post and h_res as `combine_pre` returns them; h_pre [..., n].
     """
     y = combine(x, f, h_post, h_res, f_bias)
-    return y, *pre_with_h_pre(y, phi, alpha, bias, **options)
+    return y, *pre_with_h_pre(_apart(y, f, h_post), phi, alpha, bias, **options)
 
 
 def rebuild(

@@ -1,14 +1,13 @@
 """The kernels of a site both ways, each callable alone, and the tiles that may run them."""
 
 import argparse
-import dataclasses
 import itertools
 from collections.abc import Callable
 
 import torch
 
-from megatron_mhc.kernels.arguments import DEFAULT, Mixing
-from megatron_mhc.kernels.triton import tiles
+from megatron_mhc.kernels.arguments import DEFAULT, Mixing, Sizes
+from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.kernels.triton.aggregate import weighted_sum
 from megatron_mhc.kernels.triton.passes.finish import finish
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
@@ -76,7 +75,7 @@ def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
 
 def running(kernel: str, width: int) -> tuple[int, ...]:
     """The tile of `kernels.triton.tiles`, for n = 4 and bf16, as `--tiles` takes it."""
-    tile = dataclasses.astuple(getattr(tiles, kernel)(4, width, torch.bfloat16))
+    tile = tuple(getattr(tiles, kernel)(4, width, torch.bfloat16))
     return tile[:-1] if tile[-1] is None else tile
 
 
@@ -84,6 +83,7 @@ def use_tile(kernel: str, numbers: tuple[int, ...]) -> None:
     """Have every later launch of a kernel in this process run with this tile."""
     tile = tiles.Tile(*numbers)
     setattr(tiles, kernel, lambda *_: tile)
+    launch.forget()
 
 
 def subjects(
@@ -103,19 +103,21 @@ def subjects(
     phi, bias = normal(rows, n * width) * 0.02, normal(rows)
     alpha = torch.full((3,), 0.5, device=device)
     mixing = Mixing(f, h_post, h_res)
-    y, partial = combine_and_project(x, phi, mixing)
-    done = finish(y, partial, alpha, bias, DEFAULT, aggregate=True)
+    sizes = Sizes.of(x)
+    y, partial = combine_and_project(sizes, x, phi, mixing)
+    finish_args = (sizes, (tokens,), y, partial, alpha, bias, DEFAULT)
+    done = finish(*finish_args, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
-    token_args = (y, done.z_over_r, done.inverse_r, alpha, bias, DEFAULT)
+    token_args = (sizes, y, done.normed, alpha, bias, DEFAULT)
     token = token_gradients(*token_args, du=du, **small)
 
     return {
-        "project": lambda: combine_and_project(x, phi, mixing),
-        "finish": lambda: finish(y, partial, alpha, bias, DEFAULT, aggregate=False),
-        "aggregate": lambda: weighted_sum(y, done.h_pre),
+        "project": lambda: combine_and_project(sizes, x, phi, mixing),
+        "finish": lambda: finish(*finish_args, aggregate=False),
+        "aggregate": lambda: weighted_sum(sizes, y, done.h_pre),
         "coefficients_backward": lambda: token_gradients(*token_args, du=du, **small),
         "streams_backward": lambda: streams_gradients(
-            y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
+            sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
         ),
-        "phi_gradient": lambda: phi_gradient(y, token.d_z),
+        "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),
     }

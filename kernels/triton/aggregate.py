@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Sizes
 from . import tiles
 from .device import load_columns, load_streams
-from .launch import dense, launch
+from .launch import Launch, prepared
 from .torch_operator import operator
 
 
@@ -81,63 +82,53 @@ def aggregate_backward_kernel(
         tl.store(d_pre_ptr + t64 * N + j, tl.sum(d_pre[j], axis=1), t_mask)
 
 
-def weighted_sum(x: Tensor, h_pre: Tensor) -> Tensor:
-    """Launch `aggregate_kernel`: x [T, n, C], h_pre [T, n] -> u [T, C]."""
-    tokens, n, width = x.shape
-    u = x.new_empty(tokens, width)
-    if tokens == 0:
-        return u
-    tile = tiles.aggregate(n, width, x.dtype)
-    launch(
-        aggregate_kernel,
-        (triton.cdiv(tokens, tile.tokens) * triton.cdiv(width, tile.channels),),
-        x,
-        h_pre,
-        u,
-        tokens,
+@prepared
+def _launch(
+    device: torch.device, dtype: torch.dtype, n: int, width: int, backward: bool
+) -> tuple[Launch, tiles.Tile]:
+    """The kernel for streams of this dtype."""
+    tile = tiles.aggregate(n, width, dtype)
+    launch = Launch(
+        aggregate_backward_kernel if backward else aggregate_kernel,
+        device,
         N=n,
         C=width,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,
+        num_stages=tile.stages,
     )
+    return launch, tile
+
+
+def weighted_sum(sizes: Sizes, x: Tensor, h_pre: Tensor) -> Tensor:
+    """Launch `aggregate_kernel`: streams x, h_pre [..., n] -> u [..., C]."""
+    tokens, n, width = sizes
+    u = x.new_empty(*h_pre.shape[:-1], width)
+    if tokens > 0:
+        launch, tile = _launch(x.device, x.dtype, n, width, False)
+        programs = tiles.cdiv(tokens, tile.tokens) * tiles.cdiv(width, tile.channels)
+        launch((programs, 1), (x, h_pre, u), tokens)
     return u
 
 
 @operator("aggregate", "u")
 def _aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
-    """x [T, n, C], h_pre [T, n] -> u [T, C]."""
-    return weighted_sum(x, h_pre)
+    """x [..., n, C], h_pre [..., n] -> u [..., C]."""
+    return weighted_sum(Sizes.of(x), x, h_pre)
 
 
 @_aggregate.gradient
 def _aggregate_backward(x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and h_pre."""
-    tokens, n, width = x.shape
-    dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
-    tile = tiles.aggregate(n, width, x.dtype)
+    tokens, n, width = Sizes.of(x)
+    dx, d_pre = x.new_empty(x.shape), h_pre.new_empty(h_pre.shape)
     if tokens > 0:
-        launch(
-            aggregate_backward_kernel,
-            (triton.cdiv(tokens, tile.tokens),),
-            x,
-            h_pre,
-            dense(du),
-            dx,
-            d_pre,
-            tokens,
-            N=n,
-            C=width,
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        launch, tile = _launch(x.device, x.dtype, n, width, True)
+        launch((tiles.cdiv(tokens, tile.tokens), 1), (x, h_pre, du, dx, d_pre), tokens)
     return dx, d_pre
 
 
 def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:
     """See `reference.aggregate`."""
-    n, width = x.shape[-2:]
-    u = _aggregate(x.reshape(-1, n, width).contiguous(), h_pre.reshape(-1, n).contiguous())
-    return u.view(*x.shape[:-2], width)
+    return _aggregate(x, h_pre)

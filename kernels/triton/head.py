@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..arguments import Options
+from ..arguments import Options, Sizes
 from .passes.finish import finish
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import streams_gradients
@@ -10,14 +10,15 @@ from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
-@operator("head", "u", "z_over_r", "inverse_r")
+@operator("head", "u", "normed")
 def _head(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, pre_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, n, C] -> [T, C], and for the backward z / r [T, n] and 1 / r [T]."""
-    _, partial = combine_and_project(x, fn, None)
-    out = finish(x, partial, scale, base, Options(1, norm_eps, pre_eps), aggregate=True)
-    return out.u, out.z_over_r, out.inverse_r
+) -> tuple[Tensor, Tensor]:
+    """x [..., n, C] -> [..., C]; normed."""
+    sizes, options = Sizes.of(x), Options(1, norm_eps, pre_eps)
+    _, partial = combine_and_project(sizes, x, fn, None)
+    out = finish(sizes, x.shape[:-2], x, partial, scale, base, options, aggregate=True)
+    return out.u, out.normed
 
 
 @_head.gradient
@@ -26,14 +27,13 @@ def _head_backward(
     fn: Tensor,
     scale: Tensor,
     base: Tensor,
-    z_over_r: Tensor,
-    inverse_r: Tensor,
+    normed: Tensor,
     du: Tensor,
     pre_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = Options(1, pre_eps=pre_eps)
-    token = token_gradients(x, z_over_r, inverse_r, scale, base, options, du=du)
-    out = streams_gradients(x, du=du, phi=fn, token=token)
+    sizes, options = Sizes.of(x), Options(1, pre_eps=pre_eps)
+    token = token_gradients(sizes, x, normed, scale, base, options, du=du)
+    out = streams_gradients(sizes, x, du=du, phi=fn, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 
@@ -47,7 +47,4 @@ def head(
     pre_eps: float = 1e-6,
 ) -> Tensor:
     """See `reference.head`."""
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    dense = (tensor.contiguous() for tensor in (fn, scale, base))
-    out, _, _ = _head(x.reshape(-1, n, width).contiguous(), *dense, norm_eps, pre_eps)
-    return out.view(*tokens, width)
+    return _head(x, fn, scale, base, norm_eps, pre_eps)

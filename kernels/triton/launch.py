@@ -1,139 +1,131 @@
-"""What every launcher needs: the launch itself, dense arguments, packed weights."""
+"""Launching a kernel: through Triton, which compiles it, the first time; past Triton from then on.
+
+At every launch Triton looks at every argument, which takes the host several times as long as the
+launch itself (docs/measured-facts.md). A `Launch` is made once for arguments of a kind. What may
+still differ from call to call, and Triton would compile anew for, is looked at in one place below.
+"""
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from functools import reduce
+from itertools import islice
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-
-from .tiles import padded
-
-PHI_TERMS = 3
-"""bf16 terms that phi is split into for bf16 streams: 8 bits of its mantissa each, all of it."""
+from triton import knobs
+from triton.runtime import JITFunction, driver
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
-"""What Triton made of a kernel for a kind of arguments, and its constants in their order."""
+class Compiled(NamedTuple):
+    """A compiled kernel as Triton (3.5 to 3.8) launches it: `run(*grid, stream, function, metadata,
+    launch_metadata, enter_hook, exit_hook, *arguments, *constants)`."""
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    current_device: Callable[[], int]
+    current_stream: Callable[[int], int]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)` on the device of its first argument.
+def through_triton(
+    kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> Compiled | None:
+    """Launch a kernel on the current device as Triton does; None under its interpreter."""
+    compiled = kernel[grid](*arguments, **constants)
+    if not isinstance(kernel, JITFunction):
+        return None
+    device, stream = driver.active.get_current_device, driver.active.get_current_stream
+    return Compiled(compiled.run, compiled.function, compiled.packed_metadata, device, stream)
 
-    Triton looks at every argument at every launch. All that it looks for is in `_kind` and the
-    constants. So what it compiled once is launched directly from then on, which takes the host half
-    the time (docs/measured-facts.md).
+
+class Launch:
+    """`kernel[grid](*tensors, *numbers, **constants)` on one device, for arguments of one kind.
+
+    Which tensors are absent, and the dtypes of the others, are the same in every call: a function
+    of what they depend on makes one `Launch` for each kind (`prepared`).
 
     Args:
-        kernel: a function under `triton.jit`.
-        grid: one to three numbers of programs.
-        arguments: its parameters that are no constants: tensors, absent ones (None), tuples of
-            those, floats, and integers that it does not specialize. The first is a tensor.
-        constants: its other parameters by name, and Triton's options.
-
-    Raises:
-        TypeError: an integer that the kernel would specialize, or a constant among the arguments.
+        kernel: a function under `triton.jit`. Its parameters are tensors, then numbers that it does
+            not specialize (a count, then floats), then constants.
+        device: of the tensors.
+        groups: for each parameter that is a tensor None, or how many a tuple of them has.
+        constants: its constants by name, and Triton's options.
     """
-    device = arguments[0].device
-    if device.type != "cuda":  # Triton's interpreter
-        kernel[grid](*arguments, **constants)
-        return
-    here = device.index == torch.cuda.current_device()
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        launch_here(device.index, kernel, grid, arguments, constants)
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        groups: tuple[int | None, ...] | None = None,
+        **constants: Any,
+    ) -> None:
+        self.kernel = kernel
+        self._device = device
+        self._groups = groups
+        self.constants = constants
+        self._in_order = [constants[name] for name in kernel.arg_names if name in constants]
+        self._compiled: Compiled | None = None
+
+    def __call__(
+        self, grid: tuple[int, int], tensors: Sequence[Tensor | None], *numbers: Any
+    ) -> None:
+        """Launch it.
+
+        Args:
+            grid: two numbers of programs.
+            tensors: None for an absent one; those of tuples one after the other.
+            numbers: a whole number, then floats.
+        """
+        addresses: Any = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        hooks = knobs.runtime
+        is_profiled = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        # what Triton compiles a kernel of its own for: addresses that 16 does not divide, 64 bits
+        is_other = reduce(or_, addresses) & 15 or numbers[0] >> 31 or is_profiled
+        compiled = self._compiled
+        if compiled is None or is_other:
+            with self._on_device():
+                arguments = (*self._grouped(tensors), *numbers)
+                compiled = through_triton(self.kernel, grid, arguments, self.constants)
+            self._compiled = self._compiled if is_other else compiled
+            return
+        run, function, metadata, current_device, current_stream = compiled
+        index = self._device.index
+        if self._groups is not None:
+            addresses = self._grouped(addresses)
+        ready = (current_stream(index), function, metadata, None, None, None)
+        whole = (*grid, 1, *ready, *addresses, *numbers, *self._in_order)
+        if current_device() == index:
+            run(*whole)
+        else:
+            with self._on_device():
+                run(*whole)
+
+    def _grouped(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """One for each parameter of the kernel."""
+        if self._groups is None:
+            return flat
+        left = iter(flat)
+        return [next(left) if n is None else tuple(islice(left, n)) for n in self._groups]
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        on_gpu = self._device.type == "cuda"  # else Triton's interpreter
+        return torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext()
 
 
-def launch_here(
-    device: int,
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> None:
-    """`launch` on the current device, which this one is."""
-    key = (kernel.fn, device, *map(_kind, arguments), *constants.items())
-    if key in _compiled:
-        compiled, constant = _compiled[key]
-        compiled[(*grid, 1, 1)[:3]](*arguments, *constant)
-    else:
-        constant = _constants(kernel, arguments, constants)
-        _compiled[key] = kernel[grid](*arguments, **constants), constant
+_prepared: list[Any] = []
 
 
-def _kind(argument: Any) -> Any:
-    """All of an argument that Triton compiles a kernel for."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
-    if isinstance(argument, int):
-        return argument >= 2**31  # 32 bits, or 64
-    return type(argument)
+def prepared[F: Callable[..., Any]](make: F) -> F:
+    """A decorator: what the function makes for some arguments is made once."""
+    cached = functools.cache(make)
+    _prepared.append(cached)
+    return cached  # type: ignore[return-value]
 
 
-def _constants(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> list[Any]:
-    """The constants in the order of the kernel's parameters, behind its arguments."""
-    for parameter, argument in zip(kernel.params, arguments, strict=False):
-        specialized = isinstance(argument, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or specialized:
-            raise TypeError(f"{kernel.__name__}: {parameter.name} is compiled for each value")
-    return [constants[name] for name in kernel.arg_names[len(arguments) :]]
-
-
-def dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself where it is contiguous, else a copy that is; None stays None."""
-    return None if tensor is None else tensor.contiguous()
-
-
-@triton.jit
-def pack_kernel(
-    phi_ptr,
-    packed_ptr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    R: tl.constexpr,
-    TERMS: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """packed[term, row, c] with sum over terms = phi[row, c]; rows past ROWS are zero."""
-    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    row = (tl.program_id(1) * BR + tl.arange(0, BR))[:, None]
-    rest = tl.load(phi_ptr + row * WIDTH + c, (c < WIDTH) & (row < ROWS), 0.0)  # [BR, BC]
-    for term in tl.static_range(TERMS):
-        part = rest.to(packed_ptr.dtype.element_ty)
-        tl.store(packed_ptr + (term * R + row) * WIDTH + c, part, (c < WIDTH) & (row < R))
-        rest -= part.to(tl.float32)
-
-
-def pack_weights(phi: Tensor, dtype: torch.dtype) -> Tensor:
-    """phi [rows, n*C] fp32 -> [terms, padded rows, n*C], for products with streams in `dtype`.
-
-    bf16 streams are exact in bf16, so phi as a sum of bf16 terms gives a nearly exact product at
-    the bf16 rate. Other streams meet phi in fp32 (three TF32 products).
-    """
-    rows, width = phi.shape
-    terms = PHI_TERMS if dtype == torch.bfloat16 else 1
-    packed = torch.empty(
-        terms,
-        padded(rows),
-        width,
-        device=phi.device,
-        dtype=torch.bfloat16 if terms > 1 else torch.float32,
-    )
-    block_rows, block_columns = 16, 64
-    launch(
-        pack_kernel,
-        (triton.cdiv(width, block_columns), triton.cdiv(padded(rows), block_rows)),
-        phi,
-        packed,
-        WIDTH=width,
-        ROWS=rows,
-        R=padded(rows),
-        TERMS=terms,
-        BR=block_rows,
-        BC=block_columns,
-        num_warps=4,
-    )
-    return packed
+def forget() -> None:
+    """Have all that is `prepared` made anew: the tiles are others."""
+    for cached in _prepared:
+        cached.cache_clear()

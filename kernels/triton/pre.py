@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..arguments import DEFAULT, Options
+from ..arguments import DEFAULT, Options, Sizes
 from .passes.finish import Finished, finish
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import streams_gradients
@@ -13,8 +13,10 @@ from .torch_operator import operator
 def _forward(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options, *, aggregate: bool
 ) -> Finished:
-    _, partial = combine_and_project(x, phi, None)
-    return finish(x, partial, alpha, bias, options, aggregate=aggregate)
+    sizes = Sizes.of(x)
+    _, partial = combine_and_project(sizes, x, phi, None)
+    leading = x.shape[:-2]
+    return finish(sizes, leading, x, partial, alpha, bias, options, aggregate=aggregate)
 
 
 def _gradients(
@@ -22,24 +24,24 @@ def _gradients(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    z_over_r: Tensor,
-    inverse_r: Tensor,
+    normed: Tensor,
     options: Options,
     **given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, phi, alpha and bias from those of u or h_pre, of h_post and of h_res."""
-    token = token_gradients(x, z_over_r, inverse_r, alpha, bias, options, **given)
-    out = streams_gradients(x, du=given.get("du"), phi=phi, token=token)
+    sizes = Sizes.of(x)
+    token = token_gradients(sizes, x, normed, alpha, bias, options, **given)
+    out = streams_gradients(sizes, x, du=given.get("du"), phi=phi, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 
-@operator("pre", "u", "h_post", "h_res", "h_pre", "z_over_r", "inverse_r")
+@operator("pre", "u", "h_post", "h_res", "h_pre", "normed")
 def _pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [T, n, C] -> u, h_post, h_res, h_pre; for the backward z / r [T, rows] and 1 / r [T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [..., n, C] -> u, h_post, h_res, h_pre; normed."""
     out = _forward(x, phi, alpha, bias, options, aggregate=True)
-    return out.u, out.h_post, out.h_res, out.h_pre, out.z_over_r, out.inverse_r
+    return out.u, out.h_post, out.h_res, out.h_pre, out.normed
 
 
 @_pre.gradient
@@ -48,24 +50,23 @@ def _pre_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    z_over_r: Tensor,
-    inverse_r: Tensor,
+    normed: Tensor,
     du: Tensor | None,
     d_post: Tensor | None,
     d_res: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = {"du": du, "d_post": d_post, "d_res": d_res}
-    return _gradients(x, phi, alpha, bias, z_over_r, inverse_r, options, **given)
+    return _gradients(x, phi, alpha, bias, normed, options, **given)
 
 
-@operator("coefficients", "h_pre", "h_post", "h_res", "z_over_r", "inverse_r")
+@operator("coefficients", "h_pre", "h_post", "h_res", "normed")
 def _coefficients(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [T, n, C] -> h_pre, h_post, h_res, and for the backward z / r [T, rows] and 1 / r [T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [..., n, C] -> h_pre, h_post, h_res; normed."""
     out = _forward(x, phi, alpha, bias, options, aggregate=False)
-    return out.h_pre, out.h_post, out.h_res, out.z_over_r, out.inverse_r
+    return out.h_pre, out.h_post, out.h_res, out.normed
 
 
 @_coefficients.gradient
@@ -74,48 +75,32 @@ def _coefficients_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    z_over_r: Tensor,
-    inverse_r: Tensor,
+    normed: Tensor,
     d_pre: Tensor | None,
     d_post: Tensor | None,
     d_res: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = {"d_pre": d_pre, "d_post": d_post, "d_res": d_res}
-    return _gradients(x, phi, alpha, bias, z_over_r, inverse_r, options, **given)
-
-
-def _dense(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """The token dimensions of x as one; all of them contiguous."""
-    flat = x.reshape(-1, *x.shape[-2:]).contiguous()
-    return flat, *(parameter.contiguous() for parameter in parameters)
+    return _gradients(x, phi, alpha, bias, normed, options, **given)
 
 
 def coefficients(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, options: Options = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.coefficients`."""
-    tokens, n = x.shape[:-2], x.shape[-2]
-    h_pre, h_post, h_res, _, _ = _coefficients(*_dense(x, phi, alpha, bias), *options)
-    return h_pre.view(*tokens, n), h_post.view(*tokens, n), h_res.view(*tokens, n, n)
+    return _coefficients(x, phi, alpha, bias, options)
 
 
 def pre_with_h_pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, options: Options = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_with_h_pre`."""
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    u, h_post, h_res, h_pre, _, _ = _pre(*_dense(x, phi, alpha, bias), *options)
-    return (
-        u.view(*tokens, width),
-        h_post.view(*tokens, n),
-        h_res.view(*tokens, n, n),
-        h_pre.detach().view(*tokens, n),
-    )
+    return _pre(x, phi, alpha, bias, options)
 
 
 def pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, options: Options = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
-    return pre_with_h_pre(x, phi, alpha, bias, options=options)[:3]
+    return _pre(x, phi, alpha, bias, options)[:3]

@@ -8,6 +8,7 @@ forward kernels, so what it writes equals, bit for bit, what they wrote. Forward
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import triton
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ..arguments import Mixing
 from .device import load_columns, load_streams, mixed_stream
-from .launch import dense, launch
-from .tiles import Tile
+from .launch import Launch, prepared
+from .tiles import Tile, cdiv
 
 SITES = 4
 """Sites that one launch goes through at most: each is compiled out in full."""
@@ -86,9 +87,31 @@ def rebuild_kernel(
         store_u(u_ptrs[k], streams, h_pre_ptrs[k], t64, t_mask, narrow, mask, N)
 
 
-def _flat(tensor: Tensor, dims: int) -> Tensor:
-    """The token dimensions as one, in front of the last `dims`."""
-    return tensor.reshape(-1, *tensor.shape[tensor.dim() - dims :]).contiguous()
+@prepared
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    width: int,
+    first: bool,
+    f_biases: tuple[torch.dtype | None, ...],
+    tile: Tile,
+) -> Launch:
+    """`rebuild_kernel` for as many boundaries as there are dtypes (or None) of an f_bias."""
+    sites = len(f_biases)
+    return Launch(
+        rebuild_kernel,
+        device,
+        groups=(None, None, None, *(sites,) * 7),
+        N=n,
+        C=width,
+        FIRST=first,
+        SITES=sites,
+        BIASES=sum(1 << k for k, bias in enumerate(f_biases) if bias is not None),
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+    )
 
 
 def rebuild(
@@ -100,43 +123,29 @@ def rebuild(
     us: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See `reference.rebuild`; ys and us are contiguous."""
-    n, width = x.shape[-2:]
-    ys = [torch.empty_like(x) for _ in ended] if ys is None else list(ys)
-    us = [x.new_empty(*x.shape[:-2], width) for _ in h_pre] if us is None else list(us)
+    *leading, n, width = x.shape
+    ys = [x.new_empty(x.shape) for _ in ended] if ys is None else list(ys)
+    us = [x.new_empty(*leading, width) for _ in h_pre] if us is None else list(us)
     tokens = x.numel() // (n * width)
     if tokens == 0:
         return ys, us
     tile = TILE_OF_EIGHT if n == 8 else TILE
-    grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels))
-    first_h_pre, streams = _flat(h_pre[0], 1), _flat(x, 2)
+    grid = (cdiv(tokens, tile.tokens), cdiv(width, tile.channels))
+    h_pre, streams = [weights.contiguous() for weights in h_pre], x.contiguous()
     for start in range(0, max(len(ended), 1), SITES):
         part = slice(start, start + SITES)
         after = slice(start + 1, start + 1 + SITES)
-        sites = ended[part]
-        biases = [site.f if site.f_bias is None else dense(site.f_bias) for site in sites]
-        launch(
-            rebuild_kernel,
-            grid,
-            streams,
-            us[0],
-            first_h_pre,
-            tuple(_flat(site.f, 1) for site in sites),
-            tuple(biases),
-            tuple(_flat(site.h_post, 1) for site in sites),
-            tuple(_flat(site.h_res, 2) for site in sites),
-            tuple(_flat(h, 1) for h in h_pre[after]),
-            tuple(ys[part]),
-            tuple(us[after]),
-            tokens,
-            N=n,
-            C=width,
-            FIRST=start == 0,
-            SITES=len(sites),
-            BIASES=sum(1 << k for k, site in enumerate(sites) if site.f_bias is not None),
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.warps,
-        )
-        if sites:
-            streams = ys[start + len(sites) - 1]
+        mixings = [[_dense(tensor) for tensor in site] for site in ended[part]]
+        dtypes = tuple(None if bias is None else bias.dtype for *_, bias in mixings)
+        sites = [(f, f if bias is None else bias, *h) for f, *h, bias in mixings]
+        columns = chain(*zip(*sites, strict=True))
+        tensors = (streams, us[0], h_pre[0], *columns, *h_pre[after], *ys[part], *us[after])
+        launch = _launch(x.device, x.dtype, n, width, start == 0, dtypes, tile)
+        launch(grid, tensors, tokens)
+        if mixings:
+            streams = ys[start + len(mixings) - 1]
     return ys, us
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

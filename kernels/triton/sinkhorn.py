@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .device import sinkhorn_backward, sinkhorn_forward
-from .launch import dense, launch
+from .launch import Launch, prepared
 from .tiles import SINKHORN_TOKENS
 from .torch_operator import operator
 
@@ -38,41 +39,42 @@ def sinkhorn_kernel(
     tl.store(out_ptr + offsets, out, mask)
 
 
-def _launch(logits: Tensor, gradient: Tensor | None, iterations: int, eps: float) -> Tensor:
-    tokens, n, _ = logits.shape
-    out = torch.empty_like(logits)
+@prepared
+def _launch(device: torch.device, n: int, backward: bool, iterations: int, eps: float) -> Launch:
+    return Launch(
+        sinkhorn_kernel,
+        device,
+        N=n,
+        BACKWARD=backward,
+        ITERATIONS=iterations,
+        EPS=eps,
+        BT=SINKHORN_TOKENS,
+        num_warps=4,
+    )
+
+
+def _run(logits: Tensor, gradient: Tensor | None, iterations: int, eps: float) -> Tensor:
+    n = logits.shape[-1]
+    tokens = logits.numel() // (n * n)
+    out = logits.new_empty(logits.shape)
     if tokens > 0:
-        launch(
-            sinkhorn_kernel,
-            (triton.cdiv(tokens, SINKHORN_TOKENS),),
-            logits,
-            dense(gradient),
-            out,
-            tokens,
-            N=n,
-            BACKWARD=gradient is not None,
-            ITERATIONS=iterations,
-            EPS=eps,
-            BT=SINKHORN_TOKENS,
-            num_warps=4,
-        )
+        launch = _launch(logits.device, n, gradient is not None, iterations, eps)
+        launch((tiles.cdiv(tokens, SINKHORN_TOKENS), 1), (logits, gradient, out), tokens)
     return out
 
 
 @operator("sinkhorn", "h_res")
 def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """logits [T, n, n] fp32 -> [T, n, n] fp32."""
-    return _launch(logits, None, iterations, eps)
+    """logits [..., n, n] fp32 -> [..., n, n] fp32."""
+    return _run(logits, None, iterations, eps)
 
 
 @_sinkhorn.gradient
 def _sinkhorn_backward(logits: Tensor, gradient: Tensor, iterations: int, eps: float) -> Tensor:
     """The gradient of the logits."""
-    return _launch(logits, gradient, iterations, eps)
+    return _run(logits, gradient, iterations, eps)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
     """See `reference.sinkhorn`."""
-    n = logits.shape[-1]
-    dense_logits = logits.to(torch.float32).reshape(-1, n, n).contiguous()
-    return _sinkhorn(dense_logits, iterations, eps).view(logits.shape)
+    return _sinkhorn(logits.to(torch.float32), iterations, eps)

@@ -10,9 +10,8 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ TUNABLE: dict[str, Callable[[int, int, torch.dtype], "Tile"]] = {}
 """The kernels whose tiles a file may name."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What one program of a kernel works on.
 
     Attributes:
@@ -125,6 +123,24 @@ def padded(count: int) -> int:
     while size < count:
         size *= 2
     return size
+
+
+PHI_TERMS = 3
+"""bf16 terms that phi is split into for bf16 streams: 8 bits of its mantissa each, all of it."""
+
+
+def terms(dtype: torch.dtype) -> int:
+    """Terms that an fp32 factor of a product with these streams is split into.
+
+    bf16 streams are exact in bf16, so a sum of bf16 terms gives a nearly exact product at the bf16
+    rate. Other streams meet it in fp32 (three TF32 products).
+    """
+    return PHI_TERMS if dtype == torch.bfloat16 else 1
+
+
+def cdiv(count: int, size: int) -> int:
+    """Pieces of this size that `count` fills. (Triton's own takes the host 2 us.)"""
+    return -(-count // size)
 
 
 def shares(blocks: int, resident: int) -> int:

@@ -6,7 +6,7 @@ The transforms of torch.func want that Function in another style, which costs mo
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,43 +16,67 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from ..arguments import Options
 
 RESULTS = {
-    "y": "TnC",
-    "u": "TC",
-    "h_pre": "Tn",
-    "h_post": "Tn",
-    "h_res": "Tnn",
-    "z_over_r": "TR",
-    "inverse_r": "T",
+    "y": "nC",
+    "u": "C",
+    "h_pre": "n",
+    "h_post": "n",
+    "h_res": "nn",
+    "normed": "R",
 }
-"""The shape of what an operation returns under this name: T tokens, n streams, C their width, R
-rows of the projection. What has C is in the dtype of x; all else is fp32."""
+"""The last dimensions of what an operation returns under this name, behind those of the tokens: n
+streams, C their width, R rows of the projection and one (`finish_kernel`). What has C is in the
+dtype of x, all else in fp32. y has the shape of x."""
+INNER = ("normed",)
+"""Results that only the operation's own backward reads."""
+
+
+def _dense(arguments: Iterable[Any]) -> list[Any]:
+    """Contiguous tensors in the place of others."""
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function, eval_str=True).parameters
+    return {name: parameter.annotation for name, parameter in parameters.items()}
 
 
 def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the fields of its last argument, `options`, in place of that one: a custom
-    operator's schema knows no tuples with names."""
+    """The function as a custom operator's schema wants it: with the fields of its last argument in
+    the place of `Options`, and an empty tensor in the place of no gradient."""
     signature = inspect.signature(function, eval_str=True)
     *parameters, last = signature.parameters.values()
-    if last.annotation is not Options:
-        return function
-    first = len(parameters)
+    takes_options = last.annotation is Options
+    if takes_options:
+        fields = inspect.get_annotations(Options, eval_str=True).items()
+        parameters += [inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields]
+    else:
+        parameters.append(last)
 
     def flat(*arguments: Any) -> Any:
-        return function(*arguments[:first], Options(*arguments[first:]))
+        given = (*arguments[: -len(Options._fields)], _options(arguments))
+        found = function(*_dense(given if takes_options else arguments))
+        if isinstance(found, Tensor):
+            return found
+        return tuple(arguments[0].new_empty(0) if one is None else one for one in found)
 
-    fields = inspect.get_annotations(Options, eval_str=True).items()
-    parameters += [inspect.Parameter(name, last.kind, annotation=kind) for name, kind in fields]
     flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return flat
+
+
+def _options(arguments: tuple[Any, ...]) -> Options:
+    """The `Options` at the end of a custom operator's arguments."""
+    return Options(*arguments[-len(Options._fields) :])
 
 
 class Operator:
     """`megatron_mhc::NAME`, whose arguments begin with a tensor, x.
 
+    A call returns all results but INNER ones; those that have no gradient are outside the graph.
+
     Args:
         name: of the operator.
-        function: what it does: tensors, then the rest, with types that a custom operator's schema
-            has; and, at the end, `Options`.
+        function: what it does: contiguous tensors, then the rest, with types that a custom
+            operator's schema has; and, at the end, `Options`.
         results: the names in RESULTS of what it returns, or None for a gradient.
     """
 
@@ -60,12 +84,14 @@ class Operator:
         self, name: str, function: Callable[..., Any], results: tuple[str, ...] | None = None
     ) -> None:
         self._name = f"megatron_mhc::{name}"
-        self._given = _flat(function)
-        parameters = inspect.signature(self._given, eval_str=True).parameters
-        self._parameters = {name: p.annotation for name, p in parameters.items()}
+        self._given = function
+        self._flat = _flat(function)
+        self._parameters = _annotations(self._flat)
         self._results = results or ()
+        self._returned = len([name for name in self._results if name not in INNER])
+        self._with_gradient = self._returned
         self._direct: Callable[..., Any] = self._gradient
-        self._traced = torch.library.custom_op(self._name, self._given, mutates_args=())
+        self._traced = torch.library.custom_op(self._name, self._flat, mutates_args=())
         self._transformed = self._for_transforms(_refuse, lambda *_: None)
         if results is not None:
             self._traced.register_fake(self._fake)
@@ -73,12 +99,15 @@ class Operator:
     def _fake(self, *arguments: Any) -> Any:
         """Results without values."""
         named = dict(zip(self._parameters, arguments, strict=True))
-        x, sizes = arguments[0], dict(zip("TnC", arguments[0].shape, strict=True))
+        x = arguments[0]
+        shape = x.shape if "f" not in named else (*named["h_post"].shape, named["f"].shape[-1])
+        *tokens, n, width = shape
+        sizes = {"n": n, "C": width}
         for projection in {"phi", "fn"} & named.keys():
-            sizes["R"] = named[projection].shape[0]
+            sizes["R"] = named[projection].shape[0] + 1
         made = tuple(
             x.new_empty(
-                [sizes[size] for size in RESULTS[result]],
+                x.shape if result == "y" else [*tokens, *(sizes[s] for s in RESULTS[result])],
                 dtype=x.dtype if "C" in RESULTS[result] else torch.float32,
             )
             for result in self._results
@@ -88,8 +117,8 @@ class Operator:
     def gradient(self, function: Callable[..., Any]) -> "Operator":
         """A decorator: the function becomes an operator of its own, the gradient of this one.
 
-        It returns the gradients of this one's tensors, in their order; that of an absent one is
-        empty. Its arguments, in this order, say what is saved for it:
+        It returns the gradients of this one's tensors, in their order; None for an absent one. Its
+        arguments, in this order, say what is saved for it:
             all of this one's tensors, by their names;
             results of this one, by their names in RESULTS;
             gradients of this one's first results, by any other name: zeros where the type is
@@ -99,67 +128,74 @@ class Operator:
         A gradient has no gradient: asking for one raises a RuntimeError.
         """
         backward = Operator(f"{self._name.partition('::')[2]}_backward", function)
-        mine, its = list(self._parameters), backward._parameters
-        tensors = [name for name in mine if self._parameters[name] in _TENSORS]
-        constants = [mine.index(name) for name in its if name in mine and name not in tensors]
+        mine, its = _annotations(self._given), _annotations(function)
+        tensors = [name for name in mine if mine[name] in _TENSORS]
         kept = [self._results.index(n) for n in its if n in self._results and n not in mine]
-        known = {*mine, *self._results}
-        gradients = [kind for name, kind in its.items() if name not in known]
-        count, due, rest = len(tensors), len(gradients), (None,) * (len(mine) - len(tensors))
-        absent = [i for i, name in enumerate(tensors) if self._parameters[name] is not Tensor]
+        constants = [name for name in its if name in mine and name not in tensors]
+        gradients = [its[name] for name in its if name not in {*mine, *self._results}]
+        absent = [i for i, name in enumerate(tensors) if mine[name] is not Tensor]
+        count, due = len(tensors), len(gradients)
         single, materialize = count == 1, Tensor in gradients
+        self._with_gradient = due
 
-        def fake(*arguments: Any) -> Any:
-            x = arguments[0]
-            made = tuple(
-                x.new_empty(0) if tensor is None else torch.empty_like(tensor)
-                for tensor in arguments[:count]
-            )
-            return made[0] if single else made
+        def setup_for(names: list[str]) -> Callable[..., None]:
+            places = [names.index(name) if name in names else None for name in constants]
+            rest = (None,) * (len(names) - count)
 
-        def setup(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs[:count], *[output[index] for index in kept])
-            ctx.constants = [inputs[index] for index in constants]
-            if not materialize:
-                ctx.set_materialize_grads(False)
+            def setup(ctx: Any, inputs: Any, output: Any) -> None:
+                ctx.save_for_backward(*inputs[:count], *[output[index] for index in kept])
+                ctx.constants = [_options(inputs) if i is None else inputs[i] for i in places]
+                ctx.rest = rest
+                if not materialize:
+                    ctx.set_materialize_grads(False)
+
+            return setup
 
         def derive(ctx: Any, *given: Any) -> Any:
             saved = ctx.saved_tensors
-            found = backward(*saved, *given[:due], *ctx.constants)
+            found = backward(*saved, *_dense(given[:due]), *ctx.constants)
             if single:
-                return (found, *rest)
+                return (found, *ctx.rest)
             if absent:
                 found = list(found)
                 for index in absent:
                     if saved[index] is None:
                         found[index] = None
-            return (*found, *rest)
+            return (*found, *ctx.rest)
 
-        backward._traced.register_fake(fake)
-        self._register_autograd(derive, setup)
+        backward._traced.register_fake(lambda *arguments: _like(arguments[:count]))
+        setup = setup_for(list(self._parameters))
+        self._traced.register_autograd(derive, setup_context=setup)
+        self._transformed = self._for_transforms(derive, setup)
+        self._direct = self._without_operator(derive, setup_for(list(mine)))
         return backward
 
-    def _register_autograd(
+    def _without_operator(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
-    ) -> None:
-        self._traced.register_autograd(backward, setup_context=setup_context)
-        self._transformed = self._for_transforms(backward, setup_context)
-        function = self._given
+    ) -> Callable[..., Any]:
+        """The function itself under an autograd.Function, which saves what only the backward reads
+        and hands on the rest."""
+        function, returned, with_gradient = self._given, self._returned, self._with_gradient
 
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = function(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
+            dense = _dense(inputs)
+            output = function(*dense)
+            setup_context(ctx, dense, output)
+            if isinstance(output, Tensor):
+                return output
+            ctx.mark_non_differentiable(*output[with_gradient:returned])
+            return output[:returned] if returned > 1 else output[0]
 
-        self._direct = self._function(forward=forward, backward=backward)
+        return self._function(forward=forward, backward=backward)
 
     def _gradient(self, *arguments: Any) -> Any:
         """An operation that has no gradient, which is a gradient itself: refused where one is due.
 
         PyTorch enables gradients in a backward under `create_graph`.
         """
-        run = self._transformed if torch.is_grad_enabled() else self._given
-        return run(*arguments)
+        if torch.is_grad_enabled():
+            return self._transformed(*self._fields(arguments))
+        return self._given(*arguments)
 
     def _for_transforms(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
@@ -179,15 +215,37 @@ class Operator:
         function: Any = type(self._name, (torch.autograd.Function,), static)
         return function.apply
 
+    def _fields(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of the custom operator, which has the fields of `Options`."""
+        *first, last = arguments
+        return (*first, *last) if isinstance(last, Options) else arguments
+
     def __call__(self, *arguments: Any) -> Any:
         """Run it: the operator where something traces, else the function itself."""
         if torch.compiler.is_compiling() or type(arguments[0]) not in PLAIN:
-            return self._traced(*arguments)
-        if _transformed():
-            return self._transformed(*arguments)
-        if _watched():
-            return self._traced(*arguments)
+            return self._returns(self._traced(*self._fields(arguments)))
+        if _are_transforms_active():
+            return self._returns(self._transformed(*self._fields(arguments)))
+        if _count_modes() > 0:
+            return self._returns(self._traced(*self._fields(arguments)))
         return self._direct(*arguments)
+
+    def _returns(self, output: Any) -> Any:
+        """What a call returns, of all that the custom operator does."""
+        if self._returned == 0 or isinstance(output, Tensor):
+            return output
+        first, more = output[: self._with_gradient], output[self._with_gradient : self._returned]
+        returned = (*first, *(result.detach() for result in more))
+        return returned if len(returned) > 1 else returned[0]
+
+
+def _like(tensors: tuple[Tensor | None, ...]) -> Any:
+    """Gradients of these without values; the first is never absent."""
+    made = tuple(
+        tensors[0].new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)  # type: ignore[union-attr]
+        for tensor in tensors
+    )
+    return made if len(made) > 1 else made[0]
 
 
 class _Alive:
@@ -224,14 +282,10 @@ PLAIN = (Tensor, torch.nn.Parameter)
 """Tensors that nobody traces with."""
 
 
-def _watched() -> bool:
-    """Whether a TorchDispatchMode is to see every operator."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func is on its way."""
-    return torch._C._are_functorch_transforms_active()
+_count_modes = torch._C._len_torch_dispatch_stack
+"""How many TorchDispatchModes are to see every operator."""
+_are_transforms_active = torch._C._are_functorch_transforms_active
+"""Whether a transform of torch.func is on its way."""
 
 
 def operator(name: str, *results: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -4,17 +4,19 @@
 `aggregate`'s own kernel reads the streams once more.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...arguments import Options
+from ...arguments import Options, Sizes
 from .. import tiles
 from ..aggregate import weighted_sum
-from ..device import sinkhorn_forward, sum_blocks
-from ..launch import launch
+from ..device import after_rows, sinkhorn_forward, sum_blocks
+from ..launch import Launch, prepared
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -25,8 +27,7 @@ def finish_kernel(
     h_pre_ptr,
     h_post_ptr,
     h_res_ptr,
-    z_over_r_ptr,
-    inverse_r_ptr,
+    normed_ptr,
     T,
     norm_eps,
     pre_eps,
@@ -43,9 +44,11 @@ def finish_kernel(
 ):
     """Partial projections [tiles, BLOCKS, ROWS + 1, TILE] -> the coefficients of BT tokens.
 
-    Without MIXING (`head`) there are only the N rows of H_pre. z_over_r [T, ROWS] is z / r and
-    inverse_r [T] is 1 / r: what the backward keeps.
+    Without MIXING (`head`) there are only the N rows of H_pre. normed is what the backward keeps:
+    z / r [T, ROWS], and behind it 1 / r [T].
     """
+    z_over_r_ptr = normed_ptr
+    inverse_r_ptr = after_rows(normed_ptr, T, ROWS)
     first = tl.program_id(0) * BT
     t = first + tl.arange(0, BT)
     t64 = t.to(tl.int64)
@@ -84,19 +87,53 @@ def finish_kernel(
         tl.store(h_res_ptr + t64[:, None] * (N * N) + k[None, :], matrix, mask)
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """What `finish` returns: None where the operation has no such result."""
 
     u: Tensor | None
     h_pre: Tensor
     h_post: Tensor | None
     h_res: Tensor | None
-    z_over_r: Tensor
-    inverse_r: Tensor
+    normed: Tensor
+
+
+@prepared
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    width: int,
+    rows: int,
+    blocks: int,
+    tile_tokens: int,
+    iterations: int,
+    sinkhorn_eps: float,
+) -> tuple[Launch, int]:
+    """The kernel for partial projections [tiles, blocks, rows + 1, tile_tokens] of streams of this
+    dtype; and how many tokens a program of it has."""
+    tile = tiles.finish(n, width, dtype)
+    block_tokens = min(tile.tokens, tile_tokens)
+    launch = Launch(
+        finish_kernel,
+        device,
+        N=n,
+        C=width,
+        ROWS=rows,
+        MIXING=rows > n,
+        ITERATIONS=iterations,
+        SINKHORN_EPS=sinkhorn_eps,
+        BLOCKS=blocks,
+        LOADS=max(tiles.FINISH_LOADS * tile.warps, n * n * block_tokens),
+        TILE=tile_tokens,
+        BT=block_tokens,
+        num_warps=tile.warps,
+    )
+    return launch, block_tokens
 
 
 def finish(
+    sizes: Sizes,
+    leading: Sequence[int],
     x: Tensor,
     partial: Tensor,
     alpha: Tensor,
@@ -105,43 +142,22 @@ def finish(
     *,
     aggregate: bool,
 ) -> Finished:
-    """Launch `finish_kernel` for the streams x [T, n, C] that were projected, and `aggregate`'s."""
-    tokens, n, width = x.shape
+    """Launch `finish_kernel` for the streams x that were projected, and `aggregate`'s.
+
+    The results have these leading dimensions, those of the tokens.
+    """
+    tokens, n, width = sizes
     _, blocks, rows, tile_tokens = partial.shape
     rows -= 1
-    mixing = rows > n
-    tile = tiles.finish(n, width, x.dtype)
-    block_tokens = min(tile.tokens, tile_tokens)
-    h_pre = partial.new_empty(tokens, n)
-    h_post = partial.new_empty(tokens, n) if mixing else None
-    h_res = partial.new_empty(tokens, n, n) if mixing else None
-    z_over_r, inverse_r = partial.new_empty(tokens, rows), partial.new_empty(tokens)
+    new = partial.new_empty
+    h_pre, h_post, h_res, normed = new(*leading, n), None, None, new(*leading, rows + 1)
+    if rows > n:
+        h_post, h_res = new(*leading, n), new(*leading, n, n)
     if tokens > 0:
-        launch(
-            finish_kernel,
-            (triton.cdiv(tokens, block_tokens),),
-            partial,
-            alpha,
-            bias,
-            h_pre,
-            h_post,
-            h_res,
-            z_over_r,
-            inverse_r,
-            tokens,
-            options.norm_eps,
-            options.pre_eps,
-            N=n,
-            C=width,
-            ROWS=rows,
-            MIXING=mixing,
-            ITERATIONS=options.iterations,
-            SINKHORN_EPS=options.sinkhorn_eps,
-            BLOCKS=blocks,
-            LOADS=max(tiles.FINISH_LOADS * tile.warps, n * n * block_tokens),
-            TILE=tile_tokens,
-            BT=block_tokens,
-            num_warps=tile.warps,
-        )
-    u = weighted_sum(x, h_pre) if aggregate else None
-    return Finished(u, h_pre, h_post, h_res, z_over_r, inverse_r)
+        iterations, norm_eps, pre_eps, sinkhorn_eps = options
+        kind = (n, width, rows, blocks, tile_tokens, iterations, sinkhorn_eps)
+        launch, block_tokens = _launch(x.device, x.dtype, *kind)
+        tensors = (partial, alpha, bias, h_pre, h_post, h_res, normed)
+        launch((tiles.cdiv(tokens, block_tokens), 1), tensors, tokens, norm_eps, pre_eps)
+    u = weighted_sum(sizes, x, h_pre) if aggregate else None
+    return Finished(u, h_pre, h_post, h_res, normed)

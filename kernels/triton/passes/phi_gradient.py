@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...arguments import Sizes
 from .. import tiles
 from ..device import product
-from ..launch import PHI_TERMS, launch
+from ..launch import Launch, prepared
 from .sums import sum_rows
 
 LONGEST_SUM = 4096
@@ -58,28 +59,35 @@ def phi_gradient_kernel(
     tl.store(d_phi_ptr + out, d_phi, (column < WIDTH)[:, None] & (row < ROWS)[None, :])
 
 
-def phi_gradient(y: Tensor, d_z: Tensor) -> Tensor:
-    """d_phi [rows, n*C] of y [T, n, C] and d_z [T, rows], in a kernel of its own."""
-    tokens, n, width = y.shape
-    rows = d_z.shape[1]
-    tile = tiles.phi_gradient(n, width, y.dtype)
-    splits = max(tile.splits, triton.cdiv(tokens, LONGEST_SUM))
-    splits = max(1, min(splits, triton.cdiv(tokens, tile.tokens)))  # none without tokens
-    partial = d_z.new_empty(splits, rows, n * width)
-    launch(
+@prepared
+def _launch(
+    device: torch.device, dtype: torch.dtype, n: int, width: int, rows: int
+) -> tuple[Launch, tiles.Tile]:
+    """The kernel for streams of this dtype."""
+    tile = tiles.phi_gradient(n, width, dtype)
+    launch = Launch(
         phi_gradient_kernel,
-        (triton.cdiv(n * width, tile.channels), splits),
-        y,
-        d_z,
-        partial,
-        tokens,
+        device,
         WIDTH=n * width,
         ROWS=rows,
         R=tiles.padded(rows),
-        TERMS=PHI_TERMS if y.dtype == torch.bfloat16 else 1,
+        TERMS=tiles.terms(dtype),
         BT=tile.tokens,
         BC=tile.channels,
         STAGES=tile.stages,
         num_warps=tile.warps,
     )
-    return sum_rows(partial, partial.new_empty(rows, n * width))
+    return launch, tile
+
+
+def phi_gradient(sizes: Sizes, y: Tensor, d_z: Tensor, rows: int) -> Tensor:
+    """d_phi [rows, n*C] of streams y and d_z [T, rows] (at the start of what is given), in a kernel
+    of its own."""
+    tokens, n, width = sizes
+    launch, tile = _launch(y.device, y.dtype, n, width, rows)
+    splits = max(tile.splits, tiles.cdiv(tokens, LONGEST_SUM))
+    splits = max(1, min(splits, tiles.cdiv(tokens, tile.tokens)))  # none without tokens
+    columns = n * width
+    partial, d_phi = d_z.new_empty(splits, rows, columns), d_z.new_empty(rows, columns)
+    launch((tiles.cdiv(columns, tile.channels), splits), (y, d_z, partial), tokens)
+    return sum_rows(partial, d_phi)

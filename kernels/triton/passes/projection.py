@@ -6,24 +6,24 @@ registers, projects the result for the site that begins; each half can run alone
 `passes.finish` behind it, so their results agree to the bit.
 """
 
-# ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
+# ruff: noqa: RUF005 (Triton's language has no starred tuples)
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...arguments import Mixing
+from ...arguments import Mixing, Sizes
 from .. import tiles
 from ..device import (
     load_columns,
     load_streams,
     mixed_stream,
-    product,
     rounded,
     widened,
 )
-from ..launch import launch, pack_weights
+from ..launch import Launch, prepared
+from .phi_products import add_products, as_transposed_operand, count_sums, load_phi, store_sums
 
 
 @triton.jit
@@ -37,110 +37,6 @@ def load_tiles(x_ptr, f_ptr, t64, c, N: tl.constexpr, C: tl.constexpr, COMBINE: 
     return streams, f
 
 
-@triton.jit
-def as_operand(tile):
-    """[rows, BC] -> the same, its channels in the order of `as_transposed_operand`."""
-    ROWS: tl.constexpr = tile.shape[0]
-    BC: tl.constexpr = tile.shape[1]
-    tile = tl.permute(tl.reshape(tile, (ROWS, BC // 8, 4, 2)), (0, 2, 1, 3))
-    return tl.reshape(tile, (ROWS, BC))
-
-
-@triton.jit
-def as_transposed_operand(tile):
-    """[BT, BC] -> [BC, BT], its channels in an order in which nothing has to move.
-
-    A thread loads 8 channels in a row (16 bits each). A product of matrices wants 2 of each 8 from
-    it. A product does not depend on the order of the channels, if both factors have the same one.
-    So both name the channels such that every thread has already loaded its part of the product.
-    (fp32 factors move anyway.)
-    """
-    BT: tl.constexpr = tile.shape[0]
-    BC: tl.constexpr = tile.shape[1]
-    tile = tl.permute(tl.reshape(tile, (BT, BC // 8, 4, 2)), (2, 1, 3, 0))
-    return tl.reshape(tile, (BC, BT))
-
-
-@triton.jit
-def load_phi(
-    weights_ptr,
-    i: tl.constexpr,
-    c,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    R: tl.constexpr,
-    TERMS: tl.constexpr,
-):
-    """The tiles [16, BC] of phi for stream i that `add_products` multiplies with.
-
-    16 rows at a time, a tile for each term. The rest is 8 rows at most. Its three terms fill two
-    tiles: the first term over the second, and zeros over the third.
-    """
-    FULL: tl.constexpr = ROWS // 16
-    row = tl.arange(0, 16)
-    mask = (c < C)[None, :]
-    columns = weights_ptr + (i * C + c)[None, :]
-    tiles = ()
-    for j in tl.static_range(FULL):
-        for term in tl.static_range(TERMS):
-            w = columns + (term * R + 16 * j + row)[:, None] * (N * C)
-            tiles = tiles + (as_operand(tl.load(w, mask, 0.0)),)
-    if ROWS % 16 > 0 and TERMS == 1:
-        w = columns + (16 * FULL + row)[:, None] * (N * C)
-        tiles = tiles + (as_operand(tl.load(w, mask, 0.0)),)
-    elif ROWS % 16 > 0:
-        rest = 16 * FULL + row % 8
-        w = columns + (row // 8 * R + rest)[:, None] * (N * C)
-        tiles = tiles + (as_operand(tl.load(w, mask, 0.0)),)
-        w = columns + (2 * R + rest)[:, None] * (N * C)
-        tiles = tiles + (as_operand(tl.load(w, mask & (row >= 8)[:, None], 0.0)),)
-    return tiles
-
-
-@triton.jit
-def add_products(phi, y, sums, ROWS: tl.constexpr, TERMS: tl.constexpr):
-    """The sums [16, BT] with phi y [BC, BT] of one stream added.
-
-    With three terms, 16 rows have two sums: one of the first term, one of the two others. The rest
-    has one: the first term in its upper half, the others in its lower half.
-    """
-    FULL: tl.constexpr = ROWS // 16
-    longer = ()
-    if TERMS == 1:
-        for j in tl.static_range(len(sums)):
-            longer = longer + (tl.dot(phi[j], y, sums[j], input_precision="tf32x3"),)
-    else:
-        for j in tl.static_range(FULL):
-            low = product(phi[3 * j + 1], y, sums[2 * j + 1])
-            low = product(phi[3 * j + 2], y, low)
-            longer = longer + (product(phi[3 * j], y, sums[2 * j]), low)
-        if ROWS % 16 > 0:
-            z = product(phi[3 * FULL], y, sums[2 * FULL])
-            longer = longer + (product(phi[3 * FULL + 1], y, z),)
-    return longer
-
-
-@triton.jit
-def store_sums(out_ptr, sums, ROWS: tl.constexpr, TERMS: tl.constexpr, BT: tl.constexpr):
-    """z [ROWS, BT] of the sums of `add_products`."""
-    FULL: tl.constexpr = ROWS // 16
-    out = out_ptr + tl.arange(0, BT)[None, :]
-    row = tl.arange(0, 16)[:, None]
-    for j in tl.static_range(FULL):
-        if TERMS == 1:
-            z = sums[j]
-        else:
-            z = sums[2 * j] + sums[2 * j + 1]
-        tl.store(out + (16 * j + row) * BT, z)
-    if ROWS % 16 > 0 and TERMS == 1:
-        tl.store(out + (16 * FULL + row) * BT, sums[FULL], 16 * FULL + row < ROWS)
-    elif ROWS % 16 > 0:
-        z = tl.sum(tl.reshape(sums[2 * FULL], (2, 8, BT)), axis=0)
-        row = 16 * FULL + tl.arange(0, 8)[:, None]
-        tl.store(out + row * BT, z, row < ROWS)
-
-
 @triton.jit(do_not_specialize=["T"])
 def combine_and_project_kernel(
     x_ptr,
@@ -149,13 +45,12 @@ def combine_and_project_kernel(
     h_post_ptr,
     h_res_ptr,
     y_ptr,
-    weights_ptr,
+    phi_ptr,
     partial_ptr,
     T,
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    R: tl.constexpr,
     TERMS: tl.constexpr,
     SUMS: tl.constexpr,
     COMBINE: tl.constexpr,
@@ -171,7 +66,7 @@ def combine_and_project_kernel(
     A program keeps phi of its STEPS * BC channels in shared memory. It takes every P-th tile of BT
     tokens, P = programs a block, so that all programs read and write side by side. Triton copies
     the tiles that come next to shared memory meanwhile.
-    x, y [T, N, C]; f [T, C]; weights [TERMS, R, N*C]; partial [tiles of BT tokens, blocks,
+    x, y [T, N, C]; f [T, C]; phi [ROWS, N*C] fp32; partial [tiles of BT tokens, blocks,
     ROWS + 1, BT]: z and the sum of squares. Each program's part of a tile is contiguous.
     """
     BLOCKS: tl.constexpr = (C + STEPS * BC - 1) // (STEPS * BC)
@@ -181,7 +76,7 @@ def combine_and_project_kernel(
     if PROJECT:
         for step in tl.static_range(STEPS):
             for i in tl.static_range(N):
-                phi = phi + (load_phi(weights_ptr, i, c0 + step * BC, N, C, ROWS, R, TERMS),)
+                phi = phi + (load_phi(phi_ptr, i, c0 + step * BC, N, C, ROWS, TERMS),)
 
     for t0 in range(tl.program_id(1) * BT, T, tl.num_programs(1) * BT):
         t = t0 + tl.arange(0, BT)
@@ -237,65 +132,64 @@ MOST_PROGRAMS = 2**15
 tile has a program, up to this many: CUDA's grid ends at 65,535 in its second dimension."""
 
 
-def count_sums(rows: int, terms: int) -> int:
-    """The sums of 16 rows that `add_products` keeps for phi [rows, n*C] in so many terms."""
-    full, rest = divmod(rows, 16)
-    return (1 if terms == 1 else 2) * full + (rest > 0)
+@prepared
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    width: int,
+    rows: int | None,
+    combine: bool,
+    f_bias: torch.dtype | None,
+) -> tuple[Launch, tiles.Tile, int]:
+    """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
+    rows of phi and f_bias's dtype are None where there is none."""
+    tile = tiles.project(n, width, dtype)
+    terms = tiles.terms(dtype) if rows is not None else 1
+    launch = Launch(
+        combine_and_project_kernel,
+        device,
+        N=n,
+        C=width,
+        ROWS=rows or n,
+        TERMS=terms,
+        SUMS=count_sums(rows, terms) if rows is not None else 0,
+        COMBINE=combine,
+        HAS_BIAS=f_bias is not None,
+        PROJECT=rows is not None,
+        BT=tile.tokens,
+        BC=min(tile.channels, STEP),
+        STEPS=tiles.cdiv(tile.channels, STEP),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+    )
+    return launch, tile, tiles.cdiv(width, tile.channels)
 
 
 def combine_and_project(
-    x: Tensor, phi: Tensor | None, mixing: Mixing | None
+    sizes: Sizes, x: Tensor, phi: Tensor | None, mixing: Mixing | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch `combine_and_project_kernel` on x [T, n, C].
+    """Launch `combine_and_project_kernel` on streams x.
 
     Args:
         phi: [rows, n*C], or None to combine alone.
         mixing: of the site that ends, or None to project x itself.
 
     Returns:
-        The streams that were projected (x itself without mixing), and the partial projections
-        [tiles, channel blocks, rows + 1, tokens of a tile]: z of each row of phi, then the sum of
-        squares.
+        The streams that were projected (in the shape of x; x itself without mixing), and the
+        partial projections [tiles, channel blocks, rows + 1, tokens of a tile]: z of each row of
+        phi, then the sum of squares.
     """
-    tokens, n, width = x.shape
-    tile = tiles.project(n, width, x.dtype)
-    count, blocks = triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.channels)
-    f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
-    y = x if mixing is None else torch.empty_like(x)
-    partial = None
-    rows, weights = n, None
-    if phi is not None:
-        rows, weights = phi.shape[0], pack_weights(phi, x.dtype)
-        partial = x.new_empty(count, blocks, rows + 1, tile.tokens, dtype=torch.float32)
-    if tokens == 0:
-        return y, partial
-    terms = 1 if weights is None else weights.shape[0]
-    launch(
-        combine_and_project_kernel,
-        (blocks, min(count, MOST_PROGRAMS if phi is None else tile.splits)),
-        x,
-        f,
-        f_bias,
-        h_post,
-        h_res,
-        y,
-        weights,
-        partial,
-        tokens,
-        N=n,
-        C=width,
-        ROWS=rows,
-        R=tiles.padded(rows),
-        TERMS=terms,
-        SUMS=0 if phi is None else count_sums(rows, terms),
-        COMBINE=mixing is not None,
-        HAS_BIAS=f_bias is not None,
-        PROJECT=phi is not None,
-        BT=tile.tokens,
-        BC=min(tile.channels, STEP),
-        STEPS=triton.cdiv(tile.channels, STEP),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
-    )
+    tokens, n, width = sizes
+    f, h_post, h_res, f_bias = mixing or (None,) * 4
+    rows = None if phi is None else phi.shape[0]
+    bias_dtype = None if f_bias is None else f_bias.dtype
+    launch, tile, blocks = _launch(x.device, x.dtype, n, width, rows, f is not None, bias_dtype)
+    count = tiles.cdiv(tokens, tile.tokens)
+    y = x if mixing is None else x.new_empty(x.shape)
+    partial = None if phi is None else phi.new_empty(count, blocks, len(phi) + 1, tile.tokens)
+    if tokens > 0:
+        programs = min(count, MOST_PROGRAMS if phi is None else tile.splits)
+        launch((blocks, programs), (x, f, f_bias, h_post, h_res, y, phi, partial), tokens)
     return y, partial

@@ -6,23 +6,22 @@ and, where y came from a combine, goes through it at once: df = H_post dY, dx = 
 once. Sums over tokens or channels are partial sums, added up behind it.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ...arguments import Mixing
+from ...arguments import Mixing, Sizes
 from .. import tiles
-from ..launch import dense, launch, pack_weights
+from ..launch import Launch, prepared
 from .phi_gradient import phi_gradient
 from .stream_gradients_kernel import stream_gradients_kernel
 from .sums import sum_mixing, sum_rows
 from .token_gradients import TokenGradients
 
 
-@dataclass(frozen=True)
-class StreamsGradients:
+class StreamsGradients(NamedTuple):
     """What `streams_gradients` returns; None where the operation has no such argument."""
 
     dx: Tensor
@@ -33,7 +32,45 @@ class StreamsGradients:
     d_phi: Tensor | None
 
 
+@prepared
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    width: int,
+    rows: int | None,
+    has: tuple[bool, bool, bool],
+    f_bias: torch.dtype | None,
+) -> tuple[Launch, tiles.Tile, int]:
+    """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
+    rows of phi and f_bias's dtype are None where there is none; `has`: whether there are dy, du and
+    a combine to go through."""
+    tile = tiles.streams_backward(n, width, dtype)
+    launch = Launch(
+        stream_gradients_kernel,
+        device,
+        N=n,
+        C=width,
+        ROWS=rows or n,
+        PART=tiles.streams_backward_rows(rows or n),
+        TERMS=tiles.terms(dtype) if rows is not None else 1,
+        PROJECT=rows is not None,
+        HAS_DY=has[0],
+        HAS_DU=has[1],
+        COMBINE=has[2],
+        HAS_BIAS=f_bias is not None,
+        MIXING=triton.next_power_of_2(n + n * n),
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+    )
+    return launch, tile, tiles.cdiv(width, tile.channels)
+
+
 def streams_gradients(
+    sizes: Sizes,
     y: Tensor,
     *,
     dy: Tensor | None = None,
@@ -46,76 +83,36 @@ def streams_gradients(
     """Launch `stream_gradients_kernel`, and what adds up its partial sums.
 
     Args:
-        y: [T, n, C], the streams that were projected (any tensor of that shape without phi).
+        y: the streams that were projected (any tensor of that shape without phi).
         dy, du: gradients of y and u; an absent one is zero.
         phi, token: the projection and what `token_gradients` returned, or None where
             nothing was projected.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
     """
-    tokens, n, width = y.shape
-    weights = None if phi is None else pack_weights(phi, y.dtype)
-    dx, df, d_post, d_res, f_bias = torch.empty_like(y), None, None, None, None
-    if mixing is not None:
-        f_bias = mixing.f_bias
-        df, d_post, d_res = map(torch.empty_like, mixing[:3])
+    tokens, n, width = sizes
+    f, h_post, h_res, f_bias = mixing or (None,) * 4
+    dx = y.new_empty(y.shape)
+    df = d_post = d_res = d_f_bias = d_phi = d_mixing = f_bias_sums = None
     if tokens == 0:
-        no_phi = None if phi is None else torch.zeros_like(phi)
-        no_bias = None if f_bias is None else torch.zeros_like(f_bias)
-        return StreamsGradients(dx, df, d_post, d_res, no_bias, no_phi)
-    rows = n if phi is None else phi.shape[0]
-    d_mixing, d_f_bias = _launch(y, dy, du, token, weights, rows, x, mixing, dx, df)
-    if d_mixing is not None:
+        made = (None if t is None else torch.zeros_like(t) for t in (*(mixing or [None] * 4), phi))
+        return StreamsGradients(dx, *made)
+    rows = None if phi is None else phi.shape[0]
+    bias_dtype = None if f_bias is None else f_bias.dtype
+    has = (dy is not None, du is not None, mixing is not None)
+    launch, tile, blocks = _launch(y.device, y.dtype, n, width, rows, has, bias_dtype)
+    programs = min(tile.splits, tiles.cdiv(tokens, tile.tokens))  # none without tokens
+    if mixing is not None:
+        df, d_post = f.new_empty(f.shape), h_post.new_empty(h_post.shape)
+        d_res, d_mixing = h_res.new_empty(h_res.shape), h_res.new_empty(blocks, tokens, n + n * n)
+    if f_bias is not None:
+        f_bias_sums = h_post.new_empty(programs, width)
+    of_token = None if token is None else token.d_z_k_h_pre
+    given = (y, dy, du, of_token, phi, x, f, f_bias, h_post, h_res)
+    launch((blocks, programs), (*given, dx, df, d_mixing, f_bias_sums), tokens)
+    if mixing is not None:
         sum_mixing(d_mixing, d_post, d_res)
-    if d_f_bias is not None:
-        d_f_bias = sum_rows(d_f_bias, d_f_bias.new_empty(width)).to(f_bias.dtype)
-    d_phi = None if phi is None else phi_gradient(y, token.d_z)
+    if f_bias is not None:
+        d_f_bias = sum_rows(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
+    if phi is not None:
+        d_phi = phi_gradient(sizes, y, token.d_z_k_h_pre, rows)
     return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)
-
-
-def _launch(
-    y: Tensor,
-    dy: Tensor | None,
-    du: Tensor | None,
-    token: TokenGradients | None,
-    weights: Tensor | None,
-    rows: int,
-    x: Tensor | None,
-    mixing: Mixing | None,
-    dx: Tensor,
-    df: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write dx and df; the partial sums of d_h_post and d_h_res, and those of d_f_bias."""
-    tokens, n, width = y.shape
-    tile = tiles.streams_backward(n, width, y.dtype)
-    blocks = triton.cdiv(width, tile.channels)
-    programs = min(tile.splits, triton.cdiv(tokens, tile.tokens))  # none without tokens
-    f, h_post, h_res, f_bias = mixing if mixing is not None else (None,) * 4
-    d_z, k, h_pre = (None,) * 3 if token is None else (token.d_z, token.k, token.h_pre)
-    new = lambda *shape: y.new_empty(*shape, dtype=torch.float32)  # noqa: E731
-    d_f_bias = None if f_bias is None else new(programs, width)
-    d_mixing = None if mixing is None else new(blocks, tokens, n + n * n)
-    # fmt: off
-    launch(
-        stream_gradients_kernel, (blocks, programs),
-        y, dense(dy), dense(du), d_z, k, h_pre, weights, x, f, f_bias, h_post, h_res,
-        dx, df, d_mixing, d_f_bias, tokens,
-        N=n,
-        C=width,
-        ROWS=rows,
-        R=tiles.padded(rows),
-        PART=tiles.streams_backward_rows(rows),
-        TERMS=1 if weights is None else weights.shape[0],
-        PROJECT=weights is not None,
-        HAS_DY=dy is not None,
-        HAS_DU=du is not None,
-        COMBINE=mixing is not None,
-        HAS_BIAS=f_bias is not None,
-        MIXING=triton.next_power_of_2(n + n * n),
-        BT=tile.tokens,
-        BC=tile.channels,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
-    )
-    # fmt: on
-    return d_mixing, d_f_bias

@@ -10,7 +10,7 @@ programs of a kernel work side by side, on neighbouring tokens.
 import triton
 import triton.language as tl
 
-from ..device import load_columns, load_streams, rounded, row_sums, widened
+from ..device import after_rows, load_columns, load_streams, rounded, row_sums, widened
 from .through_phi import load_weights, through_phi
 
 
@@ -140,10 +140,8 @@ def stream_gradients_kernel(
     y_ptr,
     dy_ptr,
     du_ptr,
-    d_z_ptr,
-    k_ptr,
-    h_pre_ptr,
-    weights_ptr,
+    token_ptr,
+    phi_ptr,
     x_ptr,
     f_ptr,
     f_bias_ptr,
@@ -157,7 +155,6 @@ def stream_gradients_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    R: tl.constexpr,
     PART: tl.constexpr,
     TERMS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -172,10 +169,14 @@ def stream_gradients_kernel(
     """dY of one block of channels and every P-th tile of tokens, P = programs a block; then
     dx = dY, or (COMBINE) dx = H_res^T dY.
 
-    y, dy, x, dx [T, N, C]; du, f, df [T, C]; weights [TERMS, R, N*C]. Partial sums: d_mixing
-    [channel blocks, T, N + N*N] of d_h_post and d_h_res; d_f_bias [programs a block, C]. A product
-    with phi takes PART of its rows.
+    y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C] fp32; token as
+    `token_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
+    d_h_post and d_h_res; d_f_bias [programs a block, C]. A product with phi takes PART of its rows.
     """
+    if PROJECT:
+        d_z_ptr = token_ptr
+        k_ptr = after_rows(token_ptr, T, ROWS)
+        h_pre_ptr = after_rows(token_ptr, T, ROWS + 1)
     block = tl.program_id(0)
     part = tl.program_id(1)
     c = block * BC + tl.arange(0, BC)
@@ -185,7 +186,7 @@ def stream_gradients_kernel(
 
     weights = ()
     if PROJECT:
-        weights = load_weights(weights_ptr, c, c_mask, N, C, ROWS, R, PART, TERMS)
+        weights = load_weights(phi_ptr, c, c_mask, N, C, ROWS, PART, TERMS)
     d_f_bias = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)

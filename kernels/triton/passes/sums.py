@@ -1,10 +1,12 @@
 """Partial sums of the backward, added up in a fixed order: no atomics."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from .. import tiles
+from ..launch import Launch, prepared
 
 
 @triton.jit(do_not_specialize=["COUNT"])
@@ -58,41 +60,33 @@ def sum_mixing_kernel(
     tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & (entry >= N))
 
 
+@prepared
+def _sum_mixing(device: torch.device, n: int, blocks: int) -> Launch:
+    sizes = {"N": n, "BLOCKS": blocks, "BB": 16, "BW": 128}
+    return Launch(sum_mixing_kernel, device, **sizes, num_warps=4)
+
+
 def sum_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor) -> None:
     """The sum over the first dimension of `partial` [blocks, T, n + n*n], into the other two."""
     blocks, tokens, width = partial.shape
-    launch(
-        sum_mixing_kernel,
-        (triton.cdiv(tokens * width, 128),),
-        partial,
-        d_post,
-        d_res,
-        tokens,
-        N=d_post.shape[1],
-        BLOCKS=blocks,
-        BB=16,
-        BW=128,
-        num_warps=4,
-    )
+    launch = _sum_mixing(partial.device, d_post.shape[-1], blocks)
+    launch((tiles.cdiv(tokens * width, 128), 1), (partial, d_post, d_res), tokens)
+
+
+@prepared
+def _sum_rows(device: torch.device, width: int, first: int) -> tuple[int, Launch]:
+    """The programs, and `sum_rows_kernel` for rows of this width, `first` of them for `out`."""
+    few = width < 1024  # few columns: many rows a step, else many columns a program
+    rows, columns = (128, 32) if few else (8, 256)
+    sizes = {"WIDTH": width, "FIRST": first, "BR": rows, "BW": columns}
+    launch = Launch(sum_rows_kernel, device, **sizes, num_warps=8 if few else 4)
+    return tiles.cdiv(width, columns), launch
 
 
 def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
     """The sum over the first dimension of `partial`, into `out` and what follows into `rest`."""
-    count = partial.shape[0]
-    width = partial[0].numel()
-    few = width < 1024  # few columns: many rows a step, else many columns a program
-    block_rows, block_columns = (128, 32) if few else (8, 256)
-    launch(
-        sum_rows_kernel,
-        (triton.cdiv(width, block_columns),),
-        partial,
-        out,
-        rest,
-        count,
-        WIDTH=width,
-        FIRST=out.numel(),
-        BR=block_rows,
-        BW=block_columns,
-        num_warps=8 if few else 4,
-    )
+    first = out.numel()
+    width = first if rest is None else first + rest.numel()
+    programs, launch = _sum_rows(partial.device, width, first)
+    launch((programs, 1), (partial, out, rest), partial.shape[0])
     return out

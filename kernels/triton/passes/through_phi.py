@@ -1,6 +1,6 @@
 """d_z phi: what comes of the streams' gradient through the projection.
 
-`projection.add_products` is the way there.
+`phi_products` is the way there.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -13,26 +13,29 @@ from ..device import product
 
 @triton.jit
 def load_weights(
-    weights_ptr,
+    phi_ptr,
     c,
     c_mask,
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    R: tl.constexpr,
     PART: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """phi at channels c, transposed: a tile [BC, PART] for each stream, part of rows and term."""
-    row = tl.arange(0, PART)
+    """phi at channels c, transposed: a tile [BC, PART] for each stream, part of rows and term (two
+    bf16 terms, or one in fp32 where TERMS is 1)."""
+    row = tl.arange(0, PART)[:, None]
     weights = ()
     for i in tl.static_range(N):
         for p in tl.static_range((ROWS + PART - 1) // PART):
-            w = weights_ptr + (p * PART + row)[:, None] * (N * C) + (i * C + c)[None, :]
-            weights = weights + (tl.trans(tl.load(w, c_mask[None, :], 0.0)),)
-            if TERMS > 1:
-                low = tl.load(w + R * N * C, c_mask[None, :], 0.0)
-                weights = weights + (tl.trans(low),)
+            w = phi_ptr + (p * PART + row) * (N * C) + (i * C + c)[None, :]
+            phi = tl.load(w, c_mask[None, :] & (p * PART + row < ROWS), 0.0)
+            if TERMS == 1:
+                weights = weights + (tl.trans(phi),)
+            else:
+                high = phi.to(tl.bfloat16)
+                low = (phi - high.to(tl.float32)).to(tl.bfloat16)
+                weights = weights + (tl.trans(high), tl.trans(low))
     return weights
 
 

@@ -6,17 +6,17 @@ d_z [rows], k and h_pre, with which dY = dy + h_pre^T du + d_z phi + k y.
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...arguments import Options
+from ...arguments import Options, Sizes
 from .. import tiles
-from ..device import load_streams, sinkhorn_backward, widened
-from ..launch import dense, launch
+from ..device import after_rows, load_streams, sinkhorn_backward, widened
+from ..launch import Launch, prepared
 from .sums import sum_rows
 
 
@@ -27,13 +27,10 @@ def token_gradients_kernel(
     d_pre_ptr,
     d_post_ptr,
     d_res_ptr,
-    z_over_r_ptr,
-    inverse_r_ptr,
+    normed_ptr,
     alpha_ptr,
     bias_ptr,
-    d_z_ptr,
-    k_ptr,
-    h_pre_ptr,
+    out_ptr,
     d_parameters_ptr,
     T,
     pre_eps,
@@ -52,10 +49,15 @@ def token_gradients_kernel(
     """Gradients of u (AGGREGATE) or h_pre, of h_post and of h_res -> a token's d_z, k, h_pre.
 
     With l = alpha z / r + b and m = z / r: d_z = alpha d_l / r; k = -sum(alpha d_l m) / (r^2 N C),
-    the factor of y in the gradient through r. d_parameters [programs, ROWS + 3 (or 1)]:
-    sums over this program's tokens of d_l (for bias) and of d_l m (for alpha).
+    the factor of y in the gradient through r. normed as `finish_kernel` wrote it; out: d_z
+    [T, ROWS], k [T] and h_pre [T, N], one behind the other. d_parameters [programs, ROWS + 3 (or
+    1)]: sums over this program's tokens of d_l (for bias) and of d_l m (for alpha).
     """
     ALPHAS: tl.constexpr = 3 if MIXING else 1
+    z_over_r_ptr, d_z_ptr = normed_ptr, out_ptr
+    inverse_r_ptr = after_rows(normed_ptr, T, ROWS)
+    k_ptr = after_rows(out_ptr, T, ROWS)
+    h_pre_ptr = after_rows(out_ptr, T, ROWS + 1)
     program = tl.program_id(0)
     d_bias_ptr = d_parameters_ptr + program * (ROWS + ALPHAS)
     d_alpha_ptr = d_bias_ptr + ROWS
@@ -135,21 +137,52 @@ def token_gradients_kernel(
     tl.store(k_ptr + t64, -through_norm * inverse_r * inverse_r / (N * C), t_mask)
 
 
-@dataclass(frozen=True)
-class TokenGradients:
-    """What `token_gradients` returns: d_z [T, rows], k [T], h_pre [T, n], parameters'."""
+class TokenGradients(NamedTuple):
+    """What `token_gradients` returns: d_z [T, rows], k [T] and h_pre [T, n] one behind the other in
+    memory, and gradients of parameters."""
 
-    d_z: Tensor
-    k: Tensor
-    h_pre: Tensor
+    d_z_k_h_pre: Tensor
     d_alpha: Tensor
     d_bias: Tensor
 
 
+@prepared
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    width: int,
+    rows: int,
+    has: tuple[bool, bool, bool],
+    iterations: int,
+    sinkhorn_eps: float,
+) -> tuple[Launch, tiles.Tile]:
+    """The kernel for streams of this dtype; `has`: whether there are du, d_post and d_res."""
+    tile = tiles.coefficients_backward(n, width, dtype)
+    launch = Launch(
+        token_gradients_kernel,
+        device,
+        N=n,
+        C=width,
+        ROWS=rows,
+        AGGREGATE=has[0],
+        MIXING=rows > n,
+        HAS_POST=has[1],
+        HAS_RES=has[2],
+        ITERATIONS=iterations,
+        SINKHORN_EPS=sinkhorn_eps,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return launch, tile
+
+
 def token_gradients(
+    sizes: Sizes,
     y: Tensor,
-    z_over_r: Tensor,
-    inverse_r: Tensor,
+    normed: Tensor,
     alpha: Tensor,
     bias: Tensor,
     options: Options,
@@ -159,42 +192,24 @@ def token_gradients(
     d_post: Tensor | None = None,
     d_res: Tensor | None = None,
 ) -> TokenGradients:
-    """Launch `token_gradients_kernel`.
+    """Launch `token_gradients_kernel` for the streams y that were projected.
 
     du or d_pre is the gradient of what H_pre became; an absent one is zero.
     """
-    tokens, n, width = y.shape
-    rows = z_over_r.shape[1]
-    if du is None and d_pre is None:
-        d_pre = inverse_r.new_zeros(tokens, n)
-    tile = tiles.coefficients_backward(n, width, y.dtype)
-    programs = triton.cdiv(tokens, tile.tokens)
-    d_z, k = torch.empty_like(z_over_r), torch.empty_like(inverse_r)
-    h_pre = inverse_r.new_empty(tokens, n)
-    d_parameters = inverse_r.new_empty(programs, rows + alpha.numel())
+    tokens, n, width = sizes
+    rows, new = bias.shape[0], normed.new_empty
+    out = new(tokens, rows + 1 + n)
     if tokens == 0:
-        zeros = torch.zeros_like
-        return TokenGradients(d_z, k, h_pre, zeros(alpha), zeros(bias))
-    # fmt: off
-    launch(
-        token_gradients_kernel, (programs,),
-        y, dense(du), dense(d_pre), dense(d_post), dense(d_res),
-        z_over_r, inverse_r, alpha, bias, d_z, k, h_pre, d_parameters, tokens, options.pre_eps,
-        N=n,
-        C=width,
-        ROWS=rows,
-        AGGREGATE=du is not None,
-        MIXING=rows > n,
-        HAS_POST=d_post is not None,
-        HAS_RES=d_res is not None,
-        ITERATIONS=options.iterations,
-        SINKHORN_EPS=options.sinkhorn_eps,
-        BT=tile.tokens,
-        BC=tile.channels,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    # fmt: on
-    d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
+        return TokenGradients(out, torch.zeros_like(alpha), torch.zeros_like(bias))
+    if du is None and d_pre is None:
+        d_pre = normed.new_zeros(tokens, n)
+    has = (du is not None, d_post is not None, d_res is not None)
+    kind = (n, width, rows, has, options.iterations, options.sinkhorn_eps)
+    launch, tile = _launch(y.device, y.dtype, *kind)
+    programs = tiles.cdiv(tokens, tile.tokens)
+    d_parameters = new(programs, rows + alpha.shape[0])
+    tensors = (y, du, d_pre, d_post, d_res, normed, alpha, bias, out, d_parameters)
+    launch((programs, 1), tensors, tokens, options.pre_eps)
+    d_bias, d_alpha = new(bias.shape), new(alpha.shape)
     sum_rows(d_parameters, d_bias, d_alpha)
-    return TokenGradients(d_z, k, h_pre, d_alpha, d_bias)
+    return TokenGradients(out, d_alpha, d_bias)

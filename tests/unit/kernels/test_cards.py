@@ -49,16 +49,15 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         stages_of(self, stages, *arguments)
         stages.update(ptx=no_ptx, cubin=lambda *_: b"")
 
-    def for_card(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        launch.launch_here(0, kernel, grid, arguments, constants)
+    through_triton = launch.through_triton
+
+    def for_card(kernel: Any, *arguments: Any) -> Any:
         names.append(kernel.__name__)
+        return through_triton(kernel, *arguments)
 
     monkeypatch.setattr(CUDABackend, "add_stages", add_stages)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nobody else is to find these
-    monkeypatch.setattr(launch, "_compiled", {})
-    for module in modules().values():
-        if hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", for_card)
+    monkeypatch.setattr(launch, "through_triton", for_card)
     return names
 
 
@@ -72,6 +71,7 @@ def use_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # without what is kept of another card
         monkeypatch.setattr(tiles, kernel, tiles.TUNABLE[kernel].__wrapped__)
     monkeypatch.setattr(*active(), Driver(capability, shared_memory))
+    launch.forget()
 
 
 def call(operation: str, n: int, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_mhc import MHCConfig, kernels
-from megatron_mhc.kernels import backend
+from megatron_mhc.kernels import backend, checks
 from megatron_mhc.start.banner import banner
 from tests.kernel_cases import check_rebuild
 
@@ -69,6 +69,46 @@ POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
 def test_what_does_not_fit_is_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_fits_is_looked_at_once_and_what_does_not_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another shape, dtype or absent tensor is looked at anew; when many are known, they go."""
+    looked: list[Any] = []
+    check = checks.check
+    monkeypatch.setattr(checks, "check", lambda *a: looked.append(a[0]) or check(*a))
+    monkeypatch.setattr(checks, "_passed", {})
+    monkeypatch.setattr(checks, "MOST_KINDS", 3)
+
+    def looks(*arguments: Any) -> int:
+        looked.clear()
+        kernels.combine(*arguments)
+        return len(looked)
+
+    other = (X.bfloat16(), F.bfloat16(), POST, RES)
+    fits = (X, F, POST, RES)
+    assert [looks(*a) for a in (fits, fits, other, other, fits)] == [3, 0, 3, 0, 0]
+    assert [looks(*fits, F[0, 0]), looks(*fits, F[0, 0]), looks(*fits)] == [4, 0, 0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="f has dtype"):
+            kernels.combine(X, F.double(), POST, RES)
+    assert looks(X[:1], F[:1], POST[:1], RES[:1]) == 3 and len(checks._passed) == 1
+    assert looks(*fits) == 3
+
+
+def test_streams_may_be_one_dimension() -> None:
+    """[..., n*C] for [..., n, C]: y is in the shape of x, all else as it was."""
+    wide = X.flatten(-2)
+    y = kernels.combine(wide, F, POST, RES)
+    assert torch.equal(y, kernels.combine(X, F, POST, RES).flatten(-2))
+    for operation in (kernels.combine_pre, kernels.combine_pre_with_h_pre):
+        got = operation(wide, F, POST, RES, PHI, ALPHA, BIAS)
+        want = operation(X, F, POST, RES, PHI, ALPHA, BIAS)
+        assert torch.equal(got[0], want[0].flatten(-2))
+        assert all(map(torch.equal, got[1:], want[1:]))
+    with pytest.raises(ValueError, match="f has shape"):
+        kernels.combine(wide[..., :-1], F, POST, RES)
 
 
 def test_no_backend_is_accepted_where_none_can_be_chosen() -> None:

@@ -6,7 +6,6 @@ All compare with the reference in float64.
 import contextlib
 import inspect
 import re
-import sys
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 from megatron_mhc import kernels
 from megatron_mhc.kernels import reference
 from megatron_mhc.kernels.arguments import DEFAULT
-from megatron_mhc.kernels.triton import launch, operations
+from megatron_mhc.kernels.triton import operations
+from megatron_mhc.kernels.triton.launch import Launch
 from tests.kernel_cases import (
     DEEPSEEK,
     LARGE_EPS,
@@ -176,16 +176,15 @@ class Operation:
         """A GPU's launch refuses an int where a kernel has a float: eps=0 stopped there."""
         handed: set[tuple[str, str, type]] = set()
 
-        def note_eps(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-            named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-            for name, value in named.items():
+        def note_eps(self: Launch, grid: Any, tensors: Any, *numbers: Any) -> None:
+            names = self.kernel.arg_names[len(tensors) :]
+            for name, value in [*zip(names, numbers, strict=False), *self.constants.items()]:
                 if re.fullmatch("(.*_)?eps", name.lower()):
-                    handed.add((kernel.__name__, name, type(value)))
-            launch.launch(kernel, grid, *arguments, **constants)
+                    handed.add((self.kernel.__name__, name, type(value)))
+            call(self, grid, tensors, *numbers)
 
-        for name, module in list(sys.modules.items()):
-            if name.startswith("megatron_mhc.kernels.triton.") and module is not launch:
-                monkeypatch.setattr(module, "launch", note_eps, raising=False)
+        call = Launch.__call__
+        monkeypatch.setattr(Launch, "__call__", note_eps)
         eps = {n: 1 for n in settings(self.operation, PAPER, 20) if n.endswith("eps")}
         for function in (self.operation, f"{self.operation}_with_h_pre"):
             if hasattr(kernels, function):

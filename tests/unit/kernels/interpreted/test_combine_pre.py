@@ -36,6 +36,20 @@ def test_strided_arguments_and_leading_dimensions() -> None:
         assert torch.equal(got.reshape(wanted.shape), wanted)
 
 
+def test_streams_in_one_dimension_have_the_same_bits() -> None:
+    found = []
+    for is_flat in (False, True):
+        arguments = inputs("combine_pre", 7, 4, 72, torch.bfloat16, "cpu")
+        given = dict(arguments)
+        if is_flat:
+            given["x"] = arguments["x"].flatten(-2)
+        out = kernels.combine_pre(**given, backend="triton")
+        assert out[0].shape == given["x"].shape
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        found.append([r.flatten() for r in out] + [t.grad for t in arguments.values()])
+    assert all(map(torch.equal, *found))
+
+
 def test_half_of_the_gradients_is_absent() -> None:
     for index in range(4):
         arguments = inputs("combine_pre", 4, 4, 40, torch.float32, "cpu")

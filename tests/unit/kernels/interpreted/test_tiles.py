@@ -1,13 +1,22 @@
 """The kernels' loops and sums under Triton's interpreter, with tiles that small inputs fill."""
 
-import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from megatron_mhc.kernels.triton import tiles
+from megatron_mhc.kernels.arguments import Sizes
+from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.kernels.triton.passes import phi_gradient, projection
 from tests.kernel_cases import check
+
+
+@pytest.fixture(autouse=True)
+def other_tiles() -> Iterator[None]:
+    """Nothing is left of the tiles before, nor after."""
+    launch.forget()
+    yield
+    launch.forget()
 
 
 @pytest.mark.parametrize(
@@ -20,7 +29,7 @@ def test_a_program_goes_through_several_tiles(
     """One or two programs share the tokens, every tile or every other; `finish` has a quarter
     of a tile of `project` a program, or a whole. The last block of channels is a stub."""
     for kernel in ("project", "streams_backward", "phi_gradient"):
-        tile = dataclasses.replace(getattr(tiles, kernel)(4, 168, dtype), splits=splits)
+        tile = getattr(tiles, kernel)(4, 168, dtype)._replace(splits=splits)
         assert splits * tile.tokens < 133
         monkeypatch.setattr(tiles, kernel, lambda *_, tile=tile: tile)
     monkeypatch.setattr(tiles, "finish", lambda *_: tiles.Tile(finish_tokens, 1, warps=1))
@@ -44,7 +53,7 @@ def test_every_row_is_projected_with_all_of_phi(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(35, n, 40, generator=generator).bfloat16()
     phi = torch.randn(rows, n * 40, generator=generator)
-    _, partial = projection.combine_and_project(x, phi, None)
+    _, partial = projection.combine_and_project(Sizes.of(x), x, phi, None)
     got = partial.double().sum(1).transpose(1, 2).flatten(0, 1)[:35]
     wide = x.double().flatten(1)
     wanted = torch.cat((wide @ phi.double().t(), wide.square().sum(1, keepdim=True)), dim=1)
@@ -67,7 +76,7 @@ def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phi_gradient, "sum_rows", counted)
     monkeypatch.setattr(phi_gradient, "LONGEST_SUM", 32)
     monkeypatch.setattr(tiles, "phi_gradient", lambda *_: tiles.Tile(32, 128, 4))
-    got = phi_gradient.phi_gradient(y, d_z).double()
+    got = phi_gradient.phi_gradient(Sizes.of(y), y, d_z, 24).double()
     wanted = d_z.double().t() @ y.double().flatten(1)
     assert counts == [26]
     # fp32 sums of 805 terms
