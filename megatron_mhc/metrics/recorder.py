@@ -79,7 +79,7 @@ class Recorder:
             site = indices[connection]
             if site in self.h_res:
                 return
-            x = site_input.x.flatten(0, -3)
+            x = site_input.x.reshape(-1, connection.mhc.num_streams, connection.hidden_size)
             self.h_res[site] = site_input.h_res.flatten(0, -3)
             gates = (h_pre_of(connection, x), site_input.h_post.flatten(0, -2))
             norms, cosine = stream_geometry(x)

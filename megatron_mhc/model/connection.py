@@ -49,7 +49,8 @@ def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
 
 
 class SiteInput(NamedTuple):
-    """What stands in front of a sublayer: the streams that its site reads, and what comes of them.
+    """What stands in front of a sublayer: the streams [..., n*C] that its site reads, and what
+    comes of them.
 
     h_pre, outside the graph, is there for selective recompute alone.
     """
@@ -86,6 +87,13 @@ class HyperConnection(Fp32Module):
         self.mhc = mhc
         self.hidden_size = hidden_size
         self.site = site
+        self._options: dict[str, Any] = {
+            "iterations": mhc.sinkhorn_iterations,
+            "norm_eps": mhc.norm_eps,
+            "pre_eps": mhc.pre_eps,
+            "sinkhorn_eps": mhc.sinkhorn_eps,
+            "backend": mhc.backend,
+        }
         self._add_parameters(sequence_parallel=sequence_parallel)
 
     def _start(self) -> dict[str, Tensor]:
@@ -104,35 +112,36 @@ class HyperConnection(Fp32Module):
         """What stands in front of the sublayer: `kernels.pre`, or `kernels.combine_pre`.
 
         Args:
-            x: [..., n, C], the streams; those of the site before where `mixing` is given.
+            x: [..., n*C], the streams; those of the site before where `mixing` is given.
             mixing: what that site leaves, whose `combine` is then done here too, in one pass.
 
         Returns:
-            The streams [..., n, C] that this site reads (x itself without `mixing`); u [..., C] for
+            The streams [..., n*C] that this site reads (x itself without `mixing`); u [..., C] for
             the sublayer; h_post [..., n] and h_res [..., n, n] for this site's own `combine`; and
             under selective recompute h_pre [..., n].
         """
-        mhc = self.mhc
-        if mhc.variant == "hc":
-            if mixing is not None:
-                x = kernels.combine(x, *mixing, backend=mhc.backend)
-            h_pre, h_post, h_res = kernels.hc_coefficients(x, self.theta, self.alpha, self.bias)
-            return SiteInput(x, kernels.aggregate(x, h_pre, backend=mhc.backend), h_post, h_res)
-        options: dict[str, Any] = {
-            "iterations": mhc.sinkhorn_iterations,
-            "norm_eps": mhc.norm_eps,
-            "pre_eps": mhc.pre_eps,
-            "sinkhorn_eps": mhc.sinkhorn_eps,
-            "backend": mhc.backend,
-        }
+        if self.mhc.variant == "hc":
+            return self._unconstrained(x, mixing)
         parameters = (self.phi, self.alpha, self.bias)
-        keep = mhc.recompute is not None
+        keep = self.mhc.recompute is not None
         if mixing is None:
             pre = kernels.pre_with_h_pre if keep else kernels.pre
-            return SiteInput(x, *pre(x, *parameters, **options))
+            return SiteInput(x, *pre(self._apart(x), *parameters, **self._options))
         f, h_post, h_res, f_bias = mixing
+        mixed = (x, f, h_post, h_res, *parameters)
         combine_pre = kernels.combine_pre_with_h_pre if keep else kernels.combine_pre
-        return SiteInput(*combine_pre(x, f, h_post, h_res, *parameters, f_bias=f_bias, **options))
+        return SiteInput(*combine_pre(*mixed, f_bias=f_bias, **self._options))
+
+    def _unconstrained(self, x: Tensor, mixing: kernels.Mixing | None) -> SiteInput:
+        backend = self.mhc.backend
+        if mixing is not None:
+            x = kernels.combine(x, *mixing, backend=backend)
+        streams = self._apart(x)
+        h_pre, h_post, h_res = kernels.hc_coefficients(streams, self.theta, self.alpha, self.bias)
+        return SiteInput(x, kernels.aggregate(streams, h_pre, backend=backend), h_post, h_res)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.mhc.num_streams, -1))
 
 
 class Head(Fp32Module):

@@ -28,7 +28,7 @@ class RecomputeRecord(NamedTuple):
     """What a site that has read and written hands to its block.
 
     Attributes:
-        x: the streams [..., n, C] that it read; u: [..., C]; h_pre: [..., n].
+        x: the streams [..., n*C] that it read; u: [..., C]; h_pre: [..., n].
         norm, normed: what makes norm(u), and norm(u) where that is not u itself.
         mixing: what it wrote with.
     """
@@ -98,14 +98,10 @@ class Dropped:
             return
         for tensor in self._dropped():
             tensor.untyped_storage().resize_(tensor.nbytes)
-        kernels.rebuild(
-            self._start,
-            self._h_pre,
-            self._mixings,
-            ys=self._ys,
-            us=self._us,
-            backend=self._backend,
-        )
+        n = self._h_pre[0].shape[-1]
+        start, *ys = (x.view(*x.shape[:-1], n, -1) for x in (self._start, *self._ys))
+        kept = (self._h_pre, self._mixings)
+        kernels.rebuild(start, *kept, ys=ys, us=self._us, backend=self._backend)
         for normed, u, norm in self._norms:
             # with gradients on, as in the forward: a norm may have a kernel of its own without
             with torch.enable_grad():

@@ -9,6 +9,7 @@ the streams and the coefficients travel with the data. Nothing is kept here betw
 a checkpoint, a CUDA graph or a node of a schedule may stand around either of them.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Residual(NamedTuple):
     A tuple of tensors: what takes it apart (a CUDA graph, a node of a schedule) sees each of them.
 
     Attributes:
-        streams: [s, b, n, C], which the site read.
+        streams: [s, b, n*C], which the site read.
         h_post: [s, b, n], fp32.
         h_res: [s, b, n, n] (destination, source), fp32.
         rebuilt: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where that is
@@ -73,6 +74,16 @@ def _autograd_region() -> tuple[bool, Any]:
     and read in another loses its gradient, or is not there when the region runs again.
     """
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _graph_where(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Megatron turns gradients on around residual slots in evaluation too, which wants no graph."""
+    if wanted == torch.is_grad_enabled():
+        return _AS_IT_IS
+    return torch.set_grad_enabled(wanted)
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class _Ahead(NamedTuple):
@@ -137,11 +148,10 @@ class Site:
         streams = self._streams(hidden_states)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
-            site_input = ahead.site_input._replace(x=self._unflatten(streams))
+            _, u, h_post, h_res, h_pre = ahead.site_input
         else:
-            site_input = self.side_streams.run_and_join(self._pre, streams)
-        # this very x, no other view of the streams: its gradients are added up at x, in one order
-        x, u, h_post, h_res, h_pre = site_input
+            site_input = self.side_streams.run_and_join(self.connection, streams)
+            streams, u, h_post, h_res, h_pre = site_input
         normed = self._norm(u, *args, **kwargs)
         if not isinstance(normed, Tensor):
             raise RuntimeError(
@@ -149,9 +159,9 @@ class Site:
                 " returns a residual of its own cannot stand in front of a sublayer with mHC"
             )
         if h_pre is None:
-            return normed, Residual(x, h_post, h_res)
+            return normed, Residual(streams, h_post, h_res)
         is_u = normed.data_ptr() == u.data_ptr()
-        return normed, Residual(x, h_post, h_res, (h_pre, u) if is_u else (h_pre, u, normed))
+        return normed, Residual(streams, h_post, h_res, (h_pre, u) if is_u else (h_pre, u, normed))
 
     def _streams(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""
@@ -168,10 +178,6 @@ class Site:
                 " channels"
             )
         return hidden_states.repeat(1, 1, n) if self.is_entry else hidden_states
-
-    def _pre(self, streams: Tensor) -> SiteInput:
-        """What this site's connection makes of streams that nobody has read for it."""
-        return self.connection(self._unflatten(streams))
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The residual slot, called as Megatron calls `get_bias_dropout_add`."""
@@ -200,15 +206,14 @@ class Site:
         has_graph = residual.h_post.requires_grad
         if f.requires_grad and not has_graph:
             self._check_that_none_is_lost(residual)
-        # Megatron turns gradients on around this slot even in evaluation, which wants no graph
-        with torch.set_grad_enabled(has_graph or f.requires_grad):
+        with _graph_where(has_graph or f.requires_grad):
             if training and dropout > 0:
                 f = torch.nn.functional.dropout(f if bias is None else f + bias, dropout)
                 bias = None
             streams = self._mix(residual, kernels.Mixing(f, residual.h_post, residual.h_res, bias))
             if self.contract is None:
                 return streams
-            return self.contract(self._unflatten(streams))
+            return self.contract(streams.unflatten(-1, (self.connection.mhc.num_streams, -1)))
 
     def _check_that_none_is_lost(self, residual: Residual) -> None:
         """F has a graph and the norm slot had none: well where nothing in it wants a gradient."""
@@ -220,9 +225,6 @@ class Site:
                 " or around the whole layer"
             )
 
-    def _unflatten(self, streams: Tensor) -> Tensor:
-        return streams.unflatten(-1, (self.connection.mhc.num_streams, -1))
-
     def _mix(self, residual: Residual, mixing: kernels.Mixing) -> Tensor:
         """The next streams [s, b, n*C]; with them the next site's input, where that is fused."""
         x = residual.streams
@@ -232,7 +234,7 @@ class Site:
         else:
             # through the next connection's __call__: only then are its parameters sure to be there
             site_input = self.following.connection(x, mixing)
-            streams = site_input.x.flatten(-2)
+            streams = site_input.x
             region = _autograd_region()
             self.following._ahead = _Ahead(streams, streams._version, region, site_input)
         if self.block is not None and residual.rebuilt and mixing.h_post.requires_grad:
@@ -244,7 +246,7 @@ class Site:
 
     def _combine(self, x: Tensor, *mixing: Any) -> Tensor:
         """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
-        y = kernels.combine(x, *mixing, backend=self.connection.mhc.backend).flatten(-2)
+        y = kernels.combine(x, *mixing, backend=self.connection.mhc.backend)
         return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
 
     def forget(self) -> None:
