@@ -1,0 +1,31 @@
+"""What a site costs the host, counted: a launch or a call that creeps in makes these fail."""
+
+import json
+
+from tests.megatron.common.launch import forked_python
+
+CALLS = 66
+"""Calls of our own Python functions, forward and backward, of a site inside a model: 64, and a
+margin of two. Lower it where a change needs fewer."""
+
+
+def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
+    done = forked_python("benchmarks/model/host.py", "--cpu", "--inside", stage="megatron")
+    assert done.returncode == 0, done.stdout[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts.pop("calls") <= CALLS
+    assert counts == {
+        # forward
+        "combine_and_project_kernel": 1,
+        "finish_kernel": 1,
+        "aggregate_kernel": 1,
+        # backward
+        "token_gradients_kernel": 1,
+        "stream_gradients_kernel": 1,
+        "phi_gradient_kernel": 1,
+        "sum_mixing_kernel": 1,
+        "sum_rows_kernel": 2,
+        # y, u, h_post, h_res, and for the backward: h_pre, normed, partial projections; gradients
+        # of x, f, h_post, h_res, phi, alpha, bias, and four that are added up or handed on
+        "allocations": 18,
+    }
