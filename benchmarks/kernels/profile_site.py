@@ -2,7 +2,7 @@
 
     ncu --clock-control none --set full -k regex:combine_and_project_kernel \\
         python benchmarks/kernels/profile_site.py
-    python benchmarks/kernels/profile_site.py --tiles project=32,128,4,4,3 --width 7168
+    python benchmarks/kernels/profile_site.py --tiles combine_and_project=32,128,4,4,3 --width 7168
 
 A tile is tokens,channels,splits,warps,stages and, where wanted, the register limit; kernels that
 are not named keep theirs of `kernels.triton.tiles`.

@@ -8,46 +8,46 @@ import torch
 
 from megatron_mhc.kernels.arguments import DEFAULT, Mixing, Sizes
 from megatron_mhc.kernels.triton import launch, tiles
-from megatron_mhc.kernels.triton.aggregate import weighted_sum
-from megatron_mhc.kernels.triton.passes.finish import finish
+from megatron_mhc.kernels.triton.passes.aggregate import make_u
+from megatron_mhc.kernels.triton.passes.coefficients import coefficients_and_u
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
 from megatron_mhc.kernels.triton.passes.projection import combine_and_project
-from megatron_mhc.kernels.triton.passes.stream_gradients import streams_gradients
+from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 from megatron_mhc.kernels.triton.passes.token_gradients import token_gradients
 
 FLOORS = {
-    "project": 9,
-    "finish": 0,
+    "combine_and_project": 9,
+    "coefficients": 0,
     "aggregate": 5,
-    "coefficients_backward": 5,
-    "streams_backward": 19,
+    "token_gradients": 5,
+    "stream_gradients": 19,
     "phi_gradient": 4,
 }
 """Passes that each kernel must move at n = 4, partial sums left out."""
 KERNELS = {
-    "project": "combine_and_project_kernel",
-    "finish": "finish_kernel",
+    "combine_and_project": "combine_and_project_kernel",
+    "coefficients": "coefficients_kernel",
     "aggregate": "aggregate_kernel",
-    "coefficients_backward": "token_gradients_kernel",
-    "streams_backward": "stream_gradients_kernel",
+    "token_gradients": "token_gradients_kernel",
+    "stream_gradients": "stream_gradients_kernel",
     "phi_gradient": "phi_gradient_kernel",
 }
 """What the GPU calls each."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
-    "project": [
+    "combine_and_project": [
         *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
         *itertools.product((32, 64), (64,), (2, 4, 8), (4,), (3,)),
     ],
-    "finish": [(tokens, 1, 1, warps, 2) for tokens in (4, 8, 16) for warps in (1, 2, 4)],
+    "coefficients": [(tokens, 1, 1, warps, 2) for tokens in (4, 8, 16) for warps in (1, 2, 4)],
     "aggregate": [
         *itertools.product((1, 2, 4, 8), (512, 1024), (1,), (4,), (1,)),
         *itertools.product((4, 8), (256, 512), (1,), (8,), (1,)),
     ],
-    "coefficients_backward": [
+    "token_gradients": [
         *itertools.product((8, 16, 32), (64, 128), (1,), (4,), (1, 2)),
         *itertools.product((8, 16), (256, 512), (1,), (8,), (2,)),
     ],
-    "streams_backward": [
+    "stream_gradients": [
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
         *itertools.product((16,), (32,), (4, 8), (2,), (3,), (255,)),
         *itertools.product((8,), (128,), (8,), (4,), (3,), (255,)),
@@ -105,18 +105,18 @@ def subjects(
     mixing = Mixing(f, h_post, h_res)
     sizes = Sizes.of(x)
     y, partial = combine_and_project(sizes, x, phi, mixing)
-    finish_args = (sizes, (tokens,), y, partial, alpha, bias, DEFAULT)
-    done = finish(*finish_args, aggregate=True)
+    coefficients_args = (sizes, (tokens,), y, partial, alpha, bias, DEFAULT)
+    done = coefficients_and_u(*coefficients_args, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
     token_args = (sizes, y, done.normed, alpha, bias, DEFAULT)
     token = token_gradients(*token_args, du=du, **small)
 
     return {
-        "project": lambda: combine_and_project(sizes, x, phi, mixing),
-        "finish": lambda: finish(*finish_args, aggregate=False),
-        "aggregate": lambda: weighted_sum(sizes, y, done.h_pre),
-        "coefficients_backward": lambda: token_gradients(*token_args, du=du, **small),
-        "streams_backward": lambda: streams_gradients(
+        "combine_and_project": lambda: combine_and_project(sizes, x, phi, mixing),
+        "coefficients": lambda: coefficients_and_u(*coefficients_args, aggregate=False),
+        "aggregate": lambda: make_u(sizes, y, done.h_pre),
+        "token_gradients": lambda: token_gradients(*token_args, du=du, **small),
+        "stream_gradients": lambda: stream_gradients(
             sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
         ),
         "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),

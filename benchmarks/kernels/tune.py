@@ -3,13 +3,13 @@
     python benchmarks/kernels/tune.py                       # all kernels, T 8192, C 4096, n 4
     python benchmarks/kernels/tune.py --width 3072 --save tiles.json
     MEGATRON_MHC_TILES=tiles.json torchrun ...              # trains with the fastest of them
-    python benchmarks/kernels/tune.py --kernels project --width 7168 --seconds 60
-    python benchmarks/kernels/tune.py --tiles streams_backward=8,64,13,2,3,255 finish=8,1,1,4
+    python benchmarks/kernels/tune.py --kernels combine_and_project --width 7168 --seconds 60
+    python benchmarks/kernels/tune.py --tiles stream_gradients=8,64,13,2,3,255 coefficients=8,1,1,4
 
 Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. A kernel is
 timed where it runs, in a site forward and backward replayed as a CUDA graph: alone it may find in
-the L2 cache what others push out (`finish` took 25 us alone and 97 in a site, C 7168). The fastest
-tile is the one of the fastest site: it also decides what others have to add up. Passes are
+the L2 cache what others push out (`coefficients` took 25 us alone and 97 in a site, C 7168). The
+fastest tile is the one of the fastest site: it also decides what others have to add up. Passes are
 T*C bf16 elements at the measured copy bandwidth. What is saved serves this GPU, n, C and dtype.
 """
 

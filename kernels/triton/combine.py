@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..arguments import Mixing
 from .passes.projection import combine_and_project
-from .passes.stream_gradients import streams_gradients
+from .passes.stream_gradients import stream_gradients
 from .torch_operator import operator
 
 
@@ -21,7 +21,7 @@ def _combine_backward(
     x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mixing = Mixing(f, h_post, h_res, f_bias)
-    return streams_gradients(mixing.sizes, x, dy=dy, x=x, mixing=mixing)[:5]
+    return stream_gradients(mixing.sizes, x, dy=dy, x=x, mixing=mixing)[:5]
 
 
 def combine(

@@ -1,7 +1,7 @@
 """`combine_pre` in Triton: the boundary between two sites.
 
-Forward: combine and project, finish, aggregate. Backward: the gradients of the tokens, the streams,
-phi, and the sums behind them.
+Forward: combine and project, coefficients, aggregate. Backward: the gradients of the tokens, of the
+streams, of phi, and the sums behind them.
 
 The backward writes dx once, complete: x is an output of the boundary before and used nowhere else,
 so autograd has nothing to add.
@@ -10,9 +10,9 @@ so autograd has nothing to add.
 from torch import Tensor
 
 from ..arguments import DEFAULT, Mixing, Options
-from .passes.finish import finish
+from .passes.coefficients import coefficients_and_u
 from .passes.projection import combine_and_project
-from .passes.stream_gradients import streams_gradients
+from .passes.stream_gradients import stream_gradients
 from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
@@ -33,7 +33,7 @@ def _combine_pre(
     mixing = Mixing(f, h_post, h_res, f_bias)
     sizes, leading = mixing.sizes, h_post.shape[:-1]
     y, partial = combine_and_project(sizes, x, phi, mixing)
-    out = finish(sizes, leading, y, partial, alpha, bias, options, aggregate=True)
+    out = coefficients_and_u(sizes, leading, y, partial, alpha, bias, options, aggregate=True)
     return y, out.u, out.h_post, out.h_res, out.h_pre, out.normed
 
 
@@ -58,7 +58,7 @@ def _combine_pre_backward(
     mixing = Mixing(f, h_post, h_res, f_bias)
     sizes, given = mixing.sizes, {"du": du, "d_post": d_next_post, "d_res": d_next_res}
     token = token_gradients(sizes, y, normed, alpha, bias, options, **given)
-    out = streams_gradients(sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing)
+    out = stream_gradients(sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing)
     to_sublayer = (out.dx, out.df, out.d_post, out.d_res)
     return (*to_sublayer, out.d_phi, token.d_alpha, token.d_bias, out.d_f_bias)
 

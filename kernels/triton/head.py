@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from ..arguments import Options, Sizes
-from .passes.finish import finish
+from .passes.coefficients import coefficients_and_u
 from .passes.projection import combine_and_project
-from .passes.stream_gradients import streams_gradients
+from .passes.stream_gradients import stream_gradients
 from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
@@ -17,7 +17,7 @@ def _head(
     """x [..., n, C] -> [..., C]; normed."""
     sizes, options = Sizes.of(x), Options(1, norm_eps, pre_eps)
     _, partial = combine_and_project(sizes, x, fn, None)
-    out = finish(sizes, x.shape[:-2], x, partial, scale, base, options, aggregate=True)
+    out = coefficients_and_u(sizes, x.shape[:-2], x, partial, scale, base, options, aggregate=True)
     return out.u, out.normed
 
 
@@ -33,7 +33,7 @@ def _head_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes, options = Sizes.of(x), Options(1, pre_eps=pre_eps)
     token = token_gradients(sizes, x, normed, scale, base, options, du=du)
-    out = streams_gradients(sizes, x, du=du, phi=fn, token=token)
+    out = stream_gradients(sizes, x, du=du, phi=fn, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 

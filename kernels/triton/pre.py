@@ -3,20 +3,20 @@
 from torch import Tensor
 
 from ..arguments import DEFAULT, Options, Sizes
-from .passes.finish import Finished, finish
+from .passes.coefficients import Coefficients, coefficients_and_u
 from .passes.projection import combine_and_project
-from .passes.stream_gradients import streams_gradients
+from .passes.stream_gradients import stream_gradients
 from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
 def _forward(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options, *, aggregate: bool
-) -> Finished:
+) -> Coefficients:
     sizes = Sizes.of(x)
     _, partial = combine_and_project(sizes, x, phi, None)
     leading = x.shape[:-2]
-    return finish(sizes, leading, x, partial, alpha, bias, options, aggregate=aggregate)
+    return coefficients_and_u(sizes, leading, x, partial, alpha, bias, options, aggregate=aggregate)
 
 
 def _gradients(
@@ -31,7 +31,7 @@ def _gradients(
     """Gradients of x, phi, alpha and bias from those of u or h_pre, of h_post and of h_res."""
     sizes = Sizes.of(x)
     token = token_gradients(sizes, x, normed, alpha, bias, options, **given)
-    out = streams_gradients(sizes, x, du=given.get("du"), phi=phi, token=token)
+    out = stream_gradients(sizes, x, du=given.get("du"), phi=phi, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 

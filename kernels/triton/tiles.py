@@ -3,7 +3,7 @@
 So the same inputs give the same bits in every batch, and a new token count compiles and tunes
 nothing. The numbers below suit an H100; docs/measured-facts.md says what was measured.
 `benchmarks/kernels/tune.py --save FILE` finds others, and MEGATRON_MHC_TILES=FILE uses them. A key
-of the file names one tile: `project sm_90 n4 C4096 bfloat16`.
+of the file names one tile: `combine_and_project sm_90 n4 C4096 bfloat16`.
 """
 
 import functools
@@ -25,8 +25,8 @@ class Tile(NamedTuple):
 
     Attributes:
         tokens, channels: the tile that it goes through; powers of two, as warps are.
-        splits: programs that share the tokens of one block of channels; `project` ignores it where
-            it only combines.
+        splits: programs that share the tokens of one block of channels; `combine_and_project`
+            ignores it where it only combines.
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
     """
 
@@ -157,7 +157,7 @@ def shares(blocks: int, resident: int) -> int:
 
 
 @tunable
-def project(n: int, width: int, dtype: torch.dtype) -> Tile:
+def combine_and_project(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`projection.combine_and_project_kernel`: a block of channels and every P-th tile of tokens,
     P = programs a block.
 
@@ -181,26 +181,26 @@ def project(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 @tunable
-def finish(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.finish.finish_kernel`: a few tokens a program, at most `project`'s; it reads no
+def coefficients(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`coefficients_kernel`: a few tokens a program, at most `combine_and_project`'s; it reads no
     channels."""
     return Tile(tokens=8, channels=1, warps=1)
 
 
-FINISH_LOADS = 256
-"""Partial sums that a warp of `finish_kernel` loads at once, twice as many at n = 8. More are
+COEFFICIENTS_LOADS = 256
+"""Partial sums that a warp of `coefficients_kernel` loads at once, twice as many at n = 8. More are
 slower: the code is longer, and each launch fetches it anew (docs/measured-facts.md)."""
 
 
 @tunable
-def coefficients_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.token_gradients.token_gradients_kernel`: as `finish`, with n sums over channels."""
+def token_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`token_gradients_kernel`: as `coefficients`, with n sums over channels."""
     return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 
 @tunable
-def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`passes.stream_gradients_kernel`: as `project`, four programs a multiprocessor."""
+def stream_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`stream_gradients_kernel`: as `combine_and_project`, four programs a multiprocessor."""
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -208,7 +208,7 @@ def streams_backward(n: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(8, 64, shares(-(-width // 64), 4 * multiprocessors()), warps=2, stages=1)
 
 
-def streams_backward_rows(rows: int) -> int:
+def rows_at_a_time(rows: int) -> int:
     """Rows of phi that a product of `stream_gradients_kernel` takes.
 
     All at once, padded to a power of two. At n = 8 that is 128 for 80, which take up to 155,648

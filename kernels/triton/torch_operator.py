@@ -24,8 +24,8 @@ RESULTS = {
     "normed": "R",
 }
 """The last dimensions of what an operation returns under this name, behind those of the tokens: n
-streams, C their width, R rows of the projection and one (`finish_kernel`). What has C is in the
-dtype of x, all else in fp32. y has the shape of x."""
+streams, C their width, R rows of the projection and one (`coefficients_kernel`). What has C is in
+the dtype of x, all else in fp32. y has the shape of x."""
 INNER = ("normed",)
 """Results that only the operation's own backward reads."""
 

@@ -33,18 +33,18 @@ class Residual(NamedTuple):
         streams: [s, b, n*C], which the site read.
         h_post: [s, b, n], fp32.
         h_res: [s, b, n, n] (destination, source), fp32.
-        rebuilt: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where that is
-            another tensor than u; else nothing.
+        for_rebuild: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where that
+            is another tensor than u; else nothing.
     """
 
     streams: Tensor
     h_post: Tensor
     h_res: Tensor
-    rebuilt: tuple[Tensor, ...] = ()
+    for_rebuild: tuple[Tensor, ...] = ()
 
     def record_stream(self, stream: Any) -> None:
         """Tell the allocator that `stream` uses every one of these (as `Tensor.record_stream`)."""
-        for tensor in (*self[:3], *self.rebuilt):
+        for tensor in (*self[:3], *self.for_rebuild):
             tensor.record_stream(stream)
 
 
@@ -237,8 +237,8 @@ class Site:
             streams = site_input.x
             region = _autograd_region()
             self.following._ahead = _Ahead(streams, streams._version, region, site_input)
-        if self.block is not None and residual.rebuilt and mixing.h_post.requires_grad:
-            h_pre, u, *other = residual.rebuilt
+        if self.block is not None and residual.for_rebuild and mixing.h_post.requires_grad:
+            h_pre, u, *other = residual.for_rebuild
             normed = other[0] if other else None
             record = RecomputeRecord(x, u, h_pre, self._norm, normed, mixing)
             self.block.passed(self, record, streams)

@@ -95,8 +95,12 @@ def test_documents_name_the_scripts_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["--tiles", "projct=16,64"], 2, "'projct=16,64' names none of the kernels project, "),
-        (["--tiles", "project=16"], 2, "'16' is no tile: give tokens,channels["),
+        (
+            ["--tiles", "projct=16,64"],
+            2,
+            "'projct=16,64' names none of the kernels combine_and_project, ",
+        ),
+        (["--tiles", "combine_and_project=16"], 2, "'16' is no tile: give tokens,channels["),
     ],
 )
 def test_a_tile_that_is_none_is_refused(arguments: list[str], status: int, says: str) -> None:

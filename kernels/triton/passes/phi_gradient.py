@@ -12,7 +12,7 @@ from ...arguments import Sizes
 from .. import tiles
 from ..device import product
 from ..launch import Launch, prepared
-from .sums import sum_rows
+from .sums import sum_partials
 
 LONGEST_SUM = 4096
 """Tokens that one program adds up at most. The matrix units seem to cut sums off towards zero, and
@@ -90,4 +90,4 @@ def phi_gradient(sizes: Sizes, y: Tensor, d_z: Tensor, rows: int) -> Tensor:
     columns = n * width
     partial, d_phi = d_z.new_empty(splits, rows, columns), d_z.new_empty(rows, columns)
     launch((tiles.cdiv(columns, tile.channels), splits), (y, d_z, partial), tokens)
-    return sum_rows(partial, d_phi)
+    return sum_partials(partial, d_phi)

@@ -3,7 +3,7 @@
 `combine_and_project_kernel` mixes the streams of the site that ends and, on the tile still in
 registers, projects the result for the site that begins; each half can run alone. `combine`, `pre`,
 `coefficients`, `combine_pre` and `head` are this kernel with different flags, with
-`passes.finish` behind it, so their results agree to the bit.
+`passes.coefficients` behind it, so their results agree to the bit.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -144,7 +144,7 @@ def _launch(
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none."""
-    tile = tiles.project(n, width, dtype)
+    tile = tiles.combine_and_project(n, width, dtype)
     terms = tiles.terms(dtype) if rows is not None else 1
     launch = Launch(
         combine_and_project_kernel,

@@ -17,12 +17,12 @@ from .. import tiles
 from ..launch import Launch, prepared
 from .phi_gradient import phi_gradient
 from .stream_gradients_kernel import stream_gradients_kernel
-from .sums import sum_mixing, sum_rows
+from .sums import sum_mixing, sum_partials
 from .token_gradients import TokenGradients
 
 
-class StreamsGradients(NamedTuple):
-    """What `streams_gradients` returns; None where the operation has no such argument."""
+class StreamGradients(NamedTuple):
+    """What `stream_gradients` returns; None where the operation has no such argument."""
 
     dx: Tensor
     df: Tensor | None
@@ -45,21 +45,21 @@ def _launch(
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none; `has`: whether there are dy, du and
     a combine to go through."""
-    tile = tiles.streams_backward(n, width, dtype)
+    tile = tiles.stream_gradients(n, width, dtype)
     launch = Launch(
         stream_gradients_kernel,
         device,
         N=n,
         C=width,
         ROWS=rows or n,
-        PART=tiles.streams_backward_rows(rows or n),
+        PART=tiles.rows_at_a_time(rows or n),
         TERMS=tiles.terms(dtype) if rows is not None else 1,
         PROJECT=rows is not None,
         HAS_DY=has[0],
         HAS_DU=has[1],
         COMBINE=has[2],
         HAS_BIAS=f_bias is not None,
-        MIXING=triton.next_power_of_2(n + n * n),
+        MIXING_WIDTH=triton.next_power_of_2(n + n * n),
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,
@@ -69,7 +69,7 @@ def _launch(
     return launch, tile, tiles.cdiv(width, tile.channels)
 
 
-def streams_gradients(
+def stream_gradients(
     sizes: Sizes,
     y: Tensor,
     *,
@@ -79,7 +79,7 @@ def streams_gradients(
     token: TokenGradients | None = None,
     x: Tensor | None = None,
     mixing: Mixing | None = None,
-) -> StreamsGradients:
+) -> StreamGradients:
     """Launch `stream_gradients_kernel`, and what adds up its partial sums.
 
     Args:
@@ -95,7 +95,7 @@ def streams_gradients(
     df = d_post = d_res = d_f_bias = d_phi = d_mixing = f_bias_sums = None
     if tokens == 0:
         made = (None if t is None else torch.zeros_like(t) for t in (*(mixing or [None] * 4), phi))
-        return StreamsGradients(dx, *made)
+        return StreamGradients(dx, *made)
     rows = None if phi is None else phi.shape[0]
     bias_dtype = None if f_bias is None else f_bias.dtype
     has = (dy is not None, du is not None, mixing is not None)
@@ -112,7 +112,7 @@ def streams_gradients(
     if mixing is not None:
         sum_mixing(d_mixing, d_post, d_res)
     if f_bias is not None:
-        d_f_bias = sum_rows(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
+        d_f_bias = sum_partials(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
     if phi is not None:
         d_phi = phi_gradient(sizes, y, token.d_z_k_h_pre, rows)
-    return StreamsGradients(dx, df, d_post, d_res, d_f_bias, d_phi)
+    return StreamGradients(dx, df, d_post, d_res, d_f_bias, d_phi)

@@ -83,16 +83,16 @@ def through_post(
     f,
     h_post,
     N: tl.constexpr,
-    MIXING: tl.constexpr,
+    MIXING_WIDTH: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """df = H_post dY; and d_h_post, in the first of MIXING columns.
+    """df = H_post dY; and d_h_post, in the first of MIXING_WIDTH columns.
 
     The sums of a token stand side by side, for one store: a store of each would cost a barrier.
     """
-    entry = tl.arange(0, MIXING)[None, :]
-    d_mixing = tl.zeros((BT, MIXING), tl.float32)
+    entry = tl.arange(0, MIXING_WIDTH)[None, :]
+    d_mixing = tl.zeros((BT, MIXING_WIDTH), tl.float32)
     df = tl.zeros((BT, BC), tl.float32)
     products = ()
     for i in tl.static_range(N):
@@ -115,12 +115,12 @@ def through_res(
     mask,
     N: tl.constexpr,
     C: tl.constexpr,
-    MIXING: tl.constexpr,
+    MIXING_WIDTH: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Store dx = H_res^T dY; return d_mixing with d_h_res behind d_h_post."""
-    entry = tl.arange(0, MIXING)[None, :]
+    entry = tl.arange(0, MIXING_WIDTH)[None, :]
     for j in tl.static_range(N):
         x = widened(xs[j])
         dx = tl.zeros((BT, BC), tl.float32)
@@ -162,7 +162,7 @@ def stream_gradients_kernel(
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    MIXING: tl.constexpr,
+    MIXING_WIDTH: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -229,14 +229,14 @@ def stream_gradients_kernel(
             f = widened(f[0])
             if HAS_BIAS:
                 f += f_bias[None, :]
-            df, d_mixing = through_post(streams_dy, f, h_post, N, MIXING, BT, BC)
+            df, d_mixing = through_post(streams_dy, f, h_post, N, MIXING_WIDTH, BT, BC)
             tl.store(df_ptr + narrow, rounded(df, df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
                 d_f_bias += df
             d_mixing = through_res(
-                streams_dy, xs, h_res, d_mixing, dx_ptr, offsets, mask, N, C, MIXING, BT, BC
+                streams_dy, xs, h_res, d_mixing, dx_ptr, offsets, mask, N, C, MIXING_WIDTH, BT, BC
             )
-            entry = tl.arange(0, MIXING)[None, :]
+            entry = tl.arange(0, MIXING_WIDTH)[None, :]
             out = (block * T.to(tl.int64) + t64)[:, None] * (N + N * N) + entry
             tl.store(d_mixing_ptr + out, d_mixing, t_mask[:, None] & (entry < N + N * N))
         else:

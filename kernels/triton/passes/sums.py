@@ -10,7 +10,7 @@ from ..launch import Launch, prepared
 
 
 @triton.jit(do_not_specialize=["COUNT"])
-def sum_rows_kernel(
+def sum_partials_kernel(
     in_ptr,
     out_ptr,
     rest_ptr,
@@ -75,15 +75,15 @@ def sum_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor) -> None:
 
 @prepared
 def _sum_rows(device: torch.device, width: int, first: int) -> tuple[int, Launch]:
-    """The programs, and `sum_rows_kernel` for rows of this width, `first` of them for `out`."""
+    """The programs, and `sum_partials_kernel` for rows of this width, `first` of them for `out`."""
     few = width < 1024  # few columns: many rows a step, else many columns a program
     rows, columns = (128, 32) if few else (8, 256)
     sizes = {"WIDTH": width, "FIRST": first, "BR": rows, "BW": columns}
-    launch = Launch(sum_rows_kernel, device, **sizes, num_warps=8 if few else 4)
+    launch = Launch(sum_partials_kernel, device, **sizes, num_warps=8 if few else 4)
     return tiles.cdiv(width, columns), launch
 
 
-def sum_rows(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
+def sum_partials(partial: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor:
     """The sum over the first dimension of `partial`, into `out` and what follows into `rest`."""
     first = out.numel()
     width = first if rest is None else first + rest.numel()

@@ -17,7 +17,7 @@ from ...arguments import Options, Sizes
 from .. import tiles
 from ..device import after_rows, load_streams, sinkhorn_backward, widened
 from ..launch import Launch, prepared
-from .sums import sum_rows
+from .sums import sum_partials
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -38,7 +38,7 @@ def token_gradients_kernel(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     AGGREGATE: tl.constexpr,
-    MIXING: tl.constexpr,
+    HAS_MIXING: tl.constexpr,
     HAS_POST: tl.constexpr,
     HAS_RES: tl.constexpr,
     ITERATIONS: tl.constexpr,
@@ -49,11 +49,11 @@ def token_gradients_kernel(
     """Gradients of u (AGGREGATE) or h_pre, of h_post and of h_res -> a token's d_z, k, h_pre.
 
     With l = alpha z / r + b and m = z / r: d_z = alpha d_l / r; k = -sum(alpha d_l m) / (r^2 N C),
-    the factor of y in the gradient through r. normed as `finish_kernel` wrote it; out: d_z
+    the factor of y in the gradient through r. normed as `coefficients_kernel` wrote it; out: d_z
     [T, ROWS], k [T] and h_pre [T, N], one behind the other. d_parameters [programs, ROWS + 3 (or
     1)]: sums over this program's tokens of d_l (for bias) and of d_l m (for alpha).
     """
-    ALPHAS: tl.constexpr = 3 if MIXING else 1
+    ALPHAS: tl.constexpr = 3 if HAS_MIXING else 1
     z_over_r_ptr, d_z_ptr = normed_ptr, out_ptr
     inverse_r_ptr = after_rows(normed_ptr, T, ROWS)
     k_ptr = after_rows(out_ptr, T, ROWS)
@@ -98,7 +98,7 @@ def token_gradients_kernel(
     through_norm = tl.fma(d_alpha, alpha, through_norm)
     tl.store(d_alpha_ptr, tl.sum(d_alpha, axis=0))
 
-    if MIXING:
+    if HAS_MIXING:
         j = tl.arange(0, N)
         offsets = t64[:, None] * ROWS + N + j[None, :]  # [BT, N]
         mask = t_mask[:, None] & (j >= 0)[None, :]
@@ -158,7 +158,7 @@ def _launch(
     sinkhorn_eps: float,
 ) -> tuple[Launch, tiles.Tile]:
     """The kernel for streams of this dtype; `has`: whether there are du, d_post and d_res."""
-    tile = tiles.coefficients_backward(n, width, dtype)
+    tile = tiles.token_gradients(n, width, dtype)
     launch = Launch(
         token_gradients_kernel,
         device,
@@ -166,7 +166,7 @@ def _launch(
         C=width,
         ROWS=rows,
         AGGREGATE=has[0],
-        MIXING=rows > n,
+        HAS_MIXING=rows > n,
         HAS_POST=has[1],
         HAS_RES=has[2],
         ITERATIONS=iterations,
@@ -211,5 +211,5 @@ def token_gradients(
     tensors = (y, du, d_pre, d_post, d_res, normed, alpha, bias, out, d_parameters)
     launch((programs, 1), tensors, tokens, options.pre_eps)
     d_bias, d_alpha = new(bias.shape), new(alpha.shape)
-    sum_rows(d_parameters, d_bias, d_alpha)
+    sum_partials(d_parameters, d_bias, d_alpha)
     return TokenGradients(out, d_alpha, d_bias)

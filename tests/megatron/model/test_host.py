@@ -17,14 +17,14 @@ def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
     assert counts == {
         # forward
         "combine_and_project_kernel": 1,
-        "finish_kernel": 1,
+        "coefficients_kernel": 1,
         "aggregate_kernel": 1,
         # backward
         "token_gradients_kernel": 1,
         "stream_gradients_kernel": 1,
         "phi_gradient_kernel": 1,
         "sum_mixing_kernel": 1,
-        "sum_rows_kernel": 2,
+        "sum_partials_kernel": 2,
         # y, u, h_post, h_res, and for the backward: h_pre, normed, partial projections; gradients
         # of x, f, h_post, h_res, phi, alpha, bias, and four that are added up or handed on
         "allocations": 18,

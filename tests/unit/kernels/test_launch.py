@@ -102,9 +102,9 @@ def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch, driver: Non
     operations.aggregate(x[:0], h_post[:0])
     operations.aggregate(x, h_post)
     operations.rebuild(x, [h_post] * 3, [Mixing(f, h_post, logits, b) for b in (None, f[0])])
-    modules()["passes.sums"].sum_rows(torch.zeros(7, 40), torch.zeros(40))
+    modules()["passes.sums"].sum_partials(torch.zeros(7, 40), torch.zeros(40))
     assert set(compared) == {
-        *("sinkhorn_kernel", "aggregate_kernel", "rebuild_kernel", "sum_rows_kernel")
+        *("sinkhorn_kernel", "aggregate_kernel", "rebuild_kernel", "sum_partials_kernel")
     }
 
 
@@ -120,7 +120,7 @@ def test_what_triton_compiles_anew_for_goes_through_it(
         return through(*arguments)
 
     monkeypatch.setattr(launch, "through_triton", note)
-    kernel = modules()["aggregate"].aggregate_kernel
+    kernel = modules()["passes.aggregate"].aggregate_kernel
     run = Launch(kernel, CPU, N=4, C=16, BT=4, BC=16, num_warps=4)
     x, h_pre, u = torch.zeros(6, 4, 16), torch.zeros(6, 4), torch.zeros(6, 16)
     off = torch.zeros(6 * 4 + 1)[1:]
@@ -160,7 +160,7 @@ def test_a_launch_is_made_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None
     for given in ({"du": f}, {"d_pre": h_post}, {"du": f, "d_post": h_post}, {"d_res": h_res}):
         options = passes["pre"].DEFAULT
         out = token.token_gradients(sizes, x, torch.zeros(5, 25), alpha, bias, options, **given)
-        gradients = passes["passes.stream_gradients"].streams_gradients
+        gradients = passes["passes.stream_gradients"].stream_gradients
         gradients(sizes, x, du=given.get("du"), phi=phi, token=out)
         gradients(sizes, x, dy=x, du=given.get("du"), phi=phi, token=out)
     by_kernel: dict[str, set[int]] = {}

@@ -44,13 +44,13 @@ WIDTHS = [1280, 2560, 4096, 5120, 7168, 8192]
 @pytest.mark.parametrize("width", WIDTHS)
 def test_streams_gradients_fill_the_waves_of_an_h100(width: int) -> None:
     """At C 2560 waves filled to 61 % cost a fifth of the kernel's time."""
-    assert filled(tiles.streams_backward(4, width, BF16), width, 4 * 132) > 0.95
+    assert filled(tiles.stream_gradients(4, width, BF16), width, 4 * 132) > 0.95
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_projection_runs_as_one_wave(width: int) -> None:
     """At C 5120 one wave filled to 91 % takes 277 us, four filled to 98 % 302."""
-    tile = tiles.project(4, width, BF16)
+    tile = tiles.combine_and_project(4, width, BF16)
     blocks = -(-width // tile.channels)
     assert blocks * tile.splits <= 132 < blocks * (tile.splits + 1)
     assert filled(tile, width, 132) > 0.8
@@ -64,22 +64,22 @@ def test_the_projection_fills_other_cards(
     """An A100, a narrower H100, an L40S, a B200."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda: count)
     forget()
-    assert filled(tiles.project(4, width, BF16), width, count) > 0.8
+    assert filled(tiles.combine_and_project(4, width, BF16), width, count) > 0.8
 
 
 @pytest.mark.parametrize("width", [6144, 9216, 12288, 128 * 133])
 def test_the_projection_takes_more_waves_where_one_stays_empty(width: int) -> None:
-    tile = tiles.project(4, width, BF16)
+    tile = tiles.combine_and_project(4, width, BF16)
     assert tile.splits > 1 and filled(tile, width, 132) > 0.95
 
 
 def test_a_card_with_fewer_multiprocessors_has_its_own_shares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    of_an_h100 = tiles.streams_backward(4, 4096, BF16)
+    of_an_h100 = tiles.stream_gradients(4, 4096, BF16)
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 108)  # an A100
     forget()
-    of_an_a100 = tiles.streams_backward(4, 4096, BF16)
+    of_an_a100 = tiles.stream_gradients(4, 4096, BF16)
     assert filled(of_an_a100, 4096, 4 * 108) > 0.95 > filled(of_an_h100, 4096, 4 * 108)
 
 
@@ -87,10 +87,10 @@ def test_a_card_with_fewer_multiprocessors_has_its_own_shares(
 def test_a_card_with_less_shared_memory_has_smaller_tiles(
     n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_an_h100 = tiles.project(n, 4096, dtype)
+    of_an_h100 = tiles.combine_and_project(n, 4096, dtype)
     monkeypatch.setattr(tiles, "shared_memory", lambda: 166_912)  # an A100
     forget()
-    less = tiles.project(n, 4096, dtype)
+    less = tiles.combine_and_project(n, 4096, dtype)
     assert less.channels * less.stages < of_an_h100.channels * of_an_h100.stages
 
 
@@ -131,24 +131,28 @@ def test_the_tiles_of_every_card_fit_it(
             shape = (tile.tokens, tile.channels, tile.warps, tile.stages)
             chosen.setdefault(kernel, set()).add(shape)
             assert tile.splits >= 1
-        assert projections_need(n, dtype, tiles.project(n, width, dtype)) <= shared_memory
+        assert (
+            projections_need(n, dtype, tiles.combine_and_project(n, width, dtype)) <= shared_memory
+        )
         if n == 8:  # compiled: 155,648 bytes with 128 rows at once, 93,184 with 16, in fp32
-            all_at_once = tiles.streams_backward_rows(rows) == 128
+            all_at_once = tiles.rows_at_a_time(rows) == 128
             assert (155_648 if all_at_once else 93_184) <= shared_memory
     different = {kernel for kernel, shapes in chosen.items() if len(shapes) > 1}
-    assert different <= {"project"}
+    assert different <= {"combine_and_project"}
 
 
 def test_a_projections_need_is_the_compilers() -> None:
     """Compiled for an H100: see docs/measured-facts.md."""
-    assert abs(projections_need(4, BF16, tiles.project(4, 4096, BF16)) - 171_520) <= 1024
-    assert projections_need(8, BF16, tiles.project(8, 4096, BF16)) == 180_352
+    assert (
+        abs(projections_need(4, BF16, tiles.combine_and_project(4, 4096, BF16)) - 171_520) <= 1024
+    )
+    assert projections_need(8, BF16, tiles.combine_and_project(8, 4096, BF16)) == 180_352
 
 
 def test_eighty_rows_are_a_product_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [tiles.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 128]
+    assert [tiles.rows_at_a_time(rows) for rows in (4, 24, 80)] == [16, 32, 128]
     monkeypatch.setattr(tiles, "shared_memory", lambda: 101_376)  # an L40S
-    assert [tiles.streams_backward_rows(rows) for rows in (4, 24, 80)] == [16, 32, 16]
+    assert [tiles.rows_at_a_time(rows) for rows in (4, 24, 80)] == [16, 32, 16]
 
 
 def use(file: Path, content: object) -> None:
@@ -160,25 +164,31 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     others = [(2, 4096, BF16), (4, 2560, BF16), (4, 4096, torch.float32)]
-    before = [tiles.project(*case) for case in others]
+    before = [tiles.combine_and_project(*case) for case in others]
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
-    use(tmp_path / "tiles.json", {"project sm_90 n4 C4096 bfloat16": [16, 32, 8, 4, 2, 128]})
-    assert tiles.project(4, 4096, BF16) == tiles.Tile(16, 32, 8, 4, 2, 128)
-    assert [tiles.project(*case) for case in others] == before
-    assert tiles.streams_backward(4, 4096, BF16).tokens == 8
+    use(
+        tmp_path / "tiles.json",
+        {"combine_and_project sm_90 n4 C4096 bfloat16": [16, 32, 8, 4, 2, 128]},
+    )
+    assert tiles.combine_and_project(4, 4096, BF16) == tiles.Tile(16, 32, 8, 4, 2, 128)
+    assert [tiles.combine_and_project(*case) for case in others] == before
+    assert tiles.stream_gradients(4, 4096, BF16).tokens == 8
     monkeypatch.setattr(tiles, "architecture", lambda: "sm_80")
     forget()
-    assert tiles.project(4, 4096, BF16).channels == 128
+    assert tiles.combine_and_project(4, 4096, BF16).channels == 128
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"projct sm_90 n4 C64 bfloat16": [16, 64]}, "names none of the kernels project, finish"),
-        ({"project sm_90 n4 C64 bfloat16": [16]}, "is no tile"),
-        ({"project sm_90 n4 C64 bfloat16": [16, 48]}, "powers of two"),
-        ({"project sm_90 n4 C64 bfloat16": [16, 64, 0]}, "is no tile"),
-        ({"project sm_90 n4 C64 bfloat16": [16, 64, 8, 3]}, "powers of two"),
+        (
+            {"projct sm_90 n4 C64 bfloat16": [16, 64]},
+            "names none of the kernels combine_and_project, coefficients",
+        ),
+        ({"combine_and_project sm_90 n4 C64 bfloat16": [16]}, "is no tile"),
+        ({"combine_and_project sm_90 n4 C64 bfloat16": [16, 48]}, "powers of two"),
+        ({"combine_and_project sm_90 n4 C64 bfloat16": [16, 64, 0]}, "is no tile"),
+        ({"combine_and_project sm_90 n4 C64 bfloat16": [16, 64, 8, 3]}, "powers of two"),
         ([], "is not what benchmarks/kernels/tune.py --save writes"),
     ],
 )
@@ -188,7 +198,7 @@ def test_a_file_that_has_something_else_is_refused(
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(tmp_path / "tiles.json"))
     use(tmp_path / "tiles.json", content)
     with pytest.raises(ValueError, match=says):
-        tiles.project(4, 4096, BF16)
+        tiles.combine_and_project(4, 4096, BF16)
 
 
 def test_a_file_that_is_not_there_is_refused(
@@ -196,7 +206,7 @@ def test_a_file_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json is not what"):
-        tiles.project(4, 4096, BF16)
+        tiles.combine_and_project(4, 4096, BF16)
 
 
 def test_what_tuning_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -205,9 +215,13 @@ def test_what_tuning_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     file = tmp_path / "tiles.json"
     for width, tokens in ((4096, 8), (2560, 32), (4096, 32)):
-        tune.save(file, {"project": (tokens, 64, 8, 2, 3, 255), "finish": (8, 1, 1, 4, 1)}, width)
+        tune.save(
+            file,
+            {"combine_and_project": (tokens, 64, 8, 2, 3, 255), "coefficients": (8, 1, 1, 4, 1)},
+            width,
+        )
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(file))
     forget()
-    assert tiles.project(4, 4096, BF16) == tiles.Tile(32, 64, 8, 2, 3, 255)
-    assert tiles.project(4, 2560, BF16).tokens == 32
-    assert tiles.finish(4, 2560, BF16) == tiles.Tile(8, 1, 1, 4, 1)
+    assert tiles.combine_and_project(4, 4096, BF16) == tiles.Tile(32, 64, 8, 2, 3, 255)
+    assert tiles.combine_and_project(4, 2560, BF16).tokens == 32
+    assert tiles.coefficients(4, 2560, BF16) == tiles.Tile(8, 1, 1, 4, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_mhc import kernels
-from tests.unit.kernels.interpreted.operation import Operation
+from tests.unit.kernels.interpreted.operation_tests import Operation
 
 
 class TestAggregate(Operation):

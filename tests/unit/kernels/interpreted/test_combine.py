@@ -1,6 +1,6 @@
 """`combine` under Triton's interpreter."""
 
-from tests.unit.kernels.interpreted.operation import Operation
+from tests.unit.kernels.interpreted.operation_tests import Operation
 
 
 class TestCombine(Operation):

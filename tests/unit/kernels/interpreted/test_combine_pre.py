@@ -4,7 +4,7 @@ import torch
 
 from megatron_mhc import kernels
 from tests.kernel_cases import inputs
-from tests.unit.kernels.interpreted.operation import Projecting
+from tests.unit.kernels.interpreted.operation_tests import Projecting
 
 
 class TestCombinePre(Projecting):

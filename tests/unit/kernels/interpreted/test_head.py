@@ -1,6 +1,6 @@
 """`head` under Triton's interpreter."""
 
-from tests.unit.kernels.interpreted.operation import Projecting
+from tests.unit.kernels.interpreted.operation_tests import Projecting
 
 
 class TestHead(Projecting):

@@ -1,6 +1,6 @@
 """`pre` under Triton's interpreter."""
 
-from tests.unit.kernels.interpreted.operation import Projecting
+from tests.unit.kernels.interpreted.operation_tests import Projecting
 
 
 class TestPre(Projecting):

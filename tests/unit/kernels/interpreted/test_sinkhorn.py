@@ -3,7 +3,7 @@
 import torch
 
 from megatron_mhc import kernels
-from tests.unit.kernels.interpreted.operation import Operation
+from tests.unit.kernels.interpreted.operation_tests import Operation
 
 
 class TestSinkhorn(Operation):

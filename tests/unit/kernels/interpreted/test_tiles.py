@@ -20,19 +20,22 @@ def other_tiles() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "finish_tokens", "splits"),
+    ("dtype", "coefficients_tokens", "splits"),
     [(torch.bfloat16, 8, 1), (torch.float32, 8, 2), (torch.bfloat16, 64, 2)],
 )
 def test_a_program_goes_through_several_tiles(
-    dtype: torch.dtype, finish_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, coefficients_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One or two programs share the tokens, every tile or every other; `finish` has a quarter
-    of a tile of `project` a program, or a whole. The last block of channels is a stub."""
-    for kernel in ("project", "streams_backward", "phi_gradient"):
+    """One or two programs share the tokens, every tile or every other; `coefficients` has a quarter
+    of a tile of `combine_and_project` a program, or a whole. The last block of channels is a
+    stub."""
+    for kernel in ("combine_and_project", "stream_gradients", "phi_gradient"):
         tile = getattr(tiles, kernel)(4, 168, dtype)._replace(splits=splits)
         assert splits * tile.tokens < 133
         monkeypatch.setattr(tiles, kernel, lambda *_, tile=tile: tile)
-    monkeypatch.setattr(tiles, "finish", lambda *_: tiles.Tile(finish_tokens, 1, warps=1))
+    monkeypatch.setattr(
+        tiles, "coefficients", lambda *_: tiles.Tile(coefficients_tokens, 1, warps=1)
+    )
     monkeypatch.setattr(projection, "MOST_PROGRAMS", splits)
     check("combine_pre", 133, 4, 168, dtype, "cpu", iterations=2)
     check("combine", 133, 4, 168, dtype, "cpu")
@@ -41,7 +44,7 @@ def test_a_program_goes_through_several_tiles(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_phi_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a card has too little shared memory for all 80 rows of n = 8 at once."""
-    monkeypatch.setattr(tiles, "streams_backward_rows", lambda rows: 16)
+    monkeypatch.setattr(tiles, "rows_at_a_time", lambda rows: 16)
     check("combine_pre", 5, 8, 40, dtype, "cpu", iterations=2)
     check("pre", 19, 4, 40, dtype, "cpu", iterations=2)  # the second part of 24 rows is a stub
 
@@ -70,10 +73,10 @@ def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         counts.append(len(partial))
-        return sum_rows(partial, out)
+        return sum_partials(partial, out)
 
-    sum_rows = phi_gradient.sum_rows
-    monkeypatch.setattr(phi_gradient, "sum_rows", counted)
+    sum_partials = phi_gradient.sum_partials
+    monkeypatch.setattr(phi_gradient, "sum_partials", counted)
     monkeypatch.setattr(phi_gradient, "LONGEST_SUM", 32)
     monkeypatch.setattr(tiles, "phi_gradient", lambda *_: tiles.Tile(32, 128, 4))
     got = phi_gradient.phi_gradient(Sizes.of(y), y, d_z, 24).double()

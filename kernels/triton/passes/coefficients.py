@@ -1,7 +1,7 @@
 """The forward's small kernel: a site's coefficients from the partial projections of its streams.
 
-`finish_kernel` adds up what `combine_and_project_kernel` left and makes the coefficients; with them
-`aggregate`'s own kernel reads the streams once more.
+`coefficients_kernel` adds up what `combine_and_project_kernel` left and makes the coefficients;
+with them `aggregate_kernel` reads the streams once more, for u.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ...arguments import Options, Sizes
 from .. import tiles
-from ..aggregate import weighted_sum
 from ..device import after_rows, sinkhorn_forward, sum_blocks
 from ..launch import Launch, prepared
+from .aggregate import make_u
 
 
 @triton.jit(do_not_specialize=["T"])
-def finish_kernel(
+def coefficients_kernel(
     partial_ptr,
     alpha_ptr,
     bias_ptr,
@@ -34,7 +34,7 @@ def finish_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    MIXING: tl.constexpr,
+    HAS_MIXING: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -44,8 +44,8 @@ def finish_kernel(
 ):
     """Partial projections [tiles, BLOCKS, ROWS + 1, TILE] -> the coefficients of BT tokens.
 
-    Without MIXING (`head`) there are only the N rows of H_pre. normed is what the backward keeps:
-    z / r [T, ROWS], and behind it 1 / r [T].
+    Without HAS_MIXING (`head`) there are only the N rows of H_pre. normed is what the backward
+    keeps: z / r [T, ROWS], and behind it 1 / r [T].
     """
     z_over_r_ptr = normed_ptr
     inverse_r_ptr = after_rows(normed_ptr, T, ROWS)
@@ -57,7 +57,7 @@ def finish_kernel(
     tile_ptr = partial_ptr + (first // TILE).to(tl.int64) * (BLOCKS * ALL * TILE) + first % TILE
     square = sum_blocks(tile_ptr, ROWS, 1, ALL, TILE, BLOCKS, LOADS, BT)
     z_pre = sum_blocks(tile_ptr, 0, N, ALL, TILE, BLOCKS, LOADS, BT)
-    if MIXING:  # all loads before the first store, which might change what they read
+    if HAS_MIXING:  # all loads before the first store, which might change what they read
         z_post = sum_blocks(tile_ptr, N, N, ALL, TILE, BLOCKS, LOADS, BT)
         z_res = sum_blocks(tile_ptr, 2 * N, N * N, ALL, TILE, BLOCKS, LOADS, BT)
 
@@ -70,7 +70,7 @@ def finish_kernel(
     logits = tl.fma(z_over_r, tl.load(alpha_ptr), tl.load(bias_ptr + j)[None, :])
     tl.store(h_pre_ptr + t64[:, None] * N + j[None, :], tl.sigmoid(logits) + pre_eps, mask)
 
-    if MIXING:
+    if HAS_MIXING:
         z_over_r = z_post * inverse_r
         tl.store(z_over_r_ptr + t64[:, None] * ROWS + N + j[None, :], z_over_r, mask)
         logits = tl.fma(z_over_r, tl.load(alpha_ptr + 1), tl.load(bias_ptr + N + j)[None, :])
@@ -87,8 +87,8 @@ def finish_kernel(
         tl.store(h_res_ptr + t64[:, None] * (N * N) + k[None, :], matrix, mask)
 
 
-class Finished(NamedTuple):
-    """What `finish` returns: None where the operation has no such result."""
+class Coefficients(NamedTuple):
+    """What `coefficients_and_u` returns: None where the operation has no such result."""
 
     u: Tensor | None
     h_pre: Tensor
@@ -111,19 +111,19 @@ def _launch(
 ) -> tuple[Launch, int]:
     """The kernel for partial projections [tiles, blocks, rows + 1, tile_tokens] of streams of this
     dtype; and how many tokens a program of it has."""
-    tile = tiles.finish(n, width, dtype)
+    tile = tiles.coefficients(n, width, dtype)
     block_tokens = min(tile.tokens, tile_tokens)
     launch = Launch(
-        finish_kernel,
+        coefficients_kernel,
         device,
         N=n,
         C=width,
         ROWS=rows,
-        MIXING=rows > n,
+        HAS_MIXING=rows > n,
         ITERATIONS=iterations,
         SINKHORN_EPS=sinkhorn_eps,
         BLOCKS=blocks,
-        LOADS=max(tiles.FINISH_LOADS * tile.warps, n * n * block_tokens),
+        LOADS=max(tiles.COEFFICIENTS_LOADS * tile.warps, n * n * block_tokens),
         TILE=tile_tokens,
         BT=block_tokens,
         num_warps=tile.warps,
@@ -131,7 +131,7 @@ def _launch(
     return launch, block_tokens
 
 
-def finish(
+def coefficients_and_u(
     sizes: Sizes,
     leading: Sequence[int],
     x: Tensor,
@@ -141,8 +141,8 @@ def finish(
     options: Options,
     *,
     aggregate: bool,
-) -> Finished:
-    """Launch `finish_kernel` for the streams x that were projected, and `aggregate`'s.
+) -> Coefficients:
+    """Launch `coefficients_kernel` for the streams x that were projected, and `aggregate`'s.
 
     The results have these leading dimensions, those of the tokens.
     """
@@ -159,5 +159,5 @@ def finish(
         launch, block_tokens = _launch(x.device, x.dtype, *kind)
         tensors = (partial, alpha, bias, h_pre, h_post, h_res, normed)
         launch((tiles.cdiv(tokens, block_tokens), 1), tensors, tokens, norm_eps, pre_eps)
-    u = weighted_sum(sizes, x, h_pre) if aggregate else None
-    return Finished(u, h_pre, h_post, h_res, normed)
+    u = make_u(sizes, x, h_pre) if aggregate else None
+    return Coefficients(u, h_pre, h_post, h_res, normed)
