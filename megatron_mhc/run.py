@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_mhc.patches.releases import check_release
+from megatron_mhc.patches.supported_versions import check_release
 
 from .start.flags import add_mhc_arguments
 

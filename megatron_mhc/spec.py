@@ -4,8 +4,8 @@ import inspect
 from typing import Any
 
 from megatron_mhc.patches import registry
-from megatron_mhc.patches.releases import check_release
 from megatron_mhc.patches.spec_function import spec_function_patches
+from megatron_mhc.patches.supported_versions import check_release
 
 # Before anything that another release may lack is imported: where `--spec` cannot import this
 # module, Megatron trains the ordinary model. And of ours nothing but this runs before 0.18 builds.

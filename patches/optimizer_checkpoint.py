@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .registry import Patch, is_there, locate
-from .releases import is_installed
+from .supported_versions import is_installed
 
 _COPIES = "fp32_from_fp16_params"
 """The checkpoint's key for the fp32 copies, a list for each parameter group."""

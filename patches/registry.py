@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .releases import SUPPORTED, is_of, megatron_core_version
+from .supported_versions import SUPPORTED, is_of, megatron_core_version
 
 ENVIRONMENT_VARIABLE = "MEGATRON_MHC_PATCHES"
 """Turns single patches off: comma-separated ids with a minus in front, `-metrics,-throughput`."""

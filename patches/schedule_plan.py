@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .registry import Patch
-from .releases import is_installed
+from .supported_versions import is_installed
 
 _NODE = (
     "megatron.core.models.gpt.fine_grained_callables:TransformerLayerNode"

@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from .registry import Patch
-from .releases import is_installed
+from .supported_versions import is_installed
 
 
 def spec_function_patches() -> tuple[Patch, ...]:

@@ -9,17 +9,17 @@ import torch
 from megatron_mhc.kernels.arguments import DEFAULT, Mixing, Sizes
 from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.kernels.triton.passes.aggregate import make_u
+from megatron_mhc.kernels.triton.passes.coefficient_gradients import coefficient_gradients
 from megatron_mhc.kernels.triton.passes.coefficients import coefficients_and_u
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
 from megatron_mhc.kernels.triton.passes.projection import combine_and_project
 from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
-from megatron_mhc.kernels.triton.passes.token_gradients import token_gradients
 
 FLOORS = {
     "combine_and_project": 9,
     "coefficients": 0,
     "aggregate": 5,
-    "token_gradients": 5,
+    "coefficient_gradients": 5,
     "stream_gradients": 19,
     "phi_gradient": 4,
 }
@@ -28,7 +28,7 @@ KERNELS = {
     "combine_and_project": "combine_and_project_kernel",
     "coefficients": "coefficients_kernel",
     "aggregate": "aggregate_kernel",
-    "token_gradients": "token_gradients_kernel",
+    "coefficient_gradients": "coefficient_gradients_kernel",
     "stream_gradients": "stream_gradients_kernel",
     "phi_gradient": "phi_gradient_kernel",
 }
@@ -43,7 +43,7 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((1, 2, 4, 8), (512, 1024), (1,), (4,), (1,)),
         *itertools.product((4, 8), (256, 512), (1,), (8,), (1,)),
     ],
-    "token_gradients": [
+    "coefficient_gradients": [
         *itertools.product((8, 16, 32), (64, 128), (1,), (4,), (1, 2)),
         *itertools.product((8, 16), (256, 512), (1,), (8,), (2,)),
     ],
@@ -109,13 +109,13 @@ def subjects(
     done = coefficients_and_u(*coefficients_args, aggregate=True)
     small = {"d_post": normal(tokens, n), "d_res": normal(tokens, n, n)}
     token_args = (sizes, y, done.normed, alpha, bias, DEFAULT)
-    token = token_gradients(*token_args, du=du, **small)
+    token = coefficient_gradients(*token_args, du=du, **small)
 
     return {
         "combine_and_project": lambda: combine_and_project(sizes, x, phi, mixing),
         "coefficients": lambda: coefficients_and_u(*coefficients_args, aggregate=False),
         "aggregate": lambda: make_u(sizes, y, done.h_pre),
-        "token_gradients": lambda: token_gradients(*token_args, du=du, **small),
+        "coefficient_gradients": lambda: coefficient_gradients(*token_args, du=du, **small),
         "stream_gradients": lambda: stream_gradients(
             sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
         ),

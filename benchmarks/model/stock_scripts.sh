@@ -58,7 +58,7 @@ same() { # same NAME OTHER : fails where their losses differ in a digit
 }
 
 "$PYTHON" -c 'from importlib.metadata import version as v; import platform
-from megatron_mhc.patches.releases import megatron_core_version
+from megatron_mhc.patches.supported_versions import megatron_core_version
 print(f"Megatron-Core {megatron_core_version()}, PyTorch {v("torch")}, Python {platform.python_version()}")'
 echo "pretrain_gpt.py of $TAG; FLAGS: ${MODEL_ARGS[*]} ${TRAINING_ARGS[*]} ${CPU_ARGS[*]}"
 train ordinary 1 "${RUNNER[@]}"

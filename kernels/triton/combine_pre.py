@@ -10,10 +10,10 @@ so autograd has nothing to add.
 from torch import Tensor
 
 from ..arguments import DEFAULT, Mixing, Options
+from .passes.coefficient_gradients import coefficient_gradients
 from .passes.coefficients import coefficients_and_u
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import stream_gradients
-from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
@@ -57,7 +57,7 @@ def _combine_pre_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     mixing = Mixing(f, h_post, h_res, f_bias)
     sizes, given = mixing.sizes, {"du": du, "d_post": d_next_post, "d_res": d_next_res}
-    token = token_gradients(sizes, y, normed, alpha, bias, options, **given)
+    token = coefficient_gradients(sizes, y, normed, alpha, bias, options, **given)
     out = stream_gradients(sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing)
     to_sublayer = (out.dx, out.df, out.d_post, out.d_res)
     return (*to_sublayer, out.d_phi, token.d_alpha, token.d_bias, out.d_f_bias)

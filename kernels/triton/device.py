@@ -44,7 +44,7 @@ def rounded(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def widened(tile):
+def to_fp32(tile):
     """A tile in fp32: for bf16 one instruction an element, where the compiler takes two."""
     if INTERPRETED or tile.dtype != tl.bfloat16:
         return tile.to(tl.float32)

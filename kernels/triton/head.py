@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ..arguments import Options, Sizes
+from .passes.coefficient_gradients import coefficient_gradients
 from .passes.coefficients import coefficients_and_u
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import stream_gradients
-from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
@@ -32,7 +32,7 @@ def _head_backward(
     pre_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes, options = Sizes.of(x), Options(1, pre_eps=pre_eps)
-    token = token_gradients(sizes, x, normed, scale, base, options, du=du)
+    token = coefficient_gradients(sizes, x, normed, scale, base, options, du=du)
     out = stream_gradients(sizes, x, du=du, phi=fn, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ..arguments import DEFAULT, Options, Sizes
+from .passes.coefficient_gradients import coefficient_gradients
 from .passes.coefficients import Coefficients, coefficients_and_u
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import stream_gradients
-from .passes.token_gradients import token_gradients
 from .torch_operator import operator
 
 
@@ -30,7 +30,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, phi, alpha and bias from those of u or h_pre, of h_post and of h_res."""
     sizes = Sizes.of(x)
-    token = token_gradients(sizes, x, normed, alpha, bias, options, **given)
+    token = coefficient_gradients(sizes, x, normed, alpha, bias, options, **given)
     out = stream_gradients(sizes, x, du=given.get("du"), phi=phi, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 

@@ -193,8 +193,8 @@ slower: the code is longer, and each launch fetches it anew (docs/measured-facts
 
 
 @tunable
-def token_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`token_gradients_kernel`: as `coefficients`, with n sums over channels."""
+def coefficient_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`coefficient_gradients_kernel`: as `coefficients`, with n sums over channels."""
     return Tile(tokens=16, channels=128 if n <= 4 else 64, warps=4, stages=2)
 
 

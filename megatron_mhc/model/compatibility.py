@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 
 from .conflict import Conflict, is_set
 from .native_mhc import NATIVE_CONFLICTS

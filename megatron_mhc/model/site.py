@@ -145,7 +145,7 @@ class Site:
             ValueError: the streams do not have n*C channels.
             RuntimeError: the norm returns a residual of its own.
         """
-        streams = self._streams(hidden_states)
+        streams = self._replicated_at_entry(hidden_states)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
             _, u, h_post, h_res, h_pre = ahead.site_input
@@ -163,7 +163,7 @@ class Site:
         is_u = normed.data_ptr() == u.data_ptr()
         return normed, Residual(streams, h_post, h_res, (h_pre, u) if is_u else (h_pre, u, normed))
 
-    def _streams(self, hidden_states: Tensor) -> Tensor:
+    def _replicated_at_entry(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""
         n, width = self.connection.mhc.num_streams, self.connection.hidden_size
         expected = width if self.is_entry else n * width

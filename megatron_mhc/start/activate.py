@@ -25,9 +25,9 @@ from megatron_mhc.patches.parameter_groups import parameter_group_patches
 from megatron_mhc.patches.pipeline_schedule import pipeline_schedule_patches
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from megatron_mhc.patches.registry import ENVIRONMENT_VARIABLE, turned_off
-from megatron_mhc.patches.releases import check_release, megatron_core_version
 from megatron_mhc.patches.schedule_plan import schedule_plan_patches
 from megatron_mhc.patches.spec_function import spec_function_patches
+from megatron_mhc.patches.supported_versions import check_release, megatron_core_version
 from megatron_mhc.patches.throughput import throughput_patch
 from megatron_mhc.patches.training import (
     arguments_patch,

@@ -15,7 +15,7 @@ from megatron_mhc.model import native_mhc
 from megatron_mhc.model.compatibility import check_transformer_config
 from megatron_mhc.model.stored_settings import FUNCTION_FIELDS
 from megatron_mhc.patches import PatchError
-from megatron_mhc.patches.releases import SUPPORTED, megatron_core_version
+from megatron_mhc.patches.supported_versions import SUPPORTED, megatron_core_version
 
 from .settings import SETTINGS, SHARED, VARIABLES, flag_of, switch
 

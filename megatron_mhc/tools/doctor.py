@@ -11,7 +11,7 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.patches import PatchError, registry
 from megatron_mhc.patches.cpu import CPU_PATCHES
 from megatron_mhc.patches.registry import locate
-from megatron_mhc.patches.releases import (
+from megatron_mhc.patches.supported_versions import (
     UnsupportedMegatronError,
     check_release,
     distribution_version,

@@ -27,7 +27,7 @@ from megatron_mhc.costs.formulas import (
 from megatron_mhc.costs.recompute_plan import most_in_flight, plan_of
 from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.model.parameters import is_hyper_connection
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.start.flags import config_from_arguments
 
 from .stage_model import build, pretended, whole_sizes

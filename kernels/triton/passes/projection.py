@@ -20,7 +20,7 @@ from ..device import (
     load_streams,
     mixed_stream,
     rounded,
-    widened,
+    to_fp32,
 )
 from ..launch import Launch, prepared
 from .phi_products import add_products, as_transposed_operand, count_sums, load_phi, store_sums
@@ -94,11 +94,11 @@ def combine_and_project_kernel(
             streams, f = load_tiles(x_ptr, f_ptr, t64, c, N, C, COMBINE)
             wide = ()
             if COMBINE:
-                f = widened(f[0])
+                f = to_fp32(f[0])
                 if HAS_BIAS:
                     f += tl.load(f_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
                 for i in tl.static_range(N):
-                    wide = wide + (widened(streams[i]),)
+                    wide = wide + (to_fp32(streams[i]),)
             square = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(N):
                 if COMBINE:
@@ -108,7 +108,7 @@ def combine_and_project_kernel(
                 else:
                     y = streams[i]
                 if PROJECT:
-                    y32 = widened(y)
+                    y32 = to_fp32(y)
                     square = tl.fma(y32, y32, square)
                     if TERMS == 1:
                         y = y32

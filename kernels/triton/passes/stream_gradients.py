@@ -15,10 +15,10 @@ from torch import Tensor
 from ...arguments import Mixing, Sizes
 from .. import tiles
 from ..launch import Launch, prepared
+from .coefficient_gradients import CoefficientGradients
 from .phi_gradient import phi_gradient
 from .stream_gradients_kernel import stream_gradients_kernel
 from .sums import sum_mixing, sum_partials
-from .token_gradients import TokenGradients
 
 
 class StreamGradients(NamedTuple):
@@ -76,7 +76,7 @@ def stream_gradients(
     dy: Tensor | None = None,
     du: Tensor | None = None,
     phi: Tensor | None = None,
-    token: TokenGradients | None = None,
+    token: CoefficientGradients | None = None,
     x: Tensor | None = None,
     mixing: Mixing | None = None,
 ) -> StreamGradients:
@@ -85,7 +85,7 @@ def stream_gradients(
     Args:
         y: the streams that were projected (any tensor of that shape without phi).
         dy, du: gradients of y and u; an absent one is zero.
-        phi, token: the projection and what `token_gradients` returned, or None where
+        phi, token: the projection and what `coefficient_gradients` returned, or None where
             nothing was projected.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
     """

@@ -1,7 +1,7 @@
 """The kernel of `stream_gradients`: dY on chip, and what a combine makes of it.
 
-`token_gradients_kernel` goes from the last tokens to the first, `stream_gradients_kernel` back,
-`phi_gradient_kernel` to the first again: each starts with what the one before read last. All
+`coefficient_gradients_kernel` goes from the last tokens to the first, `stream_gradients_kernel`
+back, `phi_gradient_kernel` to the first again: each starts with what the one before read last. All
 programs of a kernel work side by side, on neighbouring tokens.
 """
 
@@ -10,7 +10,7 @@ programs of a kernel work side by side, on neighbouring tokens.
 import triton
 import triton.language as tl
 
-from ..device import after_rows, load_columns, load_streams, rounded, row_sums, widened
+from ..device import after_rows, load_columns, load_streams, rounded, row_sums, to_fp32
 from .through_phi import load_weights, through_phi
 
 
@@ -61,17 +61,17 @@ def add_gradients(
 ):
     """dY = dy + h_pre^T du + k y + d_z phi, a tile [BT, BC] a stream."""
     if HAS_DU:
-        du32 = widened(du[0])
+        du32 = to_fp32(du[0])
     streams_dy = ()
     for i in tl.static_range(N):
         if HAS_DY:
-            dy = widened(dys[i])
+            dy = to_fp32(dys[i])
         else:
             dy = tl.zeros((BT, BC), tl.float32)
         if HAS_DU:
             dy = tl.fma(h_pre[i][:, None], du32, dy)
         if PROJECT:
-            dy = tl.fma(k, widened(ys[i]), dy)
+            dy = tl.fma(k, to_fp32(ys[i]), dy)
             dy += tl.trans(through[i])
         streams_dy = streams_dy + (dy,)
     return streams_dy
@@ -122,7 +122,7 @@ def through_res(
     """Store dx = H_res^T dY; return d_mixing with d_h_res behind d_h_post."""
     entry = tl.arange(0, MIXING_WIDTH)[None, :]
     for j in tl.static_range(N):
-        x = widened(xs[j])
+        x = to_fp32(xs[j])
         dx = tl.zeros((BT, BC), tl.float32)
         products = ()
         for i in tl.static_range(N):
@@ -170,7 +170,7 @@ def stream_gradients_kernel(
     dx = dY, or (COMBINE) dx = H_res^T dY.
 
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C] fp32; token as
-    `token_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
+    `coefficient_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
     d_h_post and d_h_res; d_f_bias [programs a block, C]. A product with phi takes PART of its rows.
     """
     if PROJECT:
@@ -226,7 +226,7 @@ def stream_gradients_kernel(
             dys, ys, du, h_pre, k, through, N, HAS_DY, PROJECT, HAS_DU, BT, BC
         )
         if COMBINE:
-            f = widened(f[0])
+            f = to_fp32(f[0])
             if HAS_BIAS:
                 f += f_bias[None, :]
             df, d_mixing = through_post(streams_dy, f, h_post, N, MIXING_WIDTH, BT, BC)

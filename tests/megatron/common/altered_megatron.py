@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mhc.patches.releases import megatron_core_folder
+from megatron_mhc.patches.supported_versions import megatron_core_folder
 
 
 def altered(folder: Path, **changes: Callable[[str], str]) -> dict[str, str]:

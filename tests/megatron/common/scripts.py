@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.launch import ROOT, forking_python, quiet
 
 NEEDS_0_19 = pytest.mark.skipif(

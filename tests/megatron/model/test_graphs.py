@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.scenario import SEQUENCE
 

@@ -20,7 +20,7 @@ def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
         "coefficients_kernel": 1,
         "aggregate_kernel": 1,
         # backward
-        "token_gradients_kernel": 1,
+        "coefficient_gradients_kernel": 1,
         "stream_gradients_kernel": 1,
         "phi_gradient_kernel": 1,
         "sum_mixing_kernel": 1,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.flags import ROPE, RUN, SOURCE, TINY, losses
 from tests.megatron.common.launch import forked_python, forked_run, run_scenarios

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.altered_megatron import altered
 from tests.megatron.common.flags import DISTRIBUTED, MOE, RESUMED, SCRIPT, losses
 from tests.megatron.common.kill_in_save import check_a_kill_in_mid_save

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.converting import command
 from tests.megatron.common.flags import MOE, RESUMED, SCRIPT, SOURCE, SPEC, STAND_IN, losses
 from tests.megatron.common.launch import forked_run

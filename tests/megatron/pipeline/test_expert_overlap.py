@@ -8,7 +8,7 @@ import pytest
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_mhc.model.site import INLINE
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.pipeline import expert_overlap
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios

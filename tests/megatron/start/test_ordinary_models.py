@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import ROPE, RUN, SOURCE, STAND_IN, TINY, training_log
 from tests.megatron.common.launch import forked, forked_python, forked_run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import MHCConfig, with_mhc
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import BANNER, RUN, SOURCE, SPEC, STAND_IN, TINY, losses
 from tests.megatron.common.launch import RUNNER, cold_python, forked_python, forked_run
 

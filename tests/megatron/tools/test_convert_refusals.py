@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.converting import command, ordinary, with_mhc
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import with_mhc
-from megatron_mhc.patches.releases import (
+from megatron_mhc.patches.supported_versions import (
     REFUSED,
     SUPPORTED,
     distribution_version,
@@ -62,7 +62,8 @@ def test_a_megatron_beside_the_script_is_judged_as_the_script_would_import_it(
 def test_the_found_release_decides_and_not_the_one_on_record(tmp_path: Path) -> None:
     """Patches for some releases alone, and refusals, follow it too."""
     program = (
-        "from megatron_mhc.patches.releases import is_installed, check_release; check_release()\n"
+        "from megatron_mhc.patches.supported_versions import is_installed, check_release\n"
+        "check_release()\n"
         "from megatron_mhc.model.compatibility import CONFLICTS, CONFLICTS_OF_0_18\n"
         "print(is_installed('<0.19'), CONFLICTS_OF_0_18[0] in CONFLICTS)"
     )

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron_mhc.costs.recompute_plan import Plan
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import ROPE, TINY
 from tests.megatron.common.launch import forked_python
 from tests.megatron.common.scripts import NEEDS_0_19, launch

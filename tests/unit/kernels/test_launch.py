@@ -156,10 +156,12 @@ def test_a_launch_is_made_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None
         project(sizes, x.to(dtype), None, Mixing(f.to(dtype), h_post, h_res))
         for f_bias in (f[0], f[0].bfloat16(), None):
             project(sizes, x.to(dtype), phi, Mixing(f.to(dtype), h_post, h_res, f_bias))
-    token = passes["passes.token_gradients"]
+    token = passes["passes.coefficient_gradients"]
     for given in ({"du": f}, {"d_pre": h_post}, {"du": f, "d_post": h_post}, {"d_res": h_res}):
         options = passes["pre"].DEFAULT
-        out = token.token_gradients(sizes, x, torch.zeros(5, 25), alpha, bias, options, **given)
+        out = token.coefficient_gradients(
+            sizes, x, torch.zeros(5, 25), alpha, bias, options, **given
+        )
         gradients = passes["passes.stream_gradients"].stream_gradients
         gradients(sizes, x, du=given.get("du"), phi=phi, token=out)
         gradients(sizes, x, dy=x, du=given.get("du"), phi=phi, token=out)
@@ -169,4 +171,4 @@ def test_a_launch_is_made_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None
     counts = {name: len(which) for name, which in by_kernel.items()}
     assert counts["combine_and_project_kernel"] == 10
     # du or not, and d_post and d_res; dy or not, and du or not
-    assert counts["token_gradients_kernel"] == 4 and counts["stream_gradients_kernel"] == 4
+    assert counts["coefficient_gradients_kernel"] == 4 and counts["stream_gradients_kernel"] == 4

@@ -18,7 +18,7 @@ from megatron_mhc.model.compatibility import (
     REFERENCE_CONFLICTS,
     check_transformer_config,
 )
-from megatron_mhc.patches.releases import is_installed
+from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.start.flags import add_mhc_arguments
 
 GIVEN = {

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mhc.patches import Patch, PatchError, Registry
 from megatron_mhc.patches.registry import is_there
-from megatron_mhc.patches.releases import SUPPORTED
+from megatron_mhc.patches.supported_versions import SUPPORTED
 
 REGISTRY_MODULE = sys.modules[Registry.__module__]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ...arguments import Options, Sizes
 from .. import tiles
-from ..device import after_rows, load_streams, sinkhorn_backward, widened
+from ..device import after_rows, load_streams, sinkhorn_backward, to_fp32
 from ..launch import Launch, prepared
 from .sums import sum_partials
 
 
 @triton.jit(do_not_specialize=["T"])
-def token_gradients_kernel(
+def coefficient_gradients_kernel(
     x_ptr,
     du_ptr,
     d_pre_ptr,
@@ -74,10 +74,10 @@ def token_gradients_kernel(
             c = c0 + tl.arange(0, BC)
             mask = t_mask[:, None] & (c < C)[None, :]
             streams = load_streams(x_ptr, t64[:, None] * (N * C) + c[None, :], mask, C, N)
-            du = widened(tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0))
+            du = to_fp32(tl.load(du_ptr + t64[:, None] * C + c[None, :], mask, 0.0))
             longer = ()
             for j in tl.static_range(N):
-                longer = longer + (tl.fma(widened(streams[j]), du, products[j]),)
+                longer = longer + (tl.fma(to_fp32(streams[j]), du, products[j]),)
             products = longer
 
     through_norm = tl.zeros((BT,), tl.float32)  # sum of alpha d_l m
@@ -137,9 +137,9 @@ def token_gradients_kernel(
     tl.store(k_ptr + t64, -through_norm * inverse_r * inverse_r / (N * C), t_mask)
 
 
-class TokenGradients(NamedTuple):
-    """What `token_gradients` returns: d_z [T, rows], k [T] and h_pre [T, n] one behind the other in
-    memory, and gradients of parameters."""
+class CoefficientGradients(NamedTuple):
+    """What `coefficient_gradients` returns: d_z [T, rows], k [T] and h_pre [T, n] one behind the
+    other in memory, and gradients of parameters."""
 
     d_z_k_h_pre: Tensor
     d_alpha: Tensor
@@ -158,9 +158,9 @@ def _launch(
     sinkhorn_eps: float,
 ) -> tuple[Launch, tiles.Tile]:
     """The kernel for streams of this dtype; `has`: whether there are du, d_post and d_res."""
-    tile = tiles.token_gradients(n, width, dtype)
+    tile = tiles.coefficient_gradients(n, width, dtype)
     launch = Launch(
-        token_gradients_kernel,
+        coefficient_gradients_kernel,
         device,
         N=n,
         C=width,
@@ -179,7 +179,7 @@ def _launch(
     return launch, tile
 
 
-def token_gradients(
+def coefficient_gradients(
     sizes: Sizes,
     y: Tensor,
     normed: Tensor,
@@ -191,8 +191,8 @@ def token_gradients(
     d_pre: Tensor | None = None,
     d_post: Tensor | None = None,
     d_res: Tensor | None = None,
-) -> TokenGradients:
-    """Launch `token_gradients_kernel` for the streams y that were projected.
+) -> CoefficientGradients:
+    """Launch `coefficient_gradients_kernel` for the streams y that were projected.
 
     du or d_pre is the gradient of what H_pre became; an absent one is zero.
     """
@@ -200,7 +200,7 @@ def token_gradients(
     rows, new = bias.shape[0], normed.new_empty
     out = new(tokens, rows + 1 + n)
     if tokens == 0:
-        return TokenGradients(out, torch.zeros_like(alpha), torch.zeros_like(bias))
+        return CoefficientGradients(out, torch.zeros_like(alpha), torch.zeros_like(bias))
     if du is None and d_pre is None:
         d_pre = normed.new_zeros(tokens, n)
     has = (du is not None, d_post is not None, d_res is not None)
@@ -212,4 +212,4 @@ def token_gradients(
     launch((programs, 1), tensors, tokens, options.pre_eps)
     d_bias, d_alpha = new(bias.shape), new(alpha.shape)
     sum_partials(d_parameters, d_bias, d_alpha)
-    return TokenGradients(out, d_alpha, d_bias)
+    return CoefficientGradients(out, d_alpha, d_bias)
