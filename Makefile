@@ -2,8 +2,8 @@
 VENV ?= .venv
 MHC ?= 1
 MATRIX ?= 0.18.2 0.19.2
-# two files of tests at a time: what a file trains once, its tests share
-WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# three files of tests at a time on two cores, for some wait; what a file trains once, its tests share
+WORKERS ?= -n 3 --dist loadfile --no-loadscope-reorder
 # a change of the stand-in for CUDA runs its own tests too
 STAND_IN := patches/cpu/
 QUICK ?= $(if $(shell git diff --name-only HEAD -- $(STAND_IN) 2>/dev/null),,-m "not thorough")
