@@ -72,6 +72,12 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations is {iterations}; expected a whole number, at least 1")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of these."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
 def _streams(x: Tensor, h_post: Tensor | None = None) -> tuple[int, ...]:
     """(*tokens, n, C) of streams x; with `h_post`, x may be [..., n*C]."""
     check_streams("x", x)

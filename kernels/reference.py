@@ -10,6 +10,7 @@ H_res[dst, src] mixes stream src into stream dst. Coefficients are computed and 
 (float64 where x is float64); u and y come back in the dtype of x.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,8 @@ def coefficients(
     norm_eps: float = 1e-6,
     pre_eps: float = 0.0,
     sinkhorn_eps: float = 0.0,
+    norm_form: str = "inside_root",
+    sinkhorn_order: str = "columns_first",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """H_pre, H_post and H_res of every token (paper eq. 7, 8 and 14 to 19).
 
@@ -75,8 +78,11 @@ def coefficients(
         alpha: [3], the scales of the three groups of rows.
         bias: [n*n + 2n].
         iterations, sinkhorn_eps: see `sinkhorn`.
-        norm_eps: added to the mean square of the n*C values before the root.
+        norm_eps: added to the mean square of the n*C values before the root; with norm_form
+            "outside_root", as Megatron's own mHC has it, to their root mean square.
         pre_eps: added to H_pre after the sigmoid.
+        sinkhorn_order: "rows_first", as Megatron's main had it in August 2026, for an iteration
+            that divides the rows (sums over src) and then the columns (sums over dst).
 
     Returns:
         h_pre [..., n], h_post [..., n], h_res [..., n, n] (dst, src), fp32 (or float64).
@@ -84,14 +90,25 @@ def coefficients(
     n = x.shape[-2]
     v = x.to(accumulation_dtype(x)).flatten(-2)
     # dividing by the norm after the projection lets one pass over x give both (eq. 14-16)
-    inverse_r = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
+    inverse_r = _inverse_norm(v, norm_eps, norm_form)
     z_over_r = v @ phi.t() * inverse_r
     logits_pre, logits_post, logits_res = z_over_r.split([n, n, n * n], dim=-1)
     bias_pre, bias_post, bias_res = bias.split([n, n, n * n])
     h_pre = torch.sigmoid(alpha[0] * logits_pre + bias_pre) + pre_eps
     h_post = 2 * torch.sigmoid(alpha[1] * logits_post + bias_post)
     logits_res = (alpha[2] * logits_res + bias_res).unflatten(-1, (n, n))
+    if sinkhorn_order == "rows_first":
+        return h_pre, h_post, sinkhorn(logits_res.mT, iterations, sinkhorn_eps).mT
     return h_pre, h_post, sinkhorn(logits_res, iterations, sinkhorn_eps)
+
+
+def _inverse_norm(v: Tensor, eps: float, form: str) -> Tensor:
+    """[..., 1], what values [..., n*C] are multiplied with to have a root mean square of one."""
+    if form == "inside_root":
+        return torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+    # the norm's own gradient is finite where v is zero
+    rms = torch.linalg.vector_norm(v, dim=-1, keepdim=True) / math.sqrt(v.shape[-1])
+    return 1 / (rms + eps)
 
 
 def aggregate(x: Tensor, h_pre: Tensor) -> Tensor:

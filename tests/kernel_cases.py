@@ -14,10 +14,16 @@ from megatron_mhc import kernels
 from megatron_mhc.kernels import reference
 
 OPERATIONS = ("sinkhorn", "coefficients", "aggregate", "pre", "combine", "combine_pre", "head")
-PAPER: dict[str, float] = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "norm_eps": 1e-6}
-DEEPSEEK: dict[str, float] = {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "norm_eps": 1e-6}
-LARGE_EPS: dict[str, float] = {"pre_eps": 0.1, "sinkhorn_eps": 0.05, "norm_eps": 0.5}
+PAPER: dict[str, Any] = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "norm_eps": 1e-6}
+DEEPSEEK: dict[str, Any] = {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "norm_eps": 1e-6}
+LARGE_EPS: dict[str, Any] = {"pre_eps": 0.1, "sinkhorn_eps": 0.05, "norm_eps": 0.5}
 """Large enough that an operation or a gradient without one of them is far outside its bound."""
+OTHER_FORMS: dict[str, Any] = {
+    **LARGE_EPS,
+    "norm_form": "outside_root",
+    "sinkhorn_order": "rows_first",
+}
+"""Megatron's own forms, with eps as large."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {
@@ -87,7 +93,7 @@ def inputs(
     return {name: tensor.to(device).requires_grad_() for name, tensor in arguments.items()}
 
 
-def settings(operation: str, convention: dict[str, float], iterations: int) -> dict[str, Any]:
+def settings(operation: str, convention: dict[str, Any], iterations: int) -> dict[str, Any]:
     """The keyword arguments of an operation in this convention."""
     if operation == "sinkhorn":
         return {"iterations": iterations, "eps": convention["sinkhorn_eps"]}
@@ -180,7 +186,7 @@ def check(
     width: int,
     dtype: torch.dtype,
     device: str,
-    convention: dict[str, float] = PAPER,
+    convention: dict[str, Any] = PAPER,
     iterations: int = 20,
 ) -> None:
     """Assert that every result and gradient of one case is as near float64 as its dtype allows."""

@@ -71,6 +71,9 @@ class HyperConnection(Fp32Module):
         site: the site's index from the model's start (two a layer); picks its home stream.
         sequence_parallel: whether tensor-parallel ranks see different tokens.
 
+    Attributes:
+        options: the keywords of `kernels.coefficients`, and `backend`.
+
     Parameters (fp32 whatever the model is in; replicated over all ranks):
         phi [n*n + 2n, n*C] (variant "hc": theta [n + 2, C]), alpha [3], bias [n*n + 2n].
     """
@@ -87,11 +90,13 @@ class HyperConnection(Fp32Module):
         self.mhc = mhc
         self.hidden_size = hidden_size
         self.site = site
-        self._options: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "iterations": mhc.sinkhorn_iterations,
             "norm_eps": mhc.norm_eps,
             "pre_eps": mhc.pre_eps,
             "sinkhorn_eps": mhc.sinkhorn_eps,
+            "norm_form": mhc.norm_form,
+            "sinkhorn_order": mhc.sinkhorn_order,
             "backend": mhc.backend,
         }
         self._add_parameters(sequence_parallel=sequence_parallel)
@@ -126,11 +131,11 @@ class HyperConnection(Fp32Module):
         keep = self.mhc.recompute is not None
         if mixing is None:
             pre = kernels.pre_with_h_pre if keep else kernels.pre
-            return SiteInput(x, *pre(self._apart(x), *parameters, **self._options))
+            return SiteInput(x, *pre(self._apart(x), *parameters, **self.options))
         f, h_post, h_res, f_bias = mixing
         mixed = (x, f, h_post, h_res, *parameters)
         combine_pre = kernels.combine_pre_with_h_pre if keep else kernels.combine_pre
-        return SiteInput(*combine_pre(*mixed, f_bias=f_bias, **self._options))
+        return SiteInput(*combine_pre(*mixed, f_bias=f_bias, **self.options))
 
     def _unconstrained(self, x: Tensor, mixing: kernels.Mixing | None) -> SiteInput:
         backend = self.mhc.backend
@@ -145,7 +150,7 @@ class HyperConnection(Fp32Module):
 
 
 class Head(Fp32Module):
-    """The learned end of a model in the `deepseek_v4` convention (`kernels.head`).
+    """The learned end of a model, as DeepSeek-V4's (`kernels.head`).
 
     Parameters (fp32): fn [n, n*C], scale [1], base [n]. It starts as the mean of the streams.
     """
@@ -179,7 +184,7 @@ class Head(Fp32Module):
             self.fn,
             self.scale,
             self.base,
-            norm_eps=mhc.norm_eps,
-            pre_eps=mhc.pre_eps,
+            norm_eps=mhc.norm_eps if mhc.head_eps is None else mhc.head_eps,
+            pre_eps=mhc.pre_eps if mhc.head_eps is None else mhc.head_eps,
             backend=mhc.backend,
         )

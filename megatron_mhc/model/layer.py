@@ -48,6 +48,8 @@ class MHCLayer(GraphedLayer):
 
     def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
         check_transformer_config(config, mhc)
+        if mhc.delayed:
+            raise ValueError("no model with delayed sites (deepseek_v4_1) can be built yet")
         super().__init__(config, *args, **kwargs)
         mark_streams(config, mhc)
         self.mhc = mhc

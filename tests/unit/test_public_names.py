@@ -20,7 +20,10 @@ FIELDS = {
     "recompute": None,
     "overlap_p2p": False,
 }
-SETTINGS = ("iterations", "norm_eps", "pre_eps", "sinkhorn_eps", "backend")
+SETTINGS = (
+    *("iterations", "norm_eps", "pre_eps", "sinkhorn_eps", "norm_form", "sinkhorn_order"),
+    "backend",
+)
 OPERATIONS = {
     "sinkhorn": ("logits", "iterations", "eps", "backend"),
     "coefficients": ("x", "phi", "alpha", "bias", *SETTINGS),
