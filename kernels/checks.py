@@ -132,9 +132,12 @@ def check_boundary(
     *projection: Tensor,
 ) -> int:
     """What `combine` takes fits x, [..., n, C] or [..., n*C]; with phi, alpha and bias what
-    `combine_pre` takes. Returns n."""
+    `combine_pre` takes, and with h_pre behind them `combine_read`. Returns n."""
     shape = _streams(x, h_post)
     check_combine(shape, x, f, h_post, h_res, f_bias)
+    if len(projection) == 4:
+        *projection, h_pre = projection  # type: ignore[assignment]
+        check("h_pre", h_pre, shape[:-1], accumulation_dtype(x), x)
     if projection:
         _check_projection(shape, x, *projection)
     return shape[-2]

@@ -167,6 +167,33 @@ def combine_pre(
     return _run("combine_pre", backend, n, *tensors, f_bias=f_bias, options=options)
 
 
+def combine_read(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    h_pre: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+    norm_form: str = "inside_root",
+    sinkhorn_order: str = "columns_first",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.combine_read`."""
+    n = once(check_boundary, x, f, h_post, h_res, f_bias, phi, alpha, bias, h_pre)
+    given = (iterations, norm_eps, pre_eps, sinkhorn_eps, norm_form, sinkhorn_order)
+    options = _checked(Options(*given))
+    tensors = (x, f, h_post, h_res, h_pre, phi, alpha, bias)
+    return _run("combine_read", backend, n, *tensors, f_bias=f_bias, options=options)
+
+
 def pre_with_h_pre(
     x: Tensor,
     phi: Tensor,
