@@ -7,9 +7,9 @@ streams: [s, b, n*C + n*terms]. In 16-bit streams a weight is the sum of three c
 back all 24 bits of bf16's fp32 weights; its gradient comes back in the same columns.
 
 A second message between stages would need a second of everything that Megatron's schedules and
-ours keep a tensor of: shapes, receives, what is freed, what the backward returns. The columns are less
-than a thousandth of the message (n 4, C 4096). They cost a copy of the streams at either end, and a
-stage keeps what arrived beside the streams that it took from it.
+ours keep a tensor of: shapes, receives, what is freed, what the backward returns. The columns are
+less than a thousandth of the message (n 4, C 4096). They cost a copy of the streams at either end,
+and a stage keeps what arrived beside the streams that it took from it.
 """
 
 from typing import Any
