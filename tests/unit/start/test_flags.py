@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS
 from megatron_mhc.patches import PatchError
 from megatron_mhc.start.flags import (
     SPEC,
@@ -13,6 +14,7 @@ from megatron_mhc.start.flags import (
     add_mhc_arguments,
     config_from_arguments,
     config_from_environment,
+    flags_of,
     prepare_arguments,
     refuse_yaml,
     take_from_checkpoint,
@@ -29,7 +31,19 @@ from megatron_mhc.start.settings import SETTINGS
         ({"num_streams": "4"}, "num_streams is '4'; expected an int"),
         ({"sinkhorn_iterations": 0}, "sinkhorn_iterations is 0; expected an int, at least 1"),
         ({"sinkhorn_iterations": 2.5}, "sinkhorn_iterations is 2.5; expected an int"),
-        ({"convention": "v4"}, "convention is 'v4'; expected one of paper, deepseek_v4"),
+        ({"convention": "v4"}, "convention is 'v4'; expected one of paper, deepseek_v4, deeps"),
+        ({"norm_eps": 0}, "norm_eps is 0; expected a number, above 0"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan; expected a number"),
+        ({"pre_eps": -1e-6}, "pre_eps is -1e-06; expected a number, at least 0"),
+        ({"sinkhorn_eps": "1e-6"}, "sinkhorn_eps is '1e-6'; expected a number"),
+        ({"norm_form": "inside"}, "norm_form is 'inside'; expected one of inside_root, outside"),
+        ({"sinkhorn_order": "rows"}, "sinkhorn_order is 'rows'; expected one of columns_first"),
+        ({"end": "first"}, "end is 'first'; expected one of mean, head, last_pre"),
+        ({"end": "last_pre"}, "end is 'last_pre', .* turn delayed on"),
+        ({"convention": "deepseek_v4_1", "delayed": False}, "end is 'last_pre', .* or end with"),
+        ({"delayed": 1}, "delayed is 1; expected True or False"),
+        ({"head_eps": 1e-5}, "head_eps is 1e-05, but no learned head ends the model"),
+        ({"variant": "hc", "pre_eps": 1e-6}, "pre_eps given, which variant 'hc' has no use for"),
         ({"init": "random"}, "init is 'random'; expected one of residual, zero"),
         ({"variant": "HC"}, "variant is 'HC'; expected one of mhc, hc"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, triton, torch"),
@@ -69,6 +83,39 @@ def test_flags_become_the_config() -> None:
     assert args.spec == ["megatron_mhc.spec", "gpt_layer_spec"]
     # Megatron prints and stores its arguments: the defaults that apply stand among them
     assert args.mhc_sinkhorn_iterations == 20
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_a_convention_is_its_fields(name: str) -> None:
+    """Its name sets them, a flag of its own wins over it, and all of them come back as flags."""
+    mhc = MHCConfig(convention=name)
+    assert {field: getattr(mhc, field) for field in CONVENTION_FIELDS} == (
+        CONVENTIONS[name]._asdict()
+    )
+    assert mhc.convention_in_words == name and MHCConfig(**dataclasses.asdict(mhc)) == mhc
+    other = MHCConfig(convention=name, norm_eps=1e-7, sinkhorn_order="rows_first")
+    assert (other.pre_eps, other.end) == (mhc.pre_eps, mhc.end) and other.norm_eps == 1e-7
+    assert other.convention_in_words.startswith(f"{name} with norm_eps 1e-07")
+    args = parse(*flags_of(other).split())
+    prepare_arguments(args)
+    assert config_from_arguments(args) == other
+    assert config_from_environment(
+        {"MHC_CONVENTION": name, "MHC_NORM_EPS": "1e-7", "MHC_SINKHORN_ORDER": "rows_first"}
+    ) == dataclasses.replace(other)
+
+
+def test_the_fields_of_a_convention_come_from_a_checkpoint_with_it() -> None:
+    """Where the command line names another one, nothing of the checkpoint's is mixed into it."""
+    stored = argparse.Namespace(spec=SPEC, mhc_convention="glm_5_3", mhc_norm_eps=1e-7)
+    for flags, want in (
+        ((), MHCConfig(convention="glm_5_3", norm_eps=1e-7)),
+        (("--mhc-convention", "paper"), MHCConfig()),
+        (("--mhc-norm-eps", "1e-4"), MHCConfig(convention="glm_5_3", norm_eps=1e-4)),
+    ):
+        args = parse("--mhc", *flags)
+        take_from_checkpoint(args, None, stored)
+        prepare_arguments(args)
+        assert config_from_arguments(args) == want
 
 
 def megatrons(flag: str, **settings) -> argparse.ArgumentParser:
@@ -222,6 +269,7 @@ def test_environment_variables_become_the_config() -> None:
             {"MHC_RECOMPUTE": "none"},
             "MHC_RECOMPUTE is 'none'; expected off, auto or a number of layers",
         ),
+        ({"MHC_NORM_EPS": "small"}, "MHC_NORM_EPS is 'small'; expected a number"),
         ({"MHC_OVERLAP_P2P": "maybe"}, "MHC_OVERLAP_P2P is 'maybe'; expected 0 or 1"),
         ({"MHC_NUM_STREAMS": "-1"}, "num_streams is -1"),
     ],
