@@ -6,33 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 
-CONVERT = """\
-Makes a start for a model with mHC from the checkpoint of an ordinary one (format torch_dist, any
-parallel sizes; no GPU needed). SOURCE is only read; TARGET is written whole or not at all.
-
-  python -m megatron_mhc convert runs/gpt/checkpoints runs/gpt-mhc/start
-  torchrun ... -m megatron_mhc.run pretrain_gpt.py FLAGS --mhc --load runs/gpt-mhc/start
-
-With --mhc-init residual the new model computes the old one's function at its first step, up to
-rounding (in convention deepseek_v4 up to its eps, 1e-6 a site). Train it with the same --mhc-*
-flags as are given here: they are in the checkpoint, and others are refused.
-
-It is a start: iteration 0, a new optimizer, schedule of the learning rate and order of data. The
-optimizer's state is left out, as by Megatron's --finetune; with bf16 the weights are the rounded
-ones. To stop and resume, give the training its own --save, and --load that from then on."""
-
-
-def _convert(args: argparse.Namespace) -> None:
-    from .start.flags import config_from_arguments, flags_of
-    from .tools.convert import convert
-
-    try:
-        mhc = config_from_arguments(args)
-        made = convert(args.source, args.target, mhc)
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert: {error}")
-    print(f"convert: wrote {made}; train with {flags_of(mhc)} --load {args.target}")
-
 
 def check_flags(flags: list[str]) -> None:
     """`doctor --args`: the page, or exit status 2 and what is wrong with the flags."""
@@ -80,19 +53,15 @@ def main() -> None:
     )
     convert = commands.add_parser(
         "convert",
-        help="make an ordinary model's checkpoint a start for a model with mHC",
-        description=CONVERT,
+        help="make a start for a model with mHC of an ordinary model's checkpoint, Megatron's own"
+        " mHC or of Hugging Face's, and the way back",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    convert.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a --save folder, or an iter_... folder in it"
-    )
-    convert.add_argument("target", type=Path, metavar="TARGET", help="a new folder, for --load")
     if "convert" in sys.argv[1:2]:
-        from .model.stored_settings import FUNCTION_FIELDS
-        from .start.flags import add_setting_flags
+        from .tools import convert_command
 
-        add_setting_flags(convert, (*FUNCTION_FIELDS, "init"))
+        convert.description = convert_command.DESCRIPTION
+        convert_command.add_arguments(convert)
     args = parser.parse_args()
     if args.command == "doctor" and args.args is not None:
         check_flags(args.args)
@@ -103,7 +72,7 @@ def main() -> None:
         print(text)
         sys.exit(0 if is_well else 1)
     elif args.command == "convert":
-        _convert(args)
+        convert_command.run(args)
     else:
         from .tools.plot_page import write_plots
 

@@ -5,46 +5,35 @@ optimizer's state is left out: it has no place for the new parameters (in the di
 optimizer's buckets every parameter would move), and Megatron starts a release without it.
 """
 
-import contextlib
 import pickle
-import re
 import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.model.connection import Head, HyperConnection
-from megatron_mhc.model.stored_settings import SETTINGS_KEY, function_settings
+from megatron_mhc.model.stored_settings import SETTINGS_KEY
 from megatron_mhc.start.flags import SPEC
 
+from .new_checkpoint import RELEASE, TRACKER, ConvertError, new_checkpoint
+from .site_items import LAYERS, Layout, new_sites, write_sites
 from .torch_dist import Writer, copy_items
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""Megatron's name for a checkpoint without a past: it starts at iteration 0, without optimizer."""
-_LAYERS = "decoder.layers."
 _COMMON = "common_state/shard_0_1"
 _LEGACY_COMMON = "common.pt"
 """Where Megatron-Core 0.18 keeps what 0.19 keeps in `_COMMON`."""
-_PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
+PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
 """How the keys of what is left out begin."""
 _ANOTHER = "copy it again from where it was saved, or give the folder of an earlier iteration"
 """What to do about a checkpoint that is not whole."""
-
-
-class ConvertError(ValueError):
-    """The source is no checkpoint that can be converted, or the target is there already."""
 
 
 def _tracked(source: Path) -> Path:
@@ -94,7 +83,12 @@ def find_checkpoint(source: Path) -> Path:
     return folder
 
 
-def _read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint says of its items.
+
+    Raises:
+        ConvertError: that is damaged.
+    """
     try:
         metadata = FileSystemReader(str(folder)).read_metadata()
     except OSError:
@@ -107,7 +101,12 @@ def _read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _read_common(folder: Path) -> dict[str, Any]:
+def read_common(folder: Path) -> dict[str, Any]:
+    """A checkpoint's common state: arguments, iteration, and what else is no tensor of the model.
+
+    Raises:
+        ConvertError: that is damaged.
+    """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:
@@ -124,14 +123,22 @@ def _read_common(folder: Path) -> dict[str, Any]:
     return common
 
 
-def _check_source(folder: Path, keys: Mapping[str, Any]) -> None:
+def check_ordinary(folder: Path, keys: Mapping[str, Any]) -> None:
+    """Whether these are the keys of an ordinary GPT model's checkpoint.
+
+    Raises:
+        ConvertError: of which model else they are.
+    """
     if "embedding.word_embeddings.weight" not in keys or not any(
-        key.startswith(_LAYERS) and "self_attention." in key for key in keys
+        key.startswith(LAYERS) and "self_attention." in key for key in keys
     ):
-        raise ConvertError(f"{folder} has no weights of a GPT model ({_LAYERS}self_attention...)")
+        raise ConvertError(f"{folder} has no weights of a GPT model ({LAYERS}self_attention...)")
     if any(SETTINGS_KEY in key for key in keys):
         raise ConvertError(f"{folder} is of a model with mHC already")
+    if any("hyper_connection." in key for key in keys):
+        raise ConvertError(f"{folder} is of a model with Megatron's own mHC: give --from megatron")
     for part, what in (
+        ("decoder.final_norm.", "a HybridModel's layers"),
         (".mixer.", "hybrid layers"),
         (".cross_attention.", "cross attention"),
         ("mtp.", "layers for multi-token prediction"),
@@ -140,53 +147,8 @@ def _check_source(folder: Path, keys: Mapping[str, Any]) -> None:
             raise ConvertError(f"{folder} has {what}, which convert does not know")
 
 
-class _Layout:
-    """How a checkpoint names its layers: one key for a stack of them, or one key for each."""
-
-    def __init__(self, keys: Mapping[str, Any]) -> None:
-        numbers = {int(m[1]) for key in keys if (m := re.match(rf"{_LAYERS}(\d+)\.", key))}
-        stack = next(
-            value.size[0]
-            for key, value in keys.items()
-            if key.startswith(_LAYERS) and isinstance(value, TensorStorageMetadata)
-        )
-        self.stacked = not numbers
-        self.layers = max(numbers) + 1 if numbers else stack
-
-    def key(self, layer: int, name: str) -> str:
-        return f"{_LAYERS}{name}" if self.stacked else f"{_LAYERS}{layer}.{name}"
-
-    def write_tensor(self, writer: Writer, layer: int, name: str, value: Tensor) -> None:
-        writer.tensor(self.key(layer, name), value, layer, self.layers if self.stacked else None)
-
-    def write_object(self, writer: Writer, layer: int, name: str, value: Any) -> None:
-        shard = f"shard_{layer}_{self.layers}" if self.stacked else "shard_0_1"
-        writer.object(f"{self.key(layer, name)}/{shard}", value)
-
-
-def new_parameters(
-    mhc: MHCConfig, layers: int, hidden_size: int
-) -> Iterator[tuple[int, str, Tensor]]:
-    """Layer, name and value of each parameter that mHC adds to a stack of layers, at its start."""
-    for layer in range(layers):
-        for site, name in enumerate(("attention_connection", "mlp_connection")):
-            connection = HyperConnection(mhc, hidden_size, 2 * layer + site)
-            for parameter, value in connection.named_parameters():
-                yield layer, f"{name}.{parameter}", value.detach()
-
-
-def _write_mhc(writer: Writer, mhc: MHCConfig, layout: _Layout, hidden_size: int) -> None:
-    for layer, name, value in new_parameters(mhc, layout.layers, hidden_size):
-        layout.write_tensor(writer, layer, name, value)
-    for layer in range(layout.layers):
-        layout.write_object(writer, layer, SETTINGS_KEY, function_settings(mhc))
-    if mhc.learned_head:  # of the last layer alone, in no stack
-        for name, value in Head(mhc, hidden_size).named_parameters():
-            writer.tensor(layout.key(layout.layers - 1, f"head.{name}"), value.detach())
-
-
-def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
-    """The common state of a start with mHC: the source's, without its past."""
+def without_past(common: Mapping[str, Any]) -> dict[str, Any]:
+    """The common state of a start: the source's, without what belongs to a run."""
     past = {"optimizer", "opt_param_scheduler", "rerun_state_machine"}
     start = {key: value for key, value in common.items() if key not in past}
     start |= {"iteration": 0, "num_floating_point_operations_so_far": 0}
@@ -195,13 +157,22 @@ def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
         args.iteration = 0
         args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
         args.no_save_optim = args.no_save_rng = args.mhc = True
+    return start
+
+
+def start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
+    """The common state of a start with mHC."""
+    start = without_past(common)
+    args = start.get("args")
+    if args is not None:
         for name, value in asdict(mhc).items():
             setattr(args, f"mhc_{name}", value)
         args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(SPEC)
     return start
 
 
-def _print_progress() -> Callable[[int, int], None]:
+def print_progress() -> Callable[[int, int], None]:
+    """A function that is told the bytes done and to do, and prints a line now and then."""
     last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -211,6 +182,62 @@ def _print_progress() -> Callable[[int, int], None]:
             print(f"convert: copied {done / 2**30:.2f} of {total / 2**30:.2f} GiB", flush=True)
 
     return progress
+
+
+def write_common(folder: Path, made: Path, writer: Writer, common: Mapping[str, Any]) -> None:
+    """Write the common state of a new checkpoint as the one in `folder` has it."""
+    if (folder / _LEGACY_COMMON).is_file():
+        torch.save(common, made / _LEGACY_COMMON)
+    else:
+        writer.object(_COMMON, common)
+
+
+def write_checkpoint(
+    folder: Path,
+    made: Path,
+    wanted: Callable[[str], bool],
+    fill: Callable[[Writer], None],
+    common: Mapping[str, Any],
+) -> None:
+    """Write into `made` what is wanted of the model in `folder`, as bytes, and what is new.
+
+    Args:
+        folder: the source.
+        made: the new checkpoint's folder, empty.
+        wanted: of the key of an item of the model, whether it is copied.
+        fill: writes the new items.
+        common: the new common state.
+
+    Raises:
+        ConvertError: a file of the source is missing or short.
+    """
+    old = read_metadata(folder)
+    new = replace(old, state_dict_metadata={}, storage_data={})
+    is_wanted = lambda key: not key.startswith(PAST) and wanted(key)  # noqa: E731
+    try:
+        copy_items(folder, made, old, new, is_wanted, print_progress())
+    except (FileNotFoundError, ValueError) as error:  # they name the file
+        raise ConvertError(f"{error}: {_ANOTHER}") from error
+    with Writer(made, new) as writer:
+        fill(writer)
+        write_common(folder, made, writer, common)
+    (made / ".metadata").write_bytes(pickle.dumps(new))
+    shutil.copy(folder / "metadata.json", made)
+
+
+def _write(folder: Path, made: Path, mhc: MHCConfig) -> None:
+    keys = read_metadata(folder).state_dict_metadata
+    check_ordinary(folder, keys)
+    layout = Layout(keys)
+    width = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
+    start = new_sites(mhc, layout.layers, width)
+    write_checkpoint(
+        folder,
+        made,
+        lambda key: True,
+        lambda writer: write_sites(writer, mhc, layout, start),
+        start_of(read_common(folder), mhc),
+    )
 
 
 def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
@@ -229,41 +256,6 @@ def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
     Raises:
         ConvertError: says what is wrong with either.
     """
-    if target.exists():
-        raise ConvertError(f"{target} is there already: name a new folder, or remove it")
-    folder = find_checkpoint(source)
-    old = _read_metadata(folder)
-    keys = old.state_dict_metadata
-    _check_source(folder, keys)
-    hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
-    common = _start_of(_read_common(folder), mhc)
-    new = replace(old, state_dict_metadata={}, storage_data={})
-    made_for_it = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    made = unfinished / RELEASE
-    try:
-        made.mkdir()
-        is_model = lambda key: not key.startswith(_PAST)  # noqa: E731
-        try:
-            copy_items(folder, made, old, new, is_model, _print_progress())
-        except (FileNotFoundError, ValueError) as error:  # they name the file
-            raise ConvertError(f"{error}: {_ANOTHER}") from error
-        with Writer(made, new) as writer:
-            _write_mhc(writer, mhc, _Layout(keys), hidden_size)
-            if (folder / _LEGACY_COMMON).is_file():
-                torch.save(common, made / _LEGACY_COMMON)
-            else:
-                writer.object(_COMMON, common)
-        (made / ".metadata").write_bytes(pickle.dumps(new))
-        shutil.copy(folder / "metadata.json", made)
-        (unfinished / TRACKER).write_text(RELEASE)
-        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in made_for_it:
-            with contextlib.suppress(OSError):  # somebody else put something there
-                parent.rmdir()
-        raise
+    with new_checkpoint(target) as made:
+        _write(find_checkpoint(source), made, mhc)
     return target / RELEASE

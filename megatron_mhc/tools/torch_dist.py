@@ -4,13 +4,17 @@ Such a checkpoint is a folder of files, in which serialised tensors and objects 
 other, and `.metadata`, which says where each one lies (torch.distributed.checkpoint).
 """
 
+import io
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -23,6 +27,60 @@ from torch.distributed.checkpoint.metadata import (
 
 NEW_FILE = "__mhc_0.distcp"
 _CHUNK = 16 * 2**20
+
+
+def _load(folder: Path, state: dict[str, Any]) -> None:
+    try:
+        with warnings.catch_warnings():
+            # torch: that it is not distributed
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint.load(state, checkpoint_id=str(folder), no_dist=True)
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{folder} cannot be read ({why[-1].strip()}), so a file in it is missing or damaged:"
+            " copy it again from where it was saved"
+        ) from error
+
+
+def _check_there(folder: Path, metadata: Metadata, keys: Iterable[str]) -> None:
+    missing = sorted(set(keys) - metadata.state_dict_metadata.keys())
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing[:4])}{more}: it was saved by another version of the"
+            " model, or its layers do not all have sites; give another checkpoint"
+        )
+
+
+def read_tensors(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Whole tensors by their keys, in the dtypes that they are stored in.
+
+    Raises:
+        ValueError: one is not there, or a file is damaged.
+    """
+    keys = set(keys)
+    _check_there(folder, metadata, keys)
+    known: dict[str, Any] = {key: metadata.state_dict_metadata[key] for key in keys}
+    state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items()}
+    _load(folder, state)
+    return state
+
+
+def read_object(folder: Path, metadata: Metadata, key: str) -> Any:
+    """What `Writer.object` wrote, or Megatron.
+
+    Raises:
+        ValueError: it is not there, or a file is damaged.
+    """
+    _check_there(folder, metadata, [key])
+    state: dict[str, Any] = {key: io.BytesIO()}
+    _load(folder, state)
+    stored = state[key]
+    if isinstance(stored, io.BytesIO):
+        stored.seek(0)
+        stored = torch.load(stored, weights_only=True)
+    return stored[0]  # Megatron stores an object as a list of one
 
 
 def copy_items(
@@ -99,6 +157,10 @@ class Writer:
         if layers is not None:
             shape, offset = torch.Size((layers, *shape)), torch.Size((layer, *offset))
             value = value.unsqueeze(0)
+        self.part(key, value, offset, shape)
+
+    def part(self, key: str, value: Tensor, offset: torch.Size, shape: torch.Size) -> None:
+        """Write the part of a tensor of this shape that begins at the offset."""
         whole = self._metadata.state_dict_metadata.setdefault(
             key, TensorStorageMetadata(TensorProperties(value.dtype), shape, [])
         )
@@ -109,3 +171,9 @@ class Writer:
         """Write an object that `torch.load(..., weights_only=True)` reads."""
         self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
         self._write(MetadataIndex(key), [value])  # Megatron stores an object as a list of one
+
+    def stored_object(self, key: str, data: bytes) -> None:
+        """Write an object as another checkpoint has it, unread."""
+        self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        place = _StorageInfo(NEW_FILE, self._stream.tell(), self._stream.write(data))
+        self._metadata.storage_data[MetadataIndex(key)] = place

@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.__main__ import main
 from megatron_mhc.tools.convert import convert
 from tests.megatron.common.flags import MOE, RESUMED, SCRIPT, losses
-from tests.megatron.common.launch import forked_run
+from tests.megatron.common.launch import forked_run, run_scenarios
+from tests.megatron.common.native_records import COMMON
 
 ORDINARY = [
     *(flag for flag in RESUMED if flag not in ("--mhc", "--bf16")),
@@ -61,3 +63,15 @@ def with_mhc(folder: Path) -> Path:
     made = folder / "with mHC"
     convert(ordinary("dense", folder), made, MHCConfig())
     return made
+
+
+def logits_of(**scenario: object) -> Tensor:
+    """The logits of a tiny GPT (`tiny_gpt.run`)."""
+    return run_scenarios(1, {"one": scenario}, "common.tiny_gpt")["one"]["logits"]
+
+
+@functools.cache
+def rest(folder: Path) -> Path:
+    """The checkpoint of a tiny GPT without mHC: the rest of a model of `hf_checkpoints`."""
+    logits_of(kind="ordinary", save=str(folder / "rest"), args=COMMON)
+    return folder / "rest"
