@@ -1,10 +1,10 @@
 """`--overlap-moe-expert-parallel-comm` with mHC, all GPUs as expert parallel ranks.
 
 Its nodes cut a layer: fewer sites are fused than in stock order, so losses are near those in stock
-order, and nearer those in stock order with the same sites fused (`cut_layers.py`). Each run of the
-overlap is compared with itself, digit for digit: again, which a stream that does not wait for
-another would change from run to run, and with PyTorch's memory cache turned off, where memory that
-is read after it was given back holds something else.
+order, and the very digits of stock order with the same sites fused (`cut_layers.py`). Each run of
+the overlap is also compared with itself, digit for digit: again, which a stream that does not wait
+for another would change from run to run, and with PyTorch's memory cache turned off, where memory
+that is read after it was given back holds something else.
 """
 
 from functools import partial
@@ -39,5 +39,5 @@ def expert_overlap(bench: Bench, gpus: int, _: str) -> Part:
     # last: a run that differs is nothing to compare others with. Later steps of an untrained router
     # are as far apart (2e-2) where attention's backward alone adds in another order.
     checks.append(partial(bench.alike, "ep-cut", "ep", 5e-3, first=5))
-    checks.append(partial(bench.alike, "ep-overlap", "ep-cut", 5e-3, first=5))
+    checks.append(partial(bench.alike, "ep-overlap", "ep-cut", None))
     return launches, checks
