@@ -96,7 +96,7 @@ SETTINGS: Mapping[str, Setting] = {
         get_args(End),
     ),
     "delayed": Setting(switch, "a site reads with the H_pre of the site before (single pass)"),
-    "head_eps": Setting(_number, "eps of the learned head, twice (default: of norm and H_pre)"),
+    "head_eps": Setting(_number, "eps of the learned head, in its norm and on its weights"),
 }
 """A row a field of MHCConfig."""
 

@@ -6,7 +6,6 @@ import dataclasses
 import pytest
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS
 from megatron_mhc.patches import PatchError
 from megatron_mhc.start.flags import (
     SPEC,
@@ -14,7 +13,6 @@ from megatron_mhc.start.flags import (
     add_mhc_arguments,
     config_from_arguments,
     config_from_environment,
-    flags_of,
     prepare_arguments,
     refuse_yaml,
     take_from_checkpoint,
@@ -83,39 +81,6 @@ def test_flags_become_the_config() -> None:
     assert args.spec == ["megatron_mhc.spec", "gpt_layer_spec"]
     # Megatron prints and stores its arguments: the defaults that apply stand among them
     assert args.mhc_sinkhorn_iterations == 20
-
-
-@pytest.mark.parametrize("name", CONVENTIONS)
-def test_a_convention_is_its_fields(name: str) -> None:
-    """Its name sets them, a flag of its own wins over it, and all of them come back as flags."""
-    mhc = MHCConfig(convention=name)
-    assert {field: getattr(mhc, field) for field in CONVENTION_FIELDS} == (
-        CONVENTIONS[name]._asdict()
-    )
-    assert mhc.convention_in_words == name and MHCConfig(**dataclasses.asdict(mhc)) == mhc
-    other = MHCConfig(convention=name, norm_eps=1e-7, sinkhorn_order="rows_first")
-    assert (other.pre_eps, other.end) == (mhc.pre_eps, mhc.end) and other.norm_eps == 1e-7
-    assert other.convention_in_words.startswith(f"{name} with norm_eps 1e-07")
-    args = parse(*flags_of(other).split())
-    prepare_arguments(args)
-    assert config_from_arguments(args) == other
-    assert config_from_environment(
-        {"MHC_CONVENTION": name, "MHC_NORM_EPS": "1e-7", "MHC_SINKHORN_ORDER": "rows_first"}
-    ) == dataclasses.replace(other)
-
-
-def test_the_fields_of_a_convention_come_from_a_checkpoint_with_it() -> None:
-    """Where the command line names another one, nothing of the checkpoint's is mixed into it."""
-    stored = argparse.Namespace(spec=SPEC, mhc_convention="glm_5_3", mhc_norm_eps=1e-7)
-    for flags, want in (
-        ((), MHCConfig(convention="glm_5_3", norm_eps=1e-7)),
-        (("--mhc-convention", "paper"), MHCConfig()),
-        (("--mhc-norm-eps", "1e-4"), MHCConfig(convention="glm_5_3", norm_eps=1e-4)),
-    ):
-        args = parse("--mhc", *flags)
-        take_from_checkpoint(args, None, stored)
-        prepare_arguments(args)
-        assert config_from_arguments(args) == want
 
 
 def megatrons(flag: str, **settings) -> argparse.ArgumentParser:

@@ -75,3 +75,17 @@ def test_saved_tensors_are_few() -> None:
     a_token = [t for p, t in saved.items() if t.shape[:1] == (tokens,) and p not in streams]
     assert sum(t.nbytes for t in a_token) <= 256 * tokens
     assert all(t.numel() < tokens * n * width for t in a_token)
+
+
+def test_compiles_as_one_graph() -> None:
+    """torch.compile finds operators, and nothing that it cannot trace."""
+    plain = inputs("combine_read", 5, 4, 40, torch.bfloat16, "cpu")
+    traced = {name: t.detach().clone().requires_grad_() for name, t in plain.items()}
+
+    def site(**arguments: torch.Tensor) -> torch.Tensor:
+        return sum(t.float().sum() for t in kernels.combine_read(**arguments, backend="triton"))
+
+    site(**plain).backward()
+    torch.compile(site, fullgraph=True, backend="aot_eager")(**traced).backward()
+    for name, tensor in traced.items():
+        assert torch.equal(tensor.grad, plain[name].grad), name
