@@ -130,7 +130,12 @@ def from_native(
     return target / RELEASE, mhc, report
 
 
-def _check_back(folder: Path, keys: Mapping[str, Any], which: str) -> None:
+def check_back(folder: Path, keys: Mapping[str, Any], which: str) -> None:
+    """Whether the Megatron of this generation has a model with all of these items.
+
+    Raises:
+        ConvertError: what it has not.
+    """
     for part, what in (
         ("mtp.", "multi-token prediction, which computes another function there"),
         ("decoder.final_norm.", "a HybridModel, whose layers have one site each"),
@@ -184,7 +189,7 @@ def to_native(source: Path, target: Path) -> tuple[Path, list[str]]:
         layout = Layout(keys)
         mhc, sites = read_sites(folder, metadata, layout)
         which = generation(mhc)
-        _check_back(folder, keys, which)
+        check_back(folder, keys, which)
         dtype = _dtype(which, common.get("args"))
         values = as_native(sites, which, mhc.num_streams, dtype)
 
