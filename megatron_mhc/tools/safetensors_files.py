@@ -6,7 +6,6 @@ shards of a large model are looked at one header at a time, and a tensor is put 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,14 +161,22 @@ def write_index(folder: Path, files: Iterable[str]) -> None:
 
 
 def copy_folder(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:
-    """Copy every file of a folder, not its folders, into one that is there."""
-    files = [file for file in sorted(source.iterdir()) if file.is_file()]
-    total = sum(file.stat().st_size for file in files)
+    """Copy what is in a folder into one that is there, but for what has a name with a dot in front.
+
+    That is where git and Hugging Face's downloads keep second copies.
+    """
+    inside = [(file, file.relative_to(source)) for file in sorted(source.rglob("*"))]
+    files = [
+        (file, name)
+        for file, name in inside
+        if file.is_file() and not any(part.startswith(".") for part in name.parts)
+    ]
+    total = sum(file.stat().st_size for file, _ in files)
     done = 0
-    for file in files:
-        with file.open("rb") as read, (target / file.name).open("wb") as write:
+    for file, name in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as read, (target / name).open("wb") as write:
             while data := read.read(_CHUNK):
                 write.write(data)
                 done += len(data)
                 progress(done, total)
-        shutil.copymode(file, target / file.name)

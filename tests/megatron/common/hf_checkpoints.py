@@ -81,6 +81,9 @@ def write_hf(
     )
     (folder / "config.json").write_text(json.dumps(whole))
     (folder / "tokenizer.json").write_text("{}")
+    for name in ("encoding", ".cache"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text(name)
     names = list(tensors)
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors)

@@ -95,8 +95,11 @@ def test_sites_compute_the_same_and_go_back_digit_for_digit(
     assert logits_of(kind="ours", mhc=settings, load=str(made)).isfinite().all()
     command(monkeypatch, "--to", "hf", tmp_path / "ours", tmp_path / "back", "--hf", hf)
     assert f"{len(tensors)} tensors put in their places" in capsys.readouterr().out
-    for file in hf.iterdir():
-        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+    back = {file for file in (tmp_path / "back").rglob("*") if file.is_file()}
+    assert len(back) == len([file for file in hf.rglob("*") if file.is_file()]) - 1
+    for file in back:
+        assert file.read_bytes() == (hf / file.relative_to(tmp_path / "back")).read_bytes(), file
+    assert not (tmp_path / "back" / ".cache").exists()
 
 
 def test_the_head_is_mapped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
