@@ -54,12 +54,14 @@ class HFModel(NamedTuple):
         kind: of CONVENTIONS_OF.
         mhc: our settings for it.
         layers, width: their number, and C.
+        engram: the layers that have one, which is no hyper-connection and changes the streams.
     """
 
     kind: str
     mhc: MHCConfig
     layers: int
     width: int
+    engram: tuple[int, ...] = ()
 
 
 def is_hyper_connection(name: str) -> bool:
@@ -105,7 +107,8 @@ def read_model(folder: Path) -> HFModel:
         pre_eps=config["hc_eps"],
         sinkhorn_eps=config["hc_eps"],
     )
-    return HFModel(kind, mhc, config["num_hidden_layers"], config["hidden_size"])
+    engram = tuple(config.get("engram_layer_ids") or ())
+    return HFModel(kind, mhc, config["num_hidden_layers"], config["hidden_size"], engram)
 
 
 def names_of(
@@ -223,6 +226,11 @@ def read_sites(folder: Path) -> tuple[HFModel, Sites, list[str]]:
         + (f"; {', '.join(dtypes)} made F32" if dtypes else ""),
         *(["the learned head mapped: hc_head_*"] if sites.head else []),
         *([f"no counterpart: {', '.join(others)}"] if others else []),
+        *(
+            [f"no counterpart: Engram in front of layers {list(model.engram)}"]
+            if model.engram
+            else []
+        ),
     ]
     return model, sites, report
 

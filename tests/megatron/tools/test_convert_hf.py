@@ -183,16 +183,21 @@ def test_alone_they_are_written_in_fp32_with_an_index(
     assert {place.dtype for place in places.values()} == {"F32"}
 
 
+@pytest.mark.parametrize("model", ["deepseek_v4", "deepseek_v41"])
 def test_what_has_no_counterpart_is_said(
+    model: str,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     draft = {"mtp.0.hc_attn_fn": torch.zeros(2, 2)}
-    hf = write_hf(tmp_path / "hf", "deepseek_v4", hyper_connections("deepseek_v4") | draft)
+    tensors, engram = hyper_connections(model) | draft, [1]
+    hf = write_hf(tmp_path / "hf", model, tensors, engram_layer_ids=engram)
     command(monkeypatch, "--from", "hf", rest(folder), tmp_path / "ours", "--hf", hf)
-    assert "no counterpart: mtp.0.hc_attn_fn" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no counterpart: mtp.0.hc_attn_fn\n" in printed
+    assert "no counterpart: Engram in front of layers [1]\n" in printed
     command(monkeypatch, "--to", "hf", tmp_path / "ours", tmp_path / "back", "--hf", hf)
     assert f"left as they are in {hf}: mtp.0.hc_attn_fn" in capsys.readouterr().out
 
