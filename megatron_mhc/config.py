@@ -103,6 +103,7 @@ class MHCConfig:
             twice the activations.
         norm_eps, norm_form, pre_eps, sinkhorn_eps, sinkhorn_order, end, delayed, head_eps: as in
             `Convention`. None is the convention's; it is never None afterwards, but for `head_eps`.
+            (So `dataclasses.replace` with another convention alone keeps the fields of this one.)
 
     Raises:
         ValueError: a value of another type, unknown, out of range or at odds with another.

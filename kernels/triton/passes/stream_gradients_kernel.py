@@ -182,7 +182,7 @@ def stream_gradients_kernel(
     f_bias_ptr,
     h_post_ptr,
     h_res_ptr,
-    h_pre_ptr,
+    read_with_ptr,
     dx_ptr,
     df_ptr,
     d_mixing_ptr,
@@ -209,16 +209,17 @@ def stream_gradients_kernel(
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C] fp32; token as
     `coefficient_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
     d_h_post and d_h_res; d_f_bias [programs a block, C]. A product with phi takes PART of its rows.
-
-    With READ, h_pre [T, N] is an argument of its own, whose gradient stands in N more columns of
-    d_mixing; and y is mixed again: x and f are here.
+    With READ, h_pre is an argument of its own, read_with [T, N], whose gradient stands in N more
+    columns of d_mixing; and y is mixed again: x and f are here.
     """
     HAS_Y: tl.constexpr = PROJECT and not READ
     COLUMNS: tl.constexpr = N + N * N + (N if READ else 0)
     if PROJECT:
         d_z_ptr = token_ptr
         k_ptr = after_rows(token_ptr, T, ROWS)
-        if not READ:
+        if READ:
+            h_pre_ptr = read_with_ptr
+        else:
             h_pre_ptr = after_rows(token_ptr, T, ROWS + 1)
     block = tl.program_id(0)
     part = tl.program_id(1)

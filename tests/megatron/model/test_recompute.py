@@ -72,6 +72,15 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
             "parallel": {"tensor_model_parallel_size": 2},
         },
     ),
+    "sequence parallel, delayed sites": (
+        2,
+        2,
+        {
+            "config": {"sequence_parallel": True},
+            "parallel": {"tensor_model_parallel_size": 2},
+            "mhc": DELAYED,
+        },
+    ),
     "distributed optimizer": (
         2,
         2,

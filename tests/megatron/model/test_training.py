@@ -16,6 +16,8 @@ from tests.megatron.common.settings import (
     UNCLIPPED,
 )
 
+DELAYED_HEAD = {"delayed": True, "end": "head"}
+"""No model's: single fields of a convention."""
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -41,6 +43,14 @@ def single_scenarios(folder: str) -> dict[str, dict[str, Any]]:
         "sgd interrupted": {"optimizer": SGD, "interrupt": True},
         "sgd delayed": {"optimizer": SGD, "mhc": DELAYED},
         "sgd delayed apart": {"optimizer": SGD, "mhc": DELAYED, "fuse": "none"},
+        "sgd delayed head": {"optimizer": SGD, "mhc": DELAYED_HEAD},
+        "sgd delayed head apart": {"optimizer": SGD, "mhc": DELAYED_HEAD, "fuse": "none"},
+        "sgd dev": {"optimizer": SGD, "mhc": {"convention": "megatron_dev"}},
+        "sgd dev apart": {
+            "optimizer": SGD,
+            "mhc": {"convention": "megatron_dev"},
+            "fuse": "none",
+        },
         "sgd hc": {"optimizer": SGD, "mhc": {"variant": "hc"}},
         "sgd hc apart": {"optimizer": SGD, "mhc": {"variant": "hc"}, "fuse": "none"},
         "first half": {"optimizer": SGD, "mhc": HEAD, "steps": 2, "save": f"{folder}/one"},
@@ -200,7 +210,7 @@ def test_activation_recompute_is_exact(single: dict[str, Any], kind: str, withou
     assert_same_training(single[kind], single[without], bound=None)
 
 
-@pytest.mark.parametrize("variant", ["sgd", "sgd hc", "sgd delayed"])
+@pytest.mark.parametrize("variant", ["sgd", "sgd hc", "sgd delayed", "sgd delayed head", "sgd dev"])
 def test_fused_boundaries_train_as_separate_ones(single: dict[str, Any], variant: str) -> None:
     """The same operations; autograd adds a stream's gradients in another order."""
     assert_same_training(single[variant], single[f"{variant} apart"], bound=SUMMATION_ORDER)
