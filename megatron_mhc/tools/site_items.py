@@ -13,6 +13,7 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.model.connection import Head, HyperConnection
 from megatron_mhc.model.stored_settings import SETTINGS_KEY, function_settings
 
+from .new_checkpoint import ConvertError
 from .torch_dist import Writer, read_object, read_tensors
 
 LAYERS = "decoder.layers."
@@ -112,9 +113,14 @@ def read_sites(folder: Path, metadata: Metadata, layout: Layout) -> tuple[MHCCon
     """The settings and the parameters of a checkpoint with mHC.
 
     Raises:
-        ValueError: an item is missing or damaged; names it.
+        ValueError: an item is missing or damaged, names it; or the variant is another one.
     """
     mhc = MHCConfig(**read_object(folder, metadata, layout.object_key(0, SETTINGS_KEY)))
+    if mhc.variant != "mhc":
+        raise ConvertError(
+            f"{folder} is of variant {mhc.variant}, which no model but ours has: nothing to convert"
+            " it to"
+        )
     names = tuple(f"{c}.{p}" for c in CONNECTIONS for p in PARAMETERS)
     layers = layout.read(folder, metadata, names)
     head = {}

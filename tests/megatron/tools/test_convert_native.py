@@ -198,6 +198,15 @@ def test_flags_that_do_not_go_together(tmp_path: Path, monkeypatch: pytest.Monke
         assert not target.exists()
 
 
+def test_the_unconstrained_variant_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ours(tmp_path, variant="hc")
+    for goal in ("megatron", "hf"):
+        with pytest.raises(SystemExit, match="is of variant hc, which no model but ours has"):
+            command(monkeypatch, "--to", goal, made, tmp_path / "target")
+
+
 def test_a_native_checkpoint_is_no_ordinary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
