@@ -82,5 +82,8 @@ def test_the_new_parameters_are_those_of_a_new_model(model: str, folder: Path) -
 
 def test_converts_help_teaches() -> None:
     done = forked_python("-m", "megatron_mhc", "convert", "--help")
-    for words in ("SOURCE is only read", "--mhc-init", "--load runs/gpt-mhc/start", "iteration 0"):
+    for words in (
+        *("SOURCE is only read", "--mhc-init", "--load runs/gpt-mhc/start", "iteration 0"),
+        *("--from megatron NATIVE TARGET", "--to hf OURS TARGET --hf FOLDER", "no\ncounterpart"),
+    ):
         assert words in done.stdout
