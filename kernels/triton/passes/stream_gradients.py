@@ -63,6 +63,7 @@ def _launch(
         COMBINE=has[2],
         HAS_BIAS=f_bias is not None,
         READ=has[3],
+        AGAIN=has[3],  # of the others no GPU has timed it: has[2] and rows is not None, to try
         MIXING_WIDTH=triton.next_power_of_2(n + n * n + n * has[3]),
         BT=tile.tokens,
         BC=tile.channels,

@@ -199,6 +199,7 @@ def stream_gradients_kernel(
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     READ: tl.constexpr,
+    AGAIN: tl.constexpr,
     MIXING_WIDTH: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -209,10 +210,9 @@ def stream_gradients_kernel(
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C] fp32; token as
     `coefficient_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
     d_h_post and d_h_res; d_f_bias [programs a block, C]. A product with phi takes PART of its rows.
-    With READ, h_pre is an argument of its own, read_with [T, N], whose gradient stands in N more
-    columns of d_mixing; and y is mixed again: x and f are here.
+    READ: h_pre is read_with [T, N], its gradient N more columns of d_mixing. AGAIN: y is not read.
     """
-    HAS_Y: tl.constexpr = PROJECT and not READ
+    HAS_Y: tl.constexpr = PROJECT and not AGAIN
     COLUMNS: tl.constexpr = N + N * N + (N if READ else 0)
     if PROJECT:
         d_z_ptr = token_ptr
@@ -265,7 +265,7 @@ def stream_gradients_kernel(
         tiles = load_tiles(
             pointers, t_next.to(tl.int64), c, next_mask, N, C, HAS_DY, HAS_Y, HAS_DU, COMBINE
         )
-        if READ:
+        if AGAIN:
             f = to_fp32(f[0])
             if HAS_BIAS:
                 f += f_bias[None, :]
@@ -275,7 +275,7 @@ def stream_gradients_kernel(
             dys, ys, du, h_pre, k, through, N, HAS_DY, PROJECT, HAS_DU, BT, BC
         )
         if COMBINE:
-            if not READ:
+            if not AGAIN:
                 f = to_fp32(f[0])
                 if HAS_BIAS:
                     f += f_bias[None, :]
