@@ -1,4 +1,5 @@
-"""mHC as a layer spec: `with_mhc` for any spec of Megatron's, `gpt_layer_spec` for `--spec`."""
+"""mHC as a spec: `with_mhc` for any of Megatron's; `gpt_layer_spec`, `hybrid_stack_spec` for
+`--spec`."""
 
 import inspect
 from typing import Any
@@ -16,15 +17,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
 )
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from .config import MHCConfig
 from .model.specs import replace_residuals
-from .start.activate import check_turned_off, loader_patches, model_patches
+from .start.activate import check_turned_off, loader_patches, model_patches, stack_patches
 from .start.banner import announce_spec
 from .start.flags import active_config, base_spec
+
+registry.apply(*stack_patches())  # HybridModel calls no spec that is a function either
 
 
 def with_mhc[
@@ -32,6 +36,7 @@ def with_mhc[
         ModuleSpec,
         TransformerBlockSubmodules,
         MultiTokenPredictionBlockSubmodules,
+        HybridStackSubmodules,
         list[ModuleSpec],
     )
 ](spec: Spec, config: MHCConfig | None = None) -> Spec:
@@ -42,8 +47,9 @@ def with_mhc[
 
     Args:
         spec: what Megatron's spec functions return: a layer's ModuleSpec, a list of them, a
-            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock; or the spec of
-            multi-token prediction (which a GPTModel with mHC gives the same settings by itself).
+            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock; a HybridStack's
+            ModuleSpec or its HybridStackSubmodules; or the spec of multi-token prediction (which a
+            GPTModel with mHC gives the same settings by itself).
         config: the settings, the defaults if None.
 
     Returns:
@@ -77,6 +83,27 @@ def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     return with_mhc(_base_layer_spec(model_config, vp_stage), config)
 
 
+def hybrid_stack_spec(config: Any) -> Any:
+    """The same for a HybridModel: `--spec megatron_mhc.spec hybrid_stack_spec`.
+
+    Args:
+        config: the model's TransformerConfig.
+
+    Returns:
+        A HybridStack's spec with mHC: around the one that `--spec` named beside `--mhc`, else
+        around Megatron's own, which wants Transformer Engine.
+    """
+    from megatron.core.models.hybrid import hybrid_layer_specs
+
+    mhc, source = active_config()
+    if source == "environment":
+        announce_spec(mhc, source, config)
+    named = base_spec()
+    if named is None:
+        return with_mhc(hybrid_layer_specs.hybrid_stack_spec, mhc)
+    return with_mhc(_imported(named), mhc)
+
+
 def _transformer_config(model_config: Any) -> Any:
     return getattr(model_config, "transformer", model_config)
 
@@ -86,13 +113,18 @@ def _base_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
     named = base_spec()
     if named is None:
         return _default_layer_spec(model_config, vp_stage)
-    spec = import_module(named)
-    if spec is None:
-        raise ValueError(f"--spec {' '.join(named)} could not be imported")
+    spec = _imported(named)
     if isinstance(spec, ModuleSpec) or not callable(spec):
         return spec
     takes_stage = "vp_stage" in inspect.signature(spec).parameters
     return spec(model_config, vp_stage=vp_stage) if takes_stage else spec(model_config)
+
+
+def _imported(named: list[str]) -> Any:
+    spec = import_module(named)
+    if spec is None:
+        raise ValueError(f"--spec {' '.join(named)} could not be imported")
+    return spec
 
 
 def _default_layer_spec(model_config: Any, vp_stage: int | None) -> Any:

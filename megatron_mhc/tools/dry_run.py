@@ -18,13 +18,13 @@ import torch
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.formulas import (
     activation_bytes_a_token,
-    distinct_mtp_layers,
     forward_flops_a_token,
     full_recompute_bytes_a_token,
-    sites_and_parameters,
+    parameters_of,
     training_flops_a_token,
 )
 from megatron_mhc.costs.recompute_plan import most_in_flight, plan_of
+from megatron_mhc.costs.sites import Sites, distinct_mtp_layers
 from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.supported_versions import is_installed
@@ -128,14 +128,19 @@ def bytes_of_streams(
         if args.recompute_granularity == "full":
             decoder = sum(not layer.is_mtp for layer in whole)
             inputs, block = full_recompute_bytes_a_token(
-                mhc, decoder, *sizes, args.recompute_method, args.recompute_num_layers
+                mhc,
+                decoder,
+                *sizes,
+                args.recompute_method,
+                args.recompute_num_layers,
+                len(whole[0].sites),
             )
             kept, rebuilt = kept + inputs, max(rebuilt, block)
             # multi-token prediction starts from one stream, and "block" does not recompute it
             whole = [m for m in whole if m.is_mtp and args.recompute_method == "block"]
         # a layer of multi-token prediction may run at several depths
         depths = (args.mtp_num_layers or 0) // max(distinct_mtp_layers(args), 1)
-        passes = sum(depths if layer.is_mtp else 1 for layer in whole)
+        passes = sum(len(m.sites) * (depths if m.is_mtp else 1) for m in whole)
         kept += activation_bytes_a_token(mhc, passes, *sizes)
     unit = "microbatch" if in_flight == 1 else "microbatches"
     return kept * in_flight / len(chunks) + rebuilt, f"{in_flight} {unit} in flight"
@@ -145,9 +150,9 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     """The lines about mHC itself."""
     from megatron.training.training import num_floating_point_operations
 
-    sizes = (args.num_layers, args.hidden_size)
-    sites, parameters = sites_and_parameters(mhc, *sizes, distinct_mtp_layers(args))
-    forward = forward_flops_a_token(mhc, *sizes, args.mtp_num_layers or 0)
+    sites = Sites.of(args)
+    parameters = parameters_of(mhc, sites, args.hidden_size)
+    forward = forward_flops_a_token(mhc, sites, args.hidden_size)
     extra = training_flops_a_token(args, mhc)
     # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
     whole = num_floating_point_operations(args, 1) / args.seq_length
@@ -156,7 +161,7 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     )
     lines = [] if is_served else ["  activations: of the Triton kernels; the reference keeps more"]
     return [
-        f"mHC: {sites} sites, {parameters:,} extra parameters (fp32)",
+        f"mHC: {sites.built} sites, {parameters:,} extra parameters (fp32)",
         f"  FLOPs a token: {forward:,} forward, {extra:,} a training step,"
         f" {extra / (whole - extra):.2%} of the ordinary model's {whole - extra:,.0f}",
         *lines,

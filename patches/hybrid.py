@@ -1,0 +1,62 @@
+"""Patches of HybridModel and of the HybridStack that holds its layers.
+
+A stack is built by its name inside multi-token prediction, and its layers are told too little to
+know their place: the stack itself, once it stands, is the one place for all of them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .registry import Patch
+
+
+def hybrid_patches(
+    spec_of: Callable[[Any, Any, str | None], Any], place: Callable[[Any], None]
+) -> tuple[Patch, ...]:
+    """What a HybridModel with mHC needs.
+
+    Args:
+        spec_of: `spec_of(spec, config, pattern)` returns the stack's spec that the model is built
+            of. Megatron (up to 0.20) calls no spec that is a function, as it does for a GPTModel.
+        place: `place(stack)` runs behind the build of every HybridStack.
+    """
+
+    def model(original: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(self, *args, **kwargs)
+            given = bound.arguments
+            pattern = given.get("hybrid_layer_pattern") or given.get("hybrid_override_pattern")
+            given["hybrid_stack_spec"] = spec_of(
+                given["hybrid_stack_spec"], given["config"], pattern
+            )
+            original(*bound.args, **bound.kwargs)
+
+        return init
+
+    def stack(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            place(self)
+
+        return init
+
+    return (
+        Patch(
+            "hybrid-model",
+            "megatron.core.models.hybrid.hybrid_model:HybridModel.__init__",
+            model,
+            "calls a spec that is a function, and notes the layer pattern of a model with mHC",
+        ),
+        Patch(
+            "stack-build",
+            "megatron.core.models.hybrid.hybrid_block:HybridStack.__init__",
+            stack,
+            "the first layer of a stack enters the streams and the last one leaves them",
+        ),
+    )

@@ -1,0 +1,86 @@
+"""HybridModel: a sublayer and a site a layer, in the places that its HybridStack gives them."""
+
+from typing import Any
+
+import pytest
+
+from megatron_mhc.patches.supported_versions import is_installed
+from tests.megatron.common.compare import assert_same_training
+from tests.megatron.common.launch import run_scenarios
+from tests.megatron.common.settings import HEAD
+
+START: dict[str, Any] = {"perturb": False, "sinkhorn_iterations": 20}
+START |= {"steps": 8, "optimizer": {"lr": 3e-3}}
+HAS_MLA = not is_installed("<0.19")
+PATTERNS = {
+    "attention, MLP": ("*-*-", "dense"),
+    "experts": ("*E*E", "moe"),
+    "Mamba, gated delta net": ("M-*G-", "dense"),
+    "an MLP first, attention last": ("-M*", "dense"),
+    **({"latent attention": ("+-+E", "mla moe")} if HAS_MLA else {}),
+}
+EQUAL: dict[str, dict[str, Any]] = {
+    "mhc": {},
+    "learned head": {"mhc": HEAD},
+    "hc": {"mhc": {"variant": "hc"}},
+    "experts": {"kind": "moe"},
+    "dropout": {"config": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
+    "bf16": {"bf16": True},
+    "recompute": {"mhc": {"recompute": 1}},
+}
+TWO_LAYERS = {"num_layers": 2}
+
+
+def scenarios() -> dict[str, dict[str, Any]]:
+    """Every pattern, ordinary and with mHC; GPTs of two layers and the hybrid models that equal."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (pattern, kind) in PATTERNS.items():
+        settings = {**START, "pattern": pattern, "kind": kind}
+        found[name] = {**settings, "steps": 1, "mhc": None}
+        found[f"{name} mhc"] = settings
+    for name, settings in EQUAL.items():
+        config = TWO_LAYERS | settings.get("config", {})
+        found[f"gpt {name}"] = {**settings, "config": config}
+        pattern = "*E*E" if settings.get("kind") == "moe" else "*-*-"
+        found[f"hybrid {name}"] = {"pattern": pattern, **settings}
+    if "recompute" in EQUAL:  # blocks of one GPT layer are blocks of two hybrid ones
+        found["hybrid recompute"]["mhc"] = {"recompute": 2}
+    return found
+
+
+# one rounding a site of weights that sum to one in fp32, as for a GPT (`test_start.SAME_START`)
+SAME_START = 3e-7
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_it_starts_as_the_ordinary_model(name: str) -> None:
+    results = run_scenarios(1, scenarios())
+    ordinary, wide = results[name], results[f"{name} mhc"]
+    assert wide["losses"][0] == pytest.approx(ordinary["losses"][0], rel=SAME_START)
+    # two batches in turn are on the way to being learnt by heart
+    assert wide["losses"][-1] < wide["losses"][0] - 1, "it does not train"
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_pairs_of_layers_are_a_gpt_bit_for_bit(name: str) -> None:
+    results = run_scenarios(1, scenarios())
+    assert_same_training(results[f"hybrid {name}"], results[f"gpt {name}"], bound=None)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_checkpoint_only_gains_names(name: str) -> None:
+    results = run_scenarios(1, scenarios())
+    ordinary, wide = results[name]["parameters"], results[f"{name} mhc"]["parameters"]
+    assert ordinary.keys() < wide.keys()
+    gained = {key.split(".")[-2] for key in wide.keys() - ordinary.keys()}
+    assert gained <= {"attention_connection", "mlp_connection", "mamba_connection"}
+    assert len(wide.keys() - ordinary.keys()) == 3 * len(PATTERNS[name][0])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_site_gets_a_gradient_from_the_second_step_on(name: str) -> None:
+    result = run_scenarios(1, scenarios())[f"{name} mhc"]
+    gradients = result["gradients"][1]
+    assert len(gradients) == 3 * len(PATTERNS[name][0])
+    assert not [key for key, gradient in gradients.items() if gradient.norm() == 0]
+    assert result["linked"] and all(result["linked"])
