@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from .config import MHCConfig
+from .costs.sites import hybrid_pattern
 from .model.specs import replace_residuals
 from .start.activate import check_turned_off, loader_patches, model_patches, stack_patches
 from .start.banner import announce_spec
@@ -92,9 +93,17 @@ def hybrid_stack_spec(config: Any) -> Any:
     Returns:
         A HybridStack's spec with mHC: around the one that `--spec` named beside `--mhc`, else
         around Megatron's own, which wants Transformer Engine.
+
+    Raises:
+        ValueError: what is being built is no HybridModel.
     """
     from megatron.core.models.hybrid import hybrid_layer_specs
 
+    if hybrid_pattern(config) is None:  # HybridModel notes it before it asks
+        raise ValueError(
+            "the script builds no HybridModel, and --hybrid-layer-pattern (or --spec"
+            " megatron_mhc.spec hybrid_stack_spec) asks for one: give Megatron's pretrain_hybrid.py"
+        )
     mhc, source = active_config()
     if source == "environment":
         announce_spec(mhc, source, config)

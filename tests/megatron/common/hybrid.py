@@ -75,5 +75,5 @@ def gpt_key(key: str) -> str:
         return f"decoder.layers.{int(found[1]) // 2}."
 
     key = re.sub(r"decoder\.layers\.(\d+)\.", halve, key)
-    key = re.sub(r"mtp_model_layer\.layers\.\d+\.", "mtp_model_layer.", key)
+    key = re.sub(r"mtp_model_layer\.layers\.\d+\.", "transformer_layer.", key)
     return key.replace("decoder.final_norm.", "decoder.final_layernorm.")

@@ -29,6 +29,20 @@ EQUAL: dict[str, dict[str, Any]] = {
     "recompute": {"mhc": {"recompute": 1}},
 }
 TWO_LAYERS = {"num_layers": 2}
+ONE_AHEAD = {"mtp_num_layers": 1}
+MTP_PATTERNS = {
+    "one depth": ("*-*-/*-", 1),
+    "two depths": ("*-*-/*-/*-", 2),
+    # a stack inside is longer than the decoder: the last number says nothing about the end
+    "longer than the decoder": ("*-/*-*-", 1),
+    "ends in attention": ("-*/-M*", 1),
+}
+if HAS_MLA:  # multi-token prediction is refused with 0.18
+    EQUAL["multi-token prediction"] = {"config": ONE_AHEAD}
+    EQUAL["multi-token prediction, head, recompute"] = {
+        "config": ONE_AHEAD,
+        "mhc": {**HEAD, "recompute": 9},
+    }
 
 
 def scenarios() -> dict[str, dict[str, Any]]:
@@ -42,9 +56,14 @@ def scenarios() -> dict[str, dict[str, Any]]:
         config = TWO_LAYERS | settings.get("config", {})
         found[f"gpt {name}"] = {**settings, "config": config}
         pattern = "*E*E" if settings.get("kind") == "moe" else "*-*-"
+        pattern += "/*-" * config.get("mtp_num_layers", 0)
         found[f"hybrid {name}"] = {"pattern": pattern, **settings}
-    if "recompute" in EQUAL:  # blocks of one GPT layer are blocks of two hybrid ones
-        found["hybrid recompute"]["mhc"] = {"recompute": 2}
+    # a block of one GPT layer is a block of two hybrid ones
+    found["hybrid recompute"]["mhc"] = {"recompute": 2}
+    for name, (pattern, depths) in MTP_PATTERNS.items() if HAS_MLA else ():
+        mtp = {**START, "pattern": pattern, "config": {"mtp_num_layers": depths}, "steps": 2}
+        found[name] = {**mtp, "mhc": None}
+        found[f"{name} mhc"] = {**mtp, "mhc": HEAD}
     return found
 
 
@@ -84,3 +103,25 @@ def test_every_site_gets_a_gradient_from_the_second_step_on(name: str) -> None:
     assert len(gradients) == 3 * len(PATTERNS[name][0])
     assert not [key for key, gradient in gradients.items() if gradient.norm() == 0]
     assert result["linked"] and all(result["linked"])
+
+
+@pytest.mark.skipif(not HAS_MLA, reason="MTP is refused with Megatron 0.18")
+@pytest.mark.parametrize("name", MTP_PATTERNS)
+def test_stacks_inside_multi_token_prediction_have_ends_of_their_own(name: str) -> None:
+    results = run_scenarios(1, scenarios())
+    ordinary, wide = results[name], results[f"{name} mhc"]
+    # the eps of the convention, as in `test_start.test_deepseek_v4_starts_within_its_eps`
+    for losses in ("losses", "mtp_losses"):
+        assert wide[losses][0] == pytest.approx(ordinary[losses][0], rel=1e-6)
+    pattern, depths = MTP_PATTERNS[name]
+    main, mtp, *_ = pattern.split("/")
+    gradients = wide["gradients"][1]
+    heads = {key.rsplit(".", 1)[0] for key in gradients if ".head." in key}
+    # one each, in the last layer; a parameter that nothing reaches has no gradient
+    ends = {f"decoder.layers.{len(main) - 1}.head"}
+    ends |= {
+        f"mtp.layers.{depth}.mtp_model_layer.layers.{len(mtp) - 1}.head" for depth in range(depths)
+    }
+    assert heads == ends
+    assert len(gradients) == 3 * (len(main) + depths * len(mtp) + 1 + depths)
+    assert not [key for key, gradient in gradients.items() if gradient.norm() == 0]
