@@ -23,6 +23,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "hc": {"mhc": {"variant": "hc"}},
     "deepseek_v4": {"mhc": {"convention": "deepseek_v4"}},
     "two streams": {"mhc": {"num_streams": 2, "init": "zero"}},
+    "hybrid": {"pattern": "*-*-*-*-"},  # the same layers
 }
 SHARDED = {"use_distributed_optimizer": True}
 TWO: dict[str, dict[str, Any]] = {
@@ -41,6 +42,10 @@ TWO: dict[str, dict[str, Any]] = {
     },
     "two interleaved stages": {
         "parallel": VIRTUAL,
+    },
+    "two segments of a hybrid model": {
+        "pattern": "*-*-*|-*-",
+        "parallel": stages(2),
     },
     "data parallel": {},
     "distributed optimizer": {"ddp": SHARDED},
@@ -172,9 +177,12 @@ def test_metrics_equal_float64(processes: str, name: str, request: pytest.Fixtur
         "no boundary fused across layers",
         "full recompute",
         "streams recomputed",
+        "hybrid",
     ],
 )
-def test_metrics_know_neither_fusion_nor_recompute(alone: dict[str, Any], name: str) -> None:
+def test_metrics_know_neither_fusion_nor_recompute_nor_how_many_sites_a_layer_has(
+    alone: dict[str, Any], name: str
+) -> None:
     assert alone[name]["metrics"] == alone["mhc"]["metrics"]
 
 
