@@ -12,6 +12,7 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from megatron_mhc.costs.formulas import (
     training_flops_a_token,
 )
 from megatron_mhc.costs.recompute_plan import most_in_flight, plan_of
-from megatron_mhc.costs.sites import Sites, distinct_mtp_layers
+from megatron_mhc.costs.sites import Sites, distinct_mtp_layers, hybrid_pattern
 from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.supported_versions import is_installed
@@ -106,6 +107,18 @@ def bytes_of_states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> 
     return total
 
 
+def _own_norms(args: argparse.Namespace, layers: Sequence[Any]) -> float:
+    """Norms of a layer that are modules of their own with Transformer Engine, on average.
+
+    It fuses the others into the projections behind them.
+    """
+    own = 0
+    for layer in layers:
+        own += args.multi_latent_attention and hasattr(layer, "attention_site")
+        own += hasattr(layer, "mlp_site") and layer.is_moe_layer
+    return own / len(layers)
+
+
 def bytes_of_streams(
     args: argparse.Namespace, mhc: MHCConfig, chunks: list[torch.nn.Module], stage: int
 ) -> tuple[float, str]:
@@ -115,10 +128,11 @@ def bytes_of_streams(
     plan = plan_of(chunks)
     if plan is not None:
         if args.transformer_impl == "transformer_engine":
-            # its norms are parts of the projections behind them, but for these two
-            first = next(m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer))
-            norms = int(args.multi_latent_attention) + int(first.is_moe_layer)
-            plan = dataclasses.replace(plan, norms=norms)
+            layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer)]
+            layers = [layer for layer in layers if not layer.is_mtp]
+            if hybrid_pattern(args) is None:
+                layers = layers[:1]  # whose plan it is
+            plan = dataclasses.replace(plan, norms=_own_norms(args, layers))
         return sum(plan.bytes_a_token.values()), plan.in_words
     in_flight = most_in_flight(chunks[0].config, mhc, stage)
     sizes = (args.hidden_size, args.params_dtype.itemsize)
@@ -197,7 +211,7 @@ def page(flags: Sequence[str]) -> str:
         with pretended(args, stage) as groups:
             try:
                 chunks = build(args, groups)
-            except (ValueError, AssertionError, RuntimeError) as error:
+            except (ValueError, AssertionError, RuntimeError, ImportError) as error:
                 raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
             parameters = [p for chunk in chunks for p in chunk.parameters()]
             whole |= whole_sizes(chunks)
