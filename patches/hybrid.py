@@ -60,3 +60,28 @@ def hybrid_patches(
             "the first layer of a stack enters the streams and the last one leaves them",
         ),
     )
+
+
+def gpt_checkpoint_patch(check: Callable[[list[Any]], None]) -> Patch:
+    """`check(chunks)` runs where Megatron reads a GPT's checkpoint into this HybridModel.
+
+    It renames what the model asks for, layer by layer, and would ask for one object twice.
+    """
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def setup(args: Any, ckpt_args: Any, model: list[Any]) -> Any:
+            layers, with_optimizer = original(args, ckpt_args, model)
+            if layers is not None:
+                check(model)
+            return layers, with_optimizer
+
+        return setup
+
+    return Patch(
+        id="hybrid-gpt-checkpoint",
+        target="megatron.training.checkpointing:_maybe_setup_gpt_to_hybrid_load",
+        replace=replace,
+        why="says how a GPT's checkpoint gets into a HybridModel with mHC",
+        optional=True,  # 0.18 has no such thing
+    )

@@ -19,7 +19,7 @@ from megatron_mhc.patches.checkpoint_load import (
 )
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
-from megatron_mhc.patches.hybrid import hybrid_patches
+from megatron_mhc.patches.hybrid import gpt_checkpoint_patch, hybrid_patches
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -173,7 +173,14 @@ def loader_patches() -> tuple[Patch, ...]:
     """For Megatron's own loader of checkpoints; none where a library user has not imported it."""
     if "megatron.training.training" not in sys.modules:
         return ()
-    return state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY)
+    return _loader_patches()
+
+
+def _loader_patches() -> tuple[Patch, ...]:
+    return (
+        *state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY),
+        gpt_checkpoint_patch(stored_settings.refuse_gpt),
+    )
 
 
 def plugin_patches() -> tuple[Patch, ...]:
@@ -188,7 +195,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         *spec_function_patches(),
         throughput_patch(_extra_flops_a_token),
         *model_patches(),
-        *state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY),
+        *_loader_patches(),
         SHIPPED_HELPERS,
     )
 
