@@ -25,11 +25,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from .config import MHCConfig
 from .costs.sites import hybrid_pattern
 from .model.specs import replace_residuals
-from .start.activate import check_turned_off, loader_patches, model_patches, stack_patches
+from .start.activate import check_turned_off, loader_patches, model_patches, spec_patch
 from .start.banner import announce_spec
 from .start.flags import active_config, base_spec
 
-registry.apply(*stack_patches())  # HybridModel calls no spec that is a function either
+registry.apply(spec_patch())  # HybridModel calls no spec that is a function either
 
 
 def with_mhc[
@@ -84,11 +84,12 @@ def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     return with_mhc(_base_layer_spec(model_config, vp_stage), config)
 
 
-def hybrid_stack_spec(config: Any) -> Any:
+def hybrid_stack_spec(config: Any, vp_stage: int | None = None) -> Any:
     """The same for a HybridModel: `--spec megatron_mhc.spec hybrid_stack_spec`.
 
     Args:
         config: the model's TransformerConfig.
+        vp_stage: as a GPTModel would hand it over; a stack's spec is the same for all.
 
     Returns:
         A HybridStack's spec with mHC: around the one that `--spec` named beside `--mhc`, else

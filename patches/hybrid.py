@@ -12,18 +12,13 @@ from typing import Any
 from .registry import Patch
 
 
-def hybrid_patches(
-    spec_of: Callable[[Any, Any, str | None], Any], place: Callable[[Any], None]
-) -> tuple[Patch, ...]:
-    """What a HybridModel with mHC needs.
+def hybrid_spec_patch(spec_of: Callable[[Any, Any, str | None], Any]) -> Patch:
+    """`spec_of(spec, config, pattern)` returns the stack's spec that a HybridModel is built of.
 
-    Args:
-        spec_of: `spec_of(spec, config, pattern)` returns the stack's spec that the model is built
-            of. Megatron (up to 0.20) calls no spec that is a function, as it does for a GPTModel.
-        place: `place(stack)` runs behind the build of every HybridStack.
+    Megatron (up to 0.20) calls no spec that is a function there, as it does for a GPTModel.
     """
 
-    def model(original: Callable[..., None]) -> Callable[..., None]:
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -38,7 +33,18 @@ def hybrid_patches(
 
         return init
 
-    def stack(original: Callable[..., None]) -> Callable[..., None]:
+    return Patch(
+        id="hybrid-spec",
+        target="megatron.core.models.hybrid.hybrid_model:HybridModel.__init__",
+        replace=replace,
+        why="calls a spec that is a function, and notes the layer pattern of a model with mHC",
+    )
+
+
+def stack_patch(place: Callable[[Any], None]) -> Patch:
+    """`place(stack)` runs behind the build of every HybridStack."""
+
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
@@ -46,19 +52,11 @@ def hybrid_patches(
 
         return init
 
-    return (
-        Patch(
-            "hybrid-model",
-            "megatron.core.models.hybrid.hybrid_model:HybridModel.__init__",
-            model,
-            "calls a spec that is a function, and notes the layer pattern of a model with mHC",
-        ),
-        Patch(
-            "stack-build",
-            "megatron.core.models.hybrid.hybrid_block:HybridStack.__init__",
-            stack,
-            "the first layer of a stack enters the streams and the last one leaves them",
-        ),
+    return Patch(
+        id="stack-build",
+        target="megatron.core.models.hybrid.hybrid_block:HybridStack.__init__",
+        replace=replace,
+        why="the first layer of a stack enters the streams and the last one leaves them",
     )
 
 

@@ -19,7 +19,7 @@ from megatron_mhc.patches.checkpoint_load import (
 )
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
-from megatron_mhc.patches.hybrid import gpt_checkpoint_patch, hybrid_patches
+from megatron_mhc.patches.hybrid import gpt_checkpoint_patch, hybrid_spec_patch, stack_patch
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -148,9 +148,9 @@ def _refuse_torch_fsdp(module: Any) -> None:
     refuse_torch_fsdp(module)
 
 
-def stack_patches() -> tuple[Patch, ...]:
-    """What a HybridModel needs before its `--spec` is looked at."""
-    return hybrid_patches(_stack_spec, _place)
+def spec_patch() -> Patch:
+    """What a HybridModel needs before its `--spec` is looked at: the import of ours applies it."""
+    return hybrid_spec_patch(_stack_spec)
 
 
 def model_patches() -> tuple[Patch, ...]:
@@ -163,7 +163,8 @@ def model_patches() -> tuple[Patch, ...]:
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
         *block_forward_patches(_arrange),
-        *stack_patches(),
+        spec_patch(),
+        stack_patch(_place),
         *schedule_plan_patches(_prepare_plan),
         *fsdp_patches(_prepare_fsdp, _refuse_torch_fsdp, parameters.MARK),
     )
