@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .registry import Patch
+from .supported_versions import is_installed
 
 
 def hybrid_spec_patch(spec_of: Callable[[Any, Any, str | None], Any]) -> Patch:
@@ -60,10 +61,11 @@ def stack_patch(place: Callable[[Any], None]) -> Patch:
     )
 
 
-def gpt_checkpoint_patch(check: Callable[[list[Any]], None]) -> Patch:
+def gpt_checkpoint_patches(check: Callable[[list[Any]], None]) -> tuple[Patch, ...]:
     """`check(chunks)` runs where Megatron reads a GPT's checkpoint into this HybridModel.
 
-    It renames what the model asks for, layer by layer, and would ask for one object twice.
+    It renames what the model asks for, layer by layer, and would ask for one object twice. 0.18
+    does no such thing: none there.
     """
 
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,10 +78,10 @@ def gpt_checkpoint_patch(check: Callable[[list[Any]], None]) -> Patch:
 
         return setup
 
-    return Patch(
+    patch = Patch(
         id="hybrid-gpt-checkpoint",
         target="megatron.training.checkpointing:_maybe_setup_gpt_to_hybrid_load",
         replace=replace,
         why="says how a GPT's checkpoint gets into a HybridModel with mHC",
-        optional=True,  # 0.18 has no such thing
     )
+    return () if is_installed("<0.19") else (patch,)

@@ -19,7 +19,7 @@ from megatron_mhc.patches.checkpoint_load import (
 )
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
-from megatron_mhc.patches.hybrid import gpt_checkpoint_patch, hybrid_spec_patch, stack_patch
+from megatron_mhc.patches.hybrid import gpt_checkpoint_patches, hybrid_spec_patch, stack_patch
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -180,7 +180,7 @@ def loader_patches() -> tuple[Patch, ...]:
 def _loader_patches() -> tuple[Patch, ...]:
     return (
         *state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY),
-        gpt_checkpoint_patch(stored_settings.refuse_gpt),
+        *gpt_checkpoint_patches(stored_settings.refuse_gpt),
     )
 
 

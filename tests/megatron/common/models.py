@@ -241,8 +241,8 @@ def drop_layers(s: Scenario, model: GPTModel) -> None:
         return
     for layer in layers:
         layer.layer_number = kept.index(layer.layer_number) + 1
-        for site, part in enumerate((layer.attention_connection, layer.mlp_connection)):
-            part.bias.data.copy_(initial_bias(layer.mhc, 2 * (layer.layer_number - 1) + site))
+        for index, site in enumerate(layer.sites, layer.first_index):
+            site.connection.bias.data.copy_(initial_bias(layer.mhc, index))
     model.decoder.layers = torch.nn.ModuleList(layers)
     model.decoder.num_layers_per_pipeline_rank = len(layers)  # full recompute counts by it
     model.config.num_layers = len(kept)

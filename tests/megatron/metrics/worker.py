@@ -54,7 +54,8 @@ class Observer:
             model = kwargs["model"]
             chunks = model if isinstance(model, list) else [model]
             self.truth, hooks = {}, []
-            layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer)]
+            modules = (m for chunk in chunks for m in chunk.modules())
+            layers = [m for m in modules if isinstance(m, MHCLayer) and not m.is_mtp]
             sites = {}
             for layer in layers:
                 both = (("attention", "input_layernorm"), ("mlp", "pre_mlp_layernorm"))

@@ -30,6 +30,7 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 TWO_LAYERS = {"num_layers": 2}
 ONE_AHEAD = {"mtp_num_layers": 1}
+DROPPED = {"first two": [0, 1], "middle two": [2, 3], "last two": [4, 5]}
 MTP_PATTERNS = {
     "one depth": ("*-*-/*-", 1),
     "two depths": ("*-*-/*-/*-", 2),
@@ -43,6 +44,11 @@ if HAS_MLA:  # multi-token prediction is refused with 0.18
         "config": ONE_AHEAD,
         "mhc": {**HEAD, "recompute": 9},
     }
+    # home streams go on behind the decoder's: six sites of four streams
+    EQUAL["multi-token prediction, from the start"] = {
+        "config": ONE_AHEAD | {"num_layers": 3},
+        "perturb": False,
+    }
 
 
 def scenarios() -> dict[str, dict[str, Any]]:
@@ -55,11 +61,14 @@ def scenarios() -> dict[str, dict[str, Any]]:
     for name, settings in EQUAL.items():
         config = TWO_LAYERS | settings.get("config", {})
         found[f"gpt {name}"] = {**settings, "config": config}
-        pattern = "*E*E" if settings.get("kind") == "moe" else "*-*-"
+        pattern = ("*E" if settings.get("kind") == "moe" else "*-") * config["num_layers"]
         pattern += "/*-" * config.get("mtp_num_layers", 0)
-        found[f"hybrid {name}"] = {"pattern": pattern, **settings}
+        own = {k: v for k, v in settings.get("config", {}).items() if k != "num_layers"}
+        found[f"hybrid {name}"] = {**settings, "pattern": pattern, "config": own}
     # a block of one GPT layer is a block of two hybrid ones
     found["hybrid recompute"]["mhc"] = {"recompute": 2}
+    for end, drop in DROPPED.items():
+        found[f"without its {end}"] = {"pattern": "*-*-*-", "drop": drop}
     for name, (pattern, depths) in MTP_PATTERNS.items() if HAS_MLA else ():
         mtp = {**START, "pattern": pattern, "config": {"mtp_num_layers": depths}, "steps": 2}
         found[name] = {**mtp, "mhc": None}
@@ -84,6 +93,13 @@ def test_it_starts_as_the_ordinary_model(name: str) -> None:
 def test_pairs_of_layers_are_a_gpt_bit_for_bit(name: str) -> None:
     results = run_scenarios(1, scenarios())
     assert_same_training(results[f"hybrid {name}"], results[f"gpt {name}"], bound=None)
+
+
+@pytest.mark.parametrize("end", DROPPED)
+def test_layers_may_be_dropped(end: str) -> None:
+    """As tools for compression do: the bits of a model built so short."""
+    results = run_scenarios(1, scenarios())
+    assert_same_training(results[f"without its {end}"], results["hybrid mhc"], bound=None)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
