@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from triton.backends.driver import GPUDriver
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from megatron_mhc.kernels import triton
+from megatron_mhc.kernels import Mixing, triton
+from megatron_mhc.kernels.triton import launch, tiles
+from tests.kernel_cases import CARDS, inputs, run
 
 
 def modules() -> dict[str, Any]:
@@ -90,3 +93,34 @@ class Driver(GPUDriver):
 def active() -> tuple[Any, str]:
     """Where Triton keeps its driver: an object and the attribute's name (`active` up to 3.3)."""
     return driver, "_active" if hasattr(driver, "_active") else "active"
+
+
+def use_card(name: str, put: Callable[[Any, str, Any], None]) -> None:
+    """Have the tiles and the compiler of this card (in CARDS); put: `setattr`, or one that is
+    undone later."""
+    capability, shared_memory, multiprocessors = CARDS[name]
+    put(tiles, "architecture", lambda: f"sm_{capability}")
+    put(tiles, "shared_memory", lambda: shared_memory)
+    put(tiles, "multiprocessors", lambda: multiprocessors)
+    for kernel in tiles.TUNABLE:
+        # without what is kept of another card
+        put(tiles, kernel, tiles.TUNABLE[kernel].__wrapped__)
+    put(*active(), Driver(capability, shared_memory))
+    launch.forget()
+
+
+def call(operation: str, n: int, dtype: torch.dtype, width: int = 4096) -> None:
+    """Launch all that an operation launches, forward and backward, for one token."""
+    given = inputs(
+        "combine_pre" if operation == "rebuild" else operation, 1, n, width, dtype, "cpu"
+    )
+    function = getattr(modules()["operations"], operation)
+    if operation == "rebuild":
+        x, f, h_post, h_res = (given[name].detach() for name in ("x", "f", "h_post", "h_res"))
+        function(x, [h_post] * 6, [Mixing(f, h_post, h_res, f[0])] * 5)
+        return
+    for name in ("f_bias", None):
+        out = run(function, given)
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        if given.pop(name, None) is None:
+            return

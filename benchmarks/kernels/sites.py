@@ -13,7 +13,7 @@ process on the same shapes: bf16 streams, fp32 parameters, n = 4, 20 Sinkhorn it
 Columns: microseconds (medians over CUDA events; of a CUDA graph's replays where the peer can be
 captured, else of plain launches, marked *); passes, that is T*C bf16 elements at the bandwidth of a
 device-to-device copy measured in the same run; the share of that bandwidth that the site would need
-for the fewest bytes of any known algorithm (14 passes forward, 38 in all); saved, the memory that
+for the fewest bytes of any known algorithm (`sites_plot.FLOORS`); saved, the memory that
 the forward leaves for the backward beside its inputs and results; peak, beside the inputs; host,
 the time in which the host queues both ways, launched plainly; took, seconds with what the
 implementation compiles and tunes for this size.
@@ -33,14 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks.common import command_line, plotting
+from benchmarks.common import command_line
 from benchmarks.common.timing import host_us, median_us
 from benchmarks.kernels.bandwidth import copy_bandwidth
 from benchmarks.kernels.by_kernel import captured, kernel_times
 from benchmarks.kernels.peers import PEERS, Shapes, Site
+from benchmarks.kernels.sites_plot import FLOORS, plot
 from megatron_mhc import kernels
 
-FLOOR_FORWARD, FLOOR_BOTH = 14, 38
 L2_BYTES = 64 * 2**20
 
 
@@ -125,7 +125,7 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
                 print(f"{tokens:6} {width:5}  {name:30} {row['error'][:80]}")
                 continue
             line = f"{tokens:6} {width:5}  {name:30}"
-            for part, floor in (("forward", FLOOR_FORWARD), ("both", FLOOR_BOTH)):
+            for part, floor in FLOORS.items():
                 row[f"{part}_passes"] = row[f"{part}_us"] / one_pass
                 mark = " " if row[f"{part}_graph"] else "*"
                 share = floor / row[f"{part}_passes"]
@@ -161,7 +161,7 @@ def operations(tokens: int, width: int, bandwidth: float) -> list[dict[str, Any]
         "aggregate": ((x, h_pre), n + 1, n + 1 + 2 * n + 1),
         "pre": ((x, phi, alpha, bias), 2 * n + 1, 2 * n + 1 + (n + 1) + (2 * n + 1)),
         "combine": ((x, f, h_post, h_res), 2 * n + 1, 2 * n + 1 + 3 * n + 2),
-        "combine_pre": ((x, f, h_post, h_res, phi, alpha, bias), FLOOR_FORWARD, FLOOR_BOTH),
+        "combine_pre": ((x, f, h_post, h_res, phi, alpha, bias), *FLOORS.values()),
         "head": ((x, fn, scale, base), 2 * n + 1, 2 * n + 1 + (n + 1) + (2 * n + 1)),
     }
     one_pass = tokens * width * 2 / bandwidth * 1e6
@@ -190,30 +190,6 @@ def operations(tokens: int, width: int, bandwidth: float) -> list[dict[str, Any]
         )
         torch.cuda.empty_cache()
     return rows
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of passes, forward and both ways, a group of bars for each size."""
-    done = [row for row in rows if "both_passes" in row]
-    sizes = list(dict.fromkeys((row["tokens"], row["width"]) for row in done))
-    names = list(dict.fromkeys(row["name"] for row in done))
-    size = (6 + 1.2 * len(sizes), 8)
-    figure, panes = plotting.pyplot().subplots(2, 1, figsize=size, sharex=True)
-    for pane, part, floor in zip(
-        panes, ("forward", "both"), (FLOOR_FORWARD, FLOOR_BOTH), strict=True
-    ):
-        for k, name in enumerate(names):
-            at = {(r["tokens"], r["width"]): r[f"{part}_passes"] for r in done if r["name"] == name}
-            places = [i + (k - len(names) / 2) * 0.8 / len(names) for i in range(len(sizes))]
-            heights = [at.get(size, 0.0) for size in sizes]
-            pane.bar(places, heights, 0.8 / len(names), label=name, align="edge")
-        pane.axhline(floor, color="black", linewidth=0.8, linestyle="--")
-        pane.set_yscale("log")
-        pane.set_ylabel(f"passes of T*C bf16, {part}")
-    panes[0].legend(fontsize=8)
-    panes[1].set_xticks(range(len(sizes)), [f"T {t}\nC {c}" for t, c in sizes])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def parse() -> argparse.Namespace:
@@ -251,7 +227,7 @@ def main() -> None:
         report["operations"] = operations(*size, bandwidth)
     report["sites"] = compare(arguments, bandwidth)
     arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    plot(report["sites"], arguments.output.with_suffix(".png"))
+    plot(report["sites"], machine, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

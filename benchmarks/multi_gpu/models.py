@@ -41,10 +41,14 @@ TINY_PAPER = """
     --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 32 --kv-lora-rank 32
     --max-position-embeddings 32 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16
     --moe-ffn-hidden-size 96 --moe-shared-expert-intermediate-size 96 --vocab-size 127
-    --make-vocab-size-divisible-by 64 --num-experts 4 --moe-router-topk 2
+    --make-vocab-size-divisible-by 64 --num-experts 4 --moe-router-topk 2 --bf16
 """
 MOE = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = "--mhc --mhc-overlap-p2p"
+ATTENTION_GRAPHS = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"
+ROUTER_GRAPHS = f"{ATTENTION_GRAPHS} moe_router moe_preprocess"
+CUT = "benchmarks/multi_gpu/cut_layers.py"
+"""The script of a run whose sites are fused as under graphs of the router or EP overlap."""
 
 
 def paper_size(bench: Bench) -> str:

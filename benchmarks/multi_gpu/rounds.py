@@ -29,6 +29,8 @@ from megatron.training.global_vars import destroy_global_vars
 # the search path stays the training script's own: nothing of benchmarks/ is imported here
 PRETRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
 TRACED_STEP = 5
+LARGE = 1 << 28
+"""Bytes: more than the workspaces that libraries keep for the process."""
 HOOK = "DistributedDataParallel._make_backward_post_hook"
 
 
@@ -45,6 +47,18 @@ def empty_hooks() -> None:
                 cell.cell_contents = None
 
 
+def free_large_tensors() -> None:
+    """Free the memory of what is still there of a run: nothing will read it again.
+
+    Megatron's schedule of expert-parallel overlap keeps its model.
+    """
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.is_cuda:
+            storage = thing.untyped_storage()
+            if storage.nbytes() > LARGE:
+                storage.resize_(0)
+
+
 def forget() -> None:
     """Give up what Megatron keeps of a run in its process, but for the process groups."""
     empty_hooks()
@@ -52,6 +66,7 @@ def forget() -> None:
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
     gc.collect()
+    free_large_tensors()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -16,16 +16,17 @@ parts, a file each in `parts/`:
 * pipelines_beside: pipelines beside data and tensor parallelism, and of three stages (four GPUs and
   more);
 * other_parallelism: MoE over expert parallel ranks, TP with sequence parallelism, CP: losses
-  against one GPU;
+  against one GPU; Megatron-FSDP against the distributed optimizer;
 * paper: the paper's layers (MLA, mixture of experts, distributed optimizer with both overlaps),
   pipeline and expert parallel: recompute and overlap against stock order, digit for digit;
 * expert_overlap: the paper's layers with expert-parallel overlap;
+* layer_graphs: the paper's layers in two stages, with CUDA graphs of layers;
 * resume: save on several GPUs, resume on two and on one, and back, with the distributed optimizer,
   and in the layout that saved;
 * step_times: steps of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC,
-  with overlap, with recompute, and with both, in one launch a layout, three rounds (`rounds.py`);
-  NCCL's send and receive kernels that no compute kernel runs beside, from traces of a further
-  round.
+  with overlap, with recompute, with expert-parallel overlap, with graphs, in one launch a layout,
+  three rounds (`rounds.py`); NCCL's send and receive kernels (messages between stages, exchanges
+  between experts) that no compute kernel runs beside, from traces of a further round.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from benchmarks.common import command_line
 from benchmarks.multi_gpu.launches import Bench, Part
 from benchmarks.multi_gpu.models import MOE, SMALL, TINY, save_start
 from benchmarks.multi_gpu.parts.expert_overlap import expert_overlap
+from benchmarks.multi_gpu.parts.layer_graphs import layer_graphs
 from benchmarks.multi_gpu.parts.other_parallelism import other_parallelism
 from benchmarks.multi_gpu.parts.paper import paper
 from benchmarks.multi_gpu.parts.pipelines import pipelines, pipelines_beside
@@ -55,10 +57,11 @@ CORRECT: dict[str, Callable[[Bench, int, str], Part]] = {
     "paper": paper,
     "resume": resume,
     "expert_overlap": expert_overlap,
+    "layer_graphs": layer_graphs,
 }
 """Parts whose launches may run side by side: nothing in them is timed."""
 PARTS = (*CORRECT, "step_times")
-OWN_START = {"paper", "resume", "expert_overlap"}
+OWN_START = {"paper", "resume", "expert_overlap", "layer_graphs"}
 """Parts whose runs need no weights that one GPU saved."""
 
 

@@ -2,9 +2,17 @@
 
 from benchmarks.common.spans import exposed
 from benchmarks.multi_gpu.launches import Bench
-from benchmarks.multi_gpu.models import LARGE, OVERLAP, PAPER_EXPERTS, TINY, paper_size
+from benchmarks.multi_gpu.models import (
+    ATTENTION_GRAPHS,
+    LARGE,
+    OVERLAP,
+    PAPER_EXPERTS,
+    ROUTER_GRAPHS,
+    TINY,
+    paper_size,
+)
 
-LAYOUTS = ("dense-pp", "paper-pp-ep", "paper-ep")
+LAYOUTS = ("dense-pp", "paper-pp-ep", "paper-vpp-ep", "paper-pp-ep-graphs", "paper-ep")
 """What `--only` names."""
 TIMED = {
     "ordinary": "",
@@ -14,6 +22,22 @@ TIMED = {
     "recompute": "--mhc --mhc-recompute auto",
     "overlap-recompute": f"{OVERLAP} --mhc-recompute auto",
 }
+EP_OVERLAP = "--overlap-moe-expert-parallel-comm"
+TIMED_EXPERTS = {
+    "ordinary": "",
+    "mhc": "--mhc",
+    "ordinary-ep-overlap": EP_OVERLAP,
+    "ep-overlap": f"--mhc {EP_OVERLAP}",
+}
+TIMED_GRAPHS = {
+    "ordinary": "",
+    "mhc": "--mhc",
+    "ordinary-graphs": ROUTER_GRAPHS,
+    "graphs": f"--mhc {ROUTER_GRAPHS}",
+    "ordinary-attn": ATTENTION_GRAPHS,
+    "attn": f"--mhc {ATTENTION_GRAPHS}",
+}
+TRACED = ("dense-pp", "paper-ep")
 
 
 def step_times(bench: Bench, gpus: int) -> None:
@@ -24,22 +48,31 @@ def step_times(bench: Bench, gpus: int) -> None:
     groups = {
         "dense-pp": (f"{dense} --pipeline-model-parallel-size {min(gpus, 4)}", TIMED),
         "paper-pp-ep": (f"{paper} {two} --expert-model-parallel-size {gpus // 2}", TIMED),
+        "paper-vpp-ep": (
+            f"{paper} {two} --num-layers-per-virtual-pipeline-stage 2"
+            f" --expert-model-parallel-size {gpus // 2}",
+            TIMED_EXPERTS,
+        ),
+        # a microbatch has graphs of its own: few of them
+        "paper-pp-ep-graphs": (
+            f"{paper} {two} --expert-model-parallel-size {gpus // 2} --te-rng-tracker"
+            f" --global-batch-size {2 * gpus}",
+            TIMED_GRAPHS,
+        ),
         "paper-ep": (
             f"{paper} --expert-model-parallel-size {gpus}",
-            {name: TIMED[name] for name in ("ordinary", "mhc", "recompute")}
-            | {
-                "ordinary-ep-overlap": "--overlap-moe-expert-parallel-comm",
-                "ep-overlap": "--mhc --overlap-moe-expert-parallel-comm",
-            },
+            TIMED_EXPERTS | {"recompute": TIMED["recompute"]},
         ),
     }
     for name, (flags, variants) in groups.items():
         if bench.options.only and name not in bench.options.only:
             continue
+        if bench.cpu and name.endswith("graphs"):
+            continue  # there is nothing to capture
         bench.rounds(
             name, gpus, flags, variants,
             number=bench.options.rounds, iterations=5 if bench.cpu else 9,
-            trace=not bench.cpu and name == "dense-pp",
+            trace=not bench.cpu and name in TRACED,
             # what runs use that want speed; the comparisons of digits go without
             NVTE_ALLOW_NONDETERMINISTIC_ALGO="1",
         )  # fmt: skip

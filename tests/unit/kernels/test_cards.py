@@ -16,10 +16,9 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia.compiler import CUDABackend
 
-from megatron_mhc.kernels import Mixing
-from megatron_mhc.kernels.triton import launch, tiles
-from tests.kernel_cases import CARDS, OPERATIONS, inputs, run
-from tests.triton_driver import Driver, active, modules
+from megatron_mhc.kernels.triton import launch
+from tests.kernel_cases import CARDS, OPERATIONS
+from tests.triton_driver import call, modules, use_card
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL = tuple(itertools.product(CARDS, (1, 2, 4, 8), DTYPES, (*OPERATIONS, "rebuild")))
@@ -61,34 +60,6 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return names
 
 
-def use_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the tiles and the compiler of this card."""
-    capability, shared_memory, multiprocessors = CARDS[name]
-    monkeypatch.setattr(tiles, "architecture", lambda: f"sm_{capability}")
-    monkeypatch.setattr(tiles, "shared_memory", lambda: shared_memory)
-    monkeypatch.setattr(tiles, "multiprocessors", lambda: multiprocessors)
-    for kernel in tiles.TUNABLE:
-        # without what is kept of another card
-        monkeypatch.setattr(tiles, kernel, tiles.TUNABLE[kernel].__wrapped__)
-    monkeypatch.setattr(*active(), Driver(capability, shared_memory))
-    launch.forget()
-
-
-def call(operation: str, n: int, dtype: torch.dtype) -> None:
-    """Launch all that an operation launches, forward and backward, for one token."""
-    given = inputs("combine_pre" if operation == "rebuild" else operation, 1, n, 4096, dtype, "cpu")
-    function = getattr(modules()["operations"], operation)
-    if operation == "rebuild":
-        x, f, h_post, h_res = (given[name].detach() for name in ("x", "f", "h_post", "h_res"))
-        function(x, [h_post] * 6, [Mixing(f, h_post, h_res, f[0])] * 5)
-        return
-    for name in ("f_bias", None):
-        out = run(function, given)
-        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
-        if given.pop(name, None) is None:
-            return
-
-
 def case(values: tuple[Any, ...]) -> Any:
     """With a name that says all; where all cards are not asked for, few are not thorough."""
     marks = () if values in FEW or os.environ.get("ALL_CARDS") else (pytest.mark.thorough,)
@@ -108,7 +79,7 @@ def test_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Triton refuses what wants more shared memory than the driver says there is."""
-    use_card(card, monkeypatch)
+    use_card(card, monkeypatch.setattr)
     call(operation, n, DTYPES[dtype])
     assert compiled
 
@@ -117,7 +88,7 @@ def test_fits(
 def test_the_operations_have_all_kernels(
     compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_card("L40S", monkeypatch)
+    use_card("L40S", monkeypatch.setattr)
     for operation in (*OPERATIONS, "rebuild"):
         call(operation, 1, torch.bfloat16)
     of_modules = {
