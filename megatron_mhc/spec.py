@@ -23,8 +23,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from .config import MHCConfig
-from .costs.sites import hybrid_pattern
 from .model.specs import replace_residuals
+from .model.stack import check_hybrid
 from .start.activate import check_turned_off, loader_patches, model_patches, spec_patch
 from .start.banner import announce_spec
 from .start.flags import active_config, base_spec
@@ -100,11 +100,7 @@ def hybrid_stack_spec(config: Any, vp_stage: int | None = None) -> Any:
     """
     from megatron.core.models.hybrid import hybrid_layer_specs
 
-    if hybrid_pattern(config) is None:  # HybridModel notes it before it asks
-        raise ValueError(
-            "the script builds no HybridModel, and --hybrid-layer-pattern (or --spec"
-            " megatron_mhc.spec hybrid_stack_spec) asks for one: give Megatron's pretrain_hybrid.py"
-        )
+    check_hybrid(config)
     mhc, source = active_config()
     if source == "environment":
         announce_spec(mhc, source, config)

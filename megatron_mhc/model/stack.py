@@ -11,6 +11,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.utils import get_pg_rank
 
 from megatron_mhc.costs.recompute_plan import plan
+from megatron_mhc.costs.sites import hybrid_pattern
 
 from .arrange import arrange
 from .config_marks import mark_pattern
@@ -57,6 +58,19 @@ def _continue_behind_the_decoder(layer: MHCLayer) -> None:
     for site in layer.sites:
         site.connection.site += layer.config.num_layers
         site.connection.reset_parameters()
+
+
+def check_hybrid(config: Any) -> None:
+    """Refuse a HybridStack's spec for another model.
+
+    Raises:
+        ValueError: no HybridModel is being built with this TransformerConfig.
+    """
+    if hybrid_pattern(config) is None:  # `stack_spec` notes it before it asks
+        raise ValueError(
+            "the script builds no HybridModel, and --hybrid-layer-pattern (or --spec"
+            " megatron_mhc.spec hybrid_stack_spec) asks for one: give Megatron's pretrain_hybrid.py"
+        )
 
 
 def stack_spec(spec: Any, config: Any, pattern: str | None) -> Any:
