@@ -57,8 +57,9 @@ def with_mhc[
         A spec of the same kind.
 
     Raises:
-        ValueError: a layer that is no TransformerLayer, has mHC already, fills its residual slots
-            with something else than Megatron's bias-dropout-add, or has cross attention.
+        ValueError: a layer that is no TransformerLayer (nor a HybridStack's MambaLayer), has mHC
+            already, fills its residual slots with something else than Megatron's bias-dropout-add
+            (a HybridStack's more than one), or has cross attention.
         PatchError: a Megatron-Core of a version that the plugin does not know, or an unknown id in
             MEGATRON_MHC_PATCHES.
     """

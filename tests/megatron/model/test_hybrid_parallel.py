@@ -132,3 +132,9 @@ def test_it_trains_as_in_one_process(case: str) -> None:
     got, want = results(case)
     assert_same_training(got, want, bound=CASES[case][0])
     assert want["losses"][0] != want["losses"][1]
+
+
+def test_a_segment_without_layers_is_refused() -> None:
+    settings = {"pattern": "*-*-|", "parallel": stages(2)}
+    with pytest.raises(AssertionError, match="has no layer with mHC, so no site"):
+        run_scenarios(2, {"bad": settings})
