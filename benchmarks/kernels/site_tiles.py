@@ -20,7 +20,7 @@ FLOORS = {
     "coefficients": 0,
     "aggregate": 5,
     "coefficient_gradients": 5,
-    "stream_gradients": 15,
+    "stream_gradients": 19,
     "phi_gradient": 4,
 }
 """Passes that each kernel must move at n = 4, partial sums left out."""

@@ -10,15 +10,7 @@ programs of a kernel work side by side, on neighbouring tokens.
 import triton
 import triton.language as tl
 
-from ..device import (
-    after_rows,
-    load_columns,
-    load_streams,
-    mixed_stream,
-    rounded,
-    row_sums,
-    to_fp32,
-)
+from ..device import after_rows, load_columns, load_streams, rounded, row_sums, to_fp32
 from .through_phi import load_weights, through_phi
 
 
@@ -35,17 +27,14 @@ def load_tiles(
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
 ):
-    """The tiles [BT, BC] of dy, y, x (N each), du and f, each a tuple; an absent one is empty.
-
-    y of a combine is not read: x and f make it again (`mixed_again`).
-    """
+    """The tiles [BT, BC] of dy, y, x (N each), du and f, each a tuple; an absent one is empty."""
     dy_ptr, y_ptr, x_ptr, du_ptr, f_ptr = pointers
     narrow = t64[:, None] * C + c[None, :]
     offsets = t64[:, None] * (N * C) + c[None, :]
     dys, ys, xs, du, f = (), (), (), (), ()
     if HAS_DY:
         dys = load_streams(dy_ptr, offsets, mask, C, N)
-    if PROJECT and not COMBINE:
+    if PROJECT:
         ys = load_streams(y_ptr, offsets, mask, C, N)
     if COMBINE:
         xs = load_streams(x_ptr, offsets, mask, C, N)
@@ -53,18 +42,6 @@ def load_tiles(
     if HAS_DU:
         du = (tl.load(du_ptr + narrow, mask, 0.0),)
     return dys, ys, xs, du, f
-
-
-@triton.jit
-def mixed_again(xs, f, h_res, h_post, dtype: tl.constexpr, N: tl.constexpr):
-    """y as the forward stored it, to the bit: the same chain, rounded the same way."""
-    wide = ()
-    for j in tl.static_range(N):
-        wide = wide + (to_fp32(xs[j]),)
-    ys = ()
-    for i in tl.static_range(N):
-        ys = ys + (rounded(mixed_stream(wide, f, h_res, h_post, i, N), dtype),)
-    return ys
 
 
 @triton.jit
@@ -245,16 +222,13 @@ def stream_gradients_kernel(
             pointers, t_next.to(tl.int64), c, next_mask, N, C, HAS_DY, PROJECT, HAS_DU, COMBINE
         )
 
-        if COMBINE:
-            f = to_fp32(f[0])
-            if HAS_BIAS:
-                f += f_bias[None, :]
-            if PROJECT:
-                ys = mixed_again(xs, f, h_res, h_post, y_ptr.dtype.element_ty, N)
         streams_dy = add_gradients(
             dys, ys, du, h_pre, k, through, N, HAS_DY, PROJECT, HAS_DU, BT, BC
         )
         if COMBINE:
+            f = to_fp32(f[0])
+            if HAS_BIAS:
+                f += f_bias[None, :]
             df, d_mixing = through_post(streams_dy, f, h_post, N, MIXING_WIDTH, BT, BC)
             tl.store(df_ptr + narrow, rounded(df, df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
