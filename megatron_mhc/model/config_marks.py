@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.costs.sites import PATTERN
 
 from .columns import extra_columns
 
@@ -37,6 +38,11 @@ def mark_streams(config: Any, mhc: MHCConfig) -> None:
     setattr(config, STREAMS, mark[0])
     setattr(config, IN_FLIGHT, mark[1])
     setattr(config, EXTRA, extra)
+
+
+def mark_pattern(config: Any, pattern: str | None) -> None:
+    """Note a HybridModel's layer pattern, which Megatron's TransformerConfig does not have."""
+    setattr(config, PATTERN, pattern)
 
 
 def is_marked(config: Any) -> bool:

@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.model.stored_settings import SETTINGS_KEY
-from megatron_mhc.start.flags import SPEC
+from megatron_mhc.start.flags import HYBRID_SPEC, SPEC
 
 from .new_checkpoint import RELEASE, TRACKER, ConvertError, new_checkpoint
-from .site_items import LAYERS, Layout, new_sites, write_sites
+from .site_items import LAYERS, Layout, is_hybrid, new_sites, sites_of, write_sites
 from .torch_dist import Writer, copy_items
 
 _COMMON = "common_state/shard_0_1"
@@ -124,22 +124,19 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def check_ordinary(folder: Path, keys: Mapping[str, Any]) -> None:
-    """Whether these are the keys of an ordinary GPT model's checkpoint.
+    """Whether these are the keys of an ordinary model's checkpoint, a GPT's or a HybridModel's.
 
     Raises:
         ConvertError: of which model else they are.
     """
-    if "embedding.word_embeddings.weight" not in keys or not any(
-        key.startswith(LAYERS) and "self_attention." in key for key in keys
-    ):
+    is_gpt = any(key.startswith(LAYERS) and "self_attention." in key for key in keys)
+    if "embedding.word_embeddings.weight" not in keys or not (is_gpt or is_hybrid(keys)):
         raise ConvertError(f"{folder} has no weights of a GPT model ({LAYERS}self_attention...)")
     if any(SETTINGS_KEY in key for key in keys):
         raise ConvertError(f"{folder} is of a model with mHC already")
     if any("hyper_connection." in key for key in keys):
         raise ConvertError(f"{folder} is of a model with Megatron's own mHC: give --from megatron")
     for part, what in (
-        ("decoder.final_norm.", "a HybridModel's layers"),
-        (".mixer.", "hybrid layers"),
         (".cross_attention.", "cross attention"),
         ("mtp.", "layers for multi-token prediction"),
     ):
@@ -160,14 +157,14 @@ def without_past(common: Mapping[str, Any]) -> dict[str, Any]:
     return start
 
 
-def start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
+def start_of(common: Mapping[str, Any], mhc: MHCConfig, spec: list[str] = SPEC) -> dict[str, Any]:
     """The common state of a start with mHC."""
     start = without_past(common)
     args = start.get("args")
     if args is not None:
         for name, value in asdict(mhc).items():
             setattr(args, f"mhc_{name}", value)
-        args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(SPEC)
+        args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(spec)
     return start
 
 
@@ -230,13 +227,13 @@ def _write(folder: Path, made: Path, mhc: MHCConfig) -> None:
     check_ordinary(folder, keys)
     layout = Layout(keys)
     width = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
-    start = new_sites(mhc, layout.layers, width)
+    start = new_sites(mhc, sites_of(keys, layout.layers), width)
     write_checkpoint(
         folder,
         made,
         lambda key: True,
         lambda writer: write_sites(writer, mhc, layout, start),
-        start_of(read_common(folder), mhc),
+        start_of(read_common(folder), mhc, HYBRID_SPEC if is_hybrid(keys) else SPEC),
     )
 
 

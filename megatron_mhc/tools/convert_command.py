@@ -12,6 +12,7 @@ from megatron_mhc.start.settings import SETTINGS, flag_of
 
 from .convert import convert
 from .convert_hf import from_hf, to_hf
+from .convert_hybrid import convert_to_hybrid
 from .convert_native import from_native, to_native
 
 DESCRIPTION = """\
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face checkpoint: config.json and safetensors, sharded or not",
     )
     parser.add_argument(
+        "--hybrid-layer-pattern",
+        metavar="PATTERN",
+        help="SOURCE is a GPT with mHC: write it as the HybridModel of these layers, '*-' for each"
+        " of its own ('*E' with experts, '+' for latent attention; no --mhc-* flags)",
+    )
+    parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="a --save folder, or an iter_... folder in it"
     )
     parser.add_argument("target", type=Path, metavar="TARGET", help="a new folder, for --load")
@@ -83,6 +90,15 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
             f"--from {args.origin} and --to {args.goal}: ours is one end of every conversion, so"
             " convert twice"
         )
+    if args.hybrid_layer_pattern is not None:
+        if args.origin or args.goal:
+            raise ValueError(
+                "--hybrid-layer-pattern beside --from or --to: SOURCE is a GPT with mHC of ours, so"
+                " convert twice"
+            )
+        if given:
+            flags = ", ".join(map(flag_of, given))
+            raise ValueError(f"{flags} beside --hybrid-layer-pattern: the checkpoint has settings")
     if args.hf is not None and "hf" not in (args.origin, args.goal):
         raise ValueError("--hf is for --from hf and --to hf: give one of them, or drop it")
     if args.origin == "hf" and args.hf is None:
@@ -103,6 +119,10 @@ def _run(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
     given = {name: getattr(args, f"mhc_{name}", None) for name in SETTINGS}
     given = {name: value for name, value in given.items() if value is not None}
     _check(args, given)
+    if args.hybrid_layer_pattern is not None:
+        made = convert_to_hybrid(args.source, args.target, args.hybrid_layer_pattern)
+        flags = f"the GPT's --mhc flags --hybrid-layer-pattern={args.hybrid_layer_pattern}"
+        return made, f"; train with {flags} --load {args.target}", []
     if args.goal == "hf":
         made, report = to_hf(args.source, args.target, args.hf)
         return made, "", report

@@ -35,7 +35,7 @@ from .safetensors_files import (
     write_file,
     write_index,
 )
-from .site_items import Layout, is_ours, read_sites, write_sites
+from .site_items import Layout, is_hybrid, is_ours, read_sites, write_sites
 
 NEW_FILE = "hyper-connections.safetensors"
 """Where the tensors are that the other checkpoint has not."""
@@ -59,6 +59,8 @@ def from_hf(source: Path, target: Path, hf: Path) -> tuple[Path, MHCConfig, list
         folder = find_checkpoint(source)
         keys = read_metadata(folder).state_dict_metadata
         check_ordinary(folder, keys)
+        if is_hybrid(keys):
+            raise ConvertError(f"{folder} is of a HybridModel: --from hf takes GPT models")
         layout = Layout(keys)
         width = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
         model, sites, report = read_hf_sites(hf)
@@ -101,7 +103,7 @@ def to_hf(source: Path, target: Path, hf: Path | None = None) -> tuple[Path, lis
             raise ConvertError(
                 f"{folder} has no mHC of ours in it: --to takes a checkpoint that has"
             )
-        if any(key.startswith("decoder.final_norm.") for key in keys):
+        if is_hybrid(keys):
             raise ConvertError(f"{folder} is of a HybridModel: --to hf takes GPT models")
         layout = Layout(keys)
         mhc, sites = read_sites(folder, metadata, layout)

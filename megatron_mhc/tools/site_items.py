@@ -1,7 +1,7 @@
 """The sites of a GPT in a `torch_dist` checkpoint: their keys, their start, writing, reading."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,15 +77,29 @@ class Layout:
         return {(i, name): stored[key][i] for (i, name), key in wanted.items()}
 
 
-def new_sites(mhc: MHCConfig, layers: int, hidden_size: int) -> Sites:
-    """What mHC adds to a model, as a new one has it."""
+def is_hybrid(keys: Collection[str]) -> bool:
+    """Whether these are the keys of a HybridModel, which calls its last norm otherwise."""
+    return any(key.startswith("decoder.final_norm.") for key in keys)
+
+
+def sites_of(keys: Collection[str], layers: int) -> list[tuple[int, str]]:
+    """The layer and the name of each site's parameters, in the order of the model.
+
+    A GPT's layers have two each; a HybridModel's have that of the one sublayer that is there.
+    """
+    if not is_hybrid(keys):
+        return [(layer, name) for layer in range(layers) for name in CONNECTIONS]
+    names = {"self_attention": CONNECTIONS[0], "mlp": CONNECTIONS[1], "mixer": "mamba_connection"}
+    inside = [re.match(rf"{LAYERS}(\d+)\.(\w+)\.", key) for key in keys]
+    return sorted({(int(m[1]), names[m[2]]) for m in inside if m and m[2] in names})
+
+
+def new_sites(mhc: MHCConfig, places: list[tuple[int, str]], hidden_size: int) -> Sites:
+    """What mHC adds to a model with sites in these places, as a new one has it."""
     values = {
         (layer, f"{name}.{parameter}"): value.detach()
-        for layer in range(layers)
-        for site, name in enumerate(CONNECTIONS)
-        for parameter, value in HyperConnection(
-            mhc, hidden_size, 2 * layer + site
-        ).named_parameters()
+        for index, (layer, name) in enumerate(places)
+        for parameter, value in HyperConnection(mhc, hidden_size, index).named_parameters()
     }
     head = Head(mhc, hidden_size).named_parameters() if mhc.learned_head else ()
     return Sites(values, {name: value.detach() for name, value in head})
@@ -105,7 +119,7 @@ def is_ours(key: str) -> bool:
     """Whether an item is one that mHC has added to a model."""
     name = re.sub(rf"^{re.escape(LAYERS)}(\d+\.)?", "", key)
     return name != key and name.startswith(
-        (*(f"{connection}." for connection in CONNECTIONS), "head.", SETTINGS_KEY)
+        (*(f"{site}." for site in (*CONNECTIONS, "mamba_connection")), "head.", SETTINGS_KEY)
     )
 
 

@@ -192,6 +192,7 @@ def test_flags_that_do_not_go_together(tmp_path: Path, monkeypatch: pytest.Monke
         (["--from", "hf"], "--from hf without --hf FOLDER"),
         (["--hf", tmp_path], "--hf is for --from hf and --to hf"),
         (["--to", "megatron", "--mhc-num-streams", "4"], "--mhc-num-streams given, and the check"),
+        (["--to", "hf", "--hybrid-layer-pattern", "*-*-"], "--hybrid-layer-pattern beside --from"),
     ):
         with pytest.raises(SystemExit, match=f"^convert: .*{message}"):
             command(monkeypatch, *flags, made, target)

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_mhc.model import layer
+from megatron_mhc.model import layer, regions, stack
 
 PLAIN = {
     "cuda_graph_impl": "none",
@@ -46,8 +47,8 @@ def config(settings: dict[str, Any], modules: str = "") -> SimpleNamespace:
 def test_attention_and_mlp_are_fused_where_one_graph_or_node_holds_both_slots(
     settings: dict[str, Any], modules: str, dense: bool, moe: bool
 ) -> None:
-    assert layer._is_one_region(config(settings, modules), False) == dense
-    assert layer._is_one_region(config(settings, modules), True) == moe
+    assert regions.is_one_region(config(settings, modules), False) == dense
+    assert regions.is_one_region(config(settings, modules), True) == moe
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_attention_and_mlp_are_fused_where_one_graph_or_node_holds_both_slots(
 def test_layers_are_fused_where_nothing_begins_between_them(
     settings: dict[str, Any], modules: str, fused: bool
 ) -> None:
-    assert layer._runs_on_into_the_next(config(settings, modules)) == fused
+    assert regions.runs_on_into_the_next(config(settings, modules)) == fused
 
 
 def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:
@@ -87,3 +88,10 @@ def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:
     never = SimpleNamespace(input_layernorm=site, pre_mlp_layernorm=site)
     layer._ask_the_norms_again(never)
     assert vars(never).keys() == {"input_layernorm", "pre_mlp_layernorm"}
+
+
+def test_a_stack_with_sites_on_some_layers_alone_is_refused() -> None:
+    ours, theirs = layer.MHCLayer.__new__(layer.MHCLayer), torch.nn.Identity()
+    with pytest.raises(ValueError, match="has layers with mHC and Identity without"):
+        stack.place(SimpleNamespace(layers=[ours, theirs]))
+    stack.place(SimpleNamespace(layers=[theirs, theirs]))  # an ordinary one stays as it is
