@@ -134,21 +134,15 @@ def estimate(run: Run, card: Card, link: float, mfu: float, ordinary: float | No
         message = 0.0, 0.0
     kernels = site(card, run.tokens, run.width, run.element)
 
-    def seconds(
-        rate: float,
-        own: Work,
-        launches: Work,
-        messages: float,
-        overlapped: bool = False,
-        ahead: int = 1,
-    ) -> float:
+    def seconds(rate: float, own: Work, launches: Work, messages: float, ahead: int = 0) -> float:
+        """`ahead`: 0 for stock order, else the microbatches in flight of the overlap."""
         return step_seconds(
             _work(run, rate, own, launches),
             run.microbatches,
             messages,
-            overlapped=overlapped,
+            overlapped=ahead > 0,
             group=run.group,
-            ahead=ahead,
+            ahead=max(ahead, 1),
         )
 
     def at(rate: float) -> float:
