@@ -174,9 +174,15 @@ def describe_model(args: argparse.Namespace) -> tuple[Any, Callable[..., GPTMode
     return pretrain_cfg_container_from_args(args, gpt_config_from_args(args)), None
 
 
-def main(provider: Callable[..., Any] = datasets_provider) -> None:
-    """Reads Megatron's command line and trains on the datasets that `provider` builds."""
-    config, model_provider = describe_model(parse_and_validate_args())
+def main(
+    provider: Callable[..., Any] = datasets_provider,
+    describe: Callable[[argparse.Namespace], tuple[Any, Any]] = describe_model,
+) -> None:
+    """Reads Megatron's command line and trains on the datasets that `provider` builds.
+
+    `describe` makes Megatron's settings of the arguments, as `describe_model` does.
+    """
+    config, model_provider = describe(parse_and_validate_args())
     pretrain(
         config,
         provider,

@@ -26,12 +26,29 @@ def _convert(args: argparse.Namespace) -> None:
     from .start.flags import config_from_arguments, flags_of
     from .tools.convert import convert
 
+    if args.hybrid_layer_pattern is not None:
+        _convert_to_hybrid(args)
+        return
     try:
         mhc = config_from_arguments(args)
         made = convert(args.source, args.target, mhc)
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
     print(f"convert: wrote {made}; train with {flags_of(mhc)} --load {args.target}")
+
+
+def _convert_to_hybrid(args: argparse.Namespace) -> None:
+    from .start.flags import given_settings
+    from .tools.convert_hybrid import convert_to_hybrid
+
+    try:
+        if given := given_settings(args):
+            raise ValueError(f"{given} beside --hybrid-layer-pattern: the checkpoint has settings")
+        made = convert_to_hybrid(args.source, args.target, args.hybrid_layer_pattern)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert: {error}")
+    pattern = f"--hybrid-layer-pattern={args.hybrid_layer_pattern}"
+    print(f"convert: wrote {made}; train with the GPT's --mhc flags {pattern} --load {args.target}")
 
 
 def check_flags(flags: list[str]) -> None:
@@ -88,6 +105,12 @@ def main() -> None:
         "source", type=Path, metavar="SOURCE", help="a --save folder, or an iter_... folder in it"
     )
     convert.add_argument("target", type=Path, metavar="TARGET", help="a new folder, for --load")
+    convert.add_argument(
+        "--hybrid-layer-pattern",
+        metavar="PATTERN",
+        help="SOURCE is a GPT with mHC: write it as the HybridModel of these layers, '*-' for each"
+        " of its own ('*E' with experts, '+' for latent attention; no --mhc-* flags)",
+    )
     if "convert" in sys.argv[1:2]:
         from .model.stored_settings import FUNCTION_FIELDS
         from .start.flags import add_setting_flags

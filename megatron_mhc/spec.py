@@ -1,4 +1,5 @@
-"""mHC as a layer spec: `with_mhc` for any spec of Megatron's, `gpt_layer_spec` for `--spec`."""
+"""mHC as a spec: `with_mhc` for any of Megatron's; `gpt_layer_spec`, `hybrid_stack_spec` for
+`--spec`."""
 
 import inspect
 from typing import Any
@@ -16,15 +17,19 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
 )
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from .config import MHCConfig
 from .model.specs import replace_residuals
-from .start.activate import check_turned_off, loader_patches, model_patches
+from .model.stack import check_hybrid
+from .start.activate import check_turned_off, loader_patches, model_patches, spec_patch
 from .start.banner import announce_spec
 from .start.flags import active_config, base_spec
+
+registry.apply(spec_patch())  # HybridModel calls no spec that is a function either
 
 
 def with_mhc[
@@ -32,6 +37,7 @@ def with_mhc[
         ModuleSpec,
         TransformerBlockSubmodules,
         MultiTokenPredictionBlockSubmodules,
+        HybridStackSubmodules,
         list[ModuleSpec],
     )
 ](spec: Spec, config: MHCConfig | None = None) -> Spec:
@@ -42,16 +48,18 @@ def with_mhc[
 
     Args:
         spec: what Megatron's spec functions return: a layer's ModuleSpec, a list of them, a
-            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock; or the spec of
-            multi-token prediction (which a GPTModel with mHC gives the same settings by itself).
+            TransformerBlockSubmodules, or a ModuleSpec of a TransformerBlock; a HybridStack's
+            ModuleSpec or its HybridStackSubmodules; or the spec of multi-token prediction (which a
+            GPTModel with mHC gives the same settings by itself).
         config: the settings, the defaults if None.
 
     Returns:
         A spec of the same kind.
 
     Raises:
-        ValueError: a layer that is no TransformerLayer, has mHC already, fills its residual slots
-            with something else than Megatron's bias-dropout-add, or has cross attention.
+        ValueError: a layer that is no TransformerLayer (nor a HybridStack's MambaLayer), has mHC
+            already, fills its residual slots with something else than Megatron's bias-dropout-add
+            (a HybridStack's more than one), or has cross attention.
         PatchError: a Megatron-Core of a version that the plugin does not know, or an unknown id in
             MEGATRON_MHC_PATCHES.
     """
@@ -77,6 +85,32 @@ def gpt_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     return with_mhc(_base_layer_spec(model_config, vp_stage), config)
 
 
+def hybrid_stack_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The same for a HybridModel: `--spec megatron_mhc.spec hybrid_stack_spec`.
+
+    Args:
+        config: the model's TransformerConfig.
+        vp_stage: as a GPTModel would hand it over; a stack's spec is the same for all.
+
+    Returns:
+        A HybridStack's spec with mHC: around the one that `--spec` named beside `--mhc`, else
+        around Megatron's own, which wants Transformer Engine.
+
+    Raises:
+        ValueError: what is being built is no HybridModel.
+    """
+    from megatron.core.models.hybrid import hybrid_layer_specs
+
+    check_hybrid(config)
+    mhc, source = active_config()
+    if source == "environment":
+        announce_spec(mhc, source, config)
+    named = base_spec()
+    if named is None:
+        return with_mhc(hybrid_layer_specs.hybrid_stack_spec, mhc)
+    return with_mhc(_imported(named), mhc)
+
+
 def _transformer_config(model_config: Any) -> Any:
     return getattr(model_config, "transformer", model_config)
 
@@ -86,13 +120,18 @@ def _base_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
     named = base_spec()
     if named is None:
         return _default_layer_spec(model_config, vp_stage)
-    spec = import_module(named)
-    if spec is None:
-        raise ValueError(f"--spec {' '.join(named)} could not be imported")
+    spec = _imported(named)
     if isinstance(spec, ModuleSpec) or not callable(spec):
         return spec
     takes_stage = "vp_stage" in inspect.signature(spec).parameters
     return spec(model_config, vp_stage=vp_stage) if takes_stage else spec(model_config)
+
+
+def _imported(named: list[str]) -> Any:
+    spec = import_module(named)
+    if spec is None:
+        raise ValueError(f"--spec {' '.join(named)} could not be imported")
+    return spec
 
 
 def _default_layer_spec(model_config: Any, vp_stage: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""A patch of TransformerBlock: a look at its layers before they run.
+"""Patches of TransformerBlock and HybridStack: a look at their layers before they run.
 
 A layer cannot know that others were taken away, and what takes them (a tool for compression, a line
 in a script) hands nobody else the list.
@@ -11,8 +11,8 @@ from typing import Any
 from .registry import Patch
 
 
-def block_forward_patch(arrange: Callable[[Any], None]) -> Patch:
-    """`arrange(block)` runs before every forward of a TransformerBlock."""
+def block_forward_patches(arrange: Callable[[Any], None]) -> tuple[Patch, ...]:
+    """`arrange(block)` runs before every forward of a TransformerBlock or a HybridStack."""
 
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -22,9 +22,7 @@ def block_forward_patch(arrange: Callable[[Any], None]) -> Patch:
 
         return forward
 
-    return Patch(
-        id="block-forward",
-        target="megatron.core.transformer.transformer_block:TransformerBlock.forward",
-        replace=replace,
-        why="a model whose layers were dropped still enters and leaves the streams",
-    )
+    why = "a model whose layers were dropped still enters and leaves the streams"
+    block = "megatron.core.transformer.transformer_block:TransformerBlock.forward"
+    stack = "megatron.core.models.hybrid.hybrid_block:HybridStack.forward"
+    return Patch("block-forward", block, replace, why), Patch("stack-forward", stack, replace, why)

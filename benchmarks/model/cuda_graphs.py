@@ -67,8 +67,8 @@ import sys
 from megatron_mhc import run
 inside, across = (word == "True" for word in sys.argv[1:3])
 from megatron_mhc.model import layer
-layer._is_one_region = lambda *_: inside
-layer._runs_on_into_the_next = lambda *_: across
+layer.is_one_region = lambda *_: inside
+layer.runs_on_into_the_next = lambda *_: across
 run.main(sys.argv[3:])
 """
 

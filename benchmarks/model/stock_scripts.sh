@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains mHC through an unmodified pretrain_gpt.py of Megatron-LM, each way of turning it on, by
-# flags alone: tiny, on the CPU, on mock data. Prints the losses and compares them.
+# Trains mHC through an unmodified pretrain_gpt.py of Megatron-LM, each way of turning it on, and
+# through pretrain_hybrid.py with the same layers, by flags alone: tiny, on the CPU, on mock data.
+# Prints the losses and compares them.
 #
 #   PYTHON=.venv/bin/python benchmarks/model/stock_scripts.sh MEGATRON_LM TAG
 #
@@ -15,7 +16,10 @@ export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PYTHONWARNINGS=ignore
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-for file in pretrain_gpt.py gpt_builders.py model_provider.py; do
+files=(pretrain_gpt.py gpt_builders.py model_provider.py)
+hybrid_files=(pretrain_hybrid.py hybrid_builders.py)
+git -C "$MEGATRON_LM" cat-file -e "$TAG:pretrain_hybrid.py" 2>/dev/null || hybrid_files=()
+for file in "${files[@]}" "${hybrid_files[@]}"; do
     git -C "$MEGATRON_LM" show "$TAG:$file" >"$work/$file"
 done
 # The runner has --cpu; for the other two ways, a line makes the CPU stand in for CUDA.
@@ -23,6 +27,7 @@ run_stock='import runpy, sys; runpy.run_path(sys.path[0] + "/pretrain_gpt.py", r
 on_cpu='from megatron_mhc.patches import cpu; cpu.enter()'
 printf '%s\n' "$on_cpu" 'import megatron_mhc.auto' "$run_stock" >"$work/by_auto.py"
 printf '%s\n' "$on_cpu" "$run_stock" >"$work/by_spec.py"
+printf '%s\n' "$on_cpu" "${run_stock/gpt/hybrid}" >"$work/hybrid_by_spec.py"
 
 MODEL_ARGS=(
     --num-layers 4 --hidden-size 64 --num-attention-heads 4
@@ -41,6 +46,9 @@ CPU_ARGS=(
 )
 PIPELINE_ARGS=(--pipeline-model-parallel-size 2)
 RUNNER=(-m megatron_mhc.run --cpu "$work/pretrain_gpt.py")
+# the GPT's layers, two by two; Megatron's random weights come in the same order
+HYBRID=(-m megatron_mhc.run --cpu "$work/pretrain_hybrid.py" --mhc)
+STACK=(--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec)
 
 train() { # train NAME PROCESSES PROGRAM... : the flags of all runs are added
     local name=$1 processes=$2 program=("${@:3}")
@@ -70,3 +78,9 @@ train pipeline 2 "${RUNNER[@]}" "${PIPELINE_ARGS[@]}" --mhc
 train overlap 2 "${RUNNER[@]}" "${PIPELINE_ARGS[@]}" --mhc --mhc-overlap-p2p && same overlap pipeline
 train overlap-recompute 2 "${RUNNER[@]}" "${PIPELINE_ARGS[@]}" --mhc --mhc-overlap-p2p \
     --mhc-recompute 1 && same overlap-recompute pipeline
+((${#hybrid_files[@]})) || { echo "$TAG has no pretrain_hybrid.py"; exit 0; }
+train hybrid 1 "${HYBRID[@]}" "${STACK[@]}" --hybrid-layer-pattern '*-*-*-*-' && same hybrid runner
+train hybrid-spec 1 "$work/hybrid_by_spec.py" --hybrid-layer-pattern '*-*-*-*-' \
+    --spec megatron_mhc.spec hybrid_stack_spec && same hybrid-spec hybrid
+train hybrid-pipeline 2 "${HYBRID[@]}" "${STACK[@]}" "${PIPELINE_ARGS[@]}" \
+    --hybrid-layer-pattern '*-*-|*-*-' && same hybrid-pipeline pipeline

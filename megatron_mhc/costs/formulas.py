@@ -1,39 +1,22 @@
 """What mHC costs beside the ordinary model, by formula: parameters, FLOPs, activation bytes."""
 
 import argparse
-from typing import Any
 
 from megatron_mhc.config import MHCConfig
 
-
-def distinct_mtp_layers(settings: Any) -> int:
-    """How many layers of multi-token prediction a model has, which may be fewer than its depths.
-
-    Args:
-        settings: a TransformerConfig, or Megatron's parsed arguments. With their
-            `mtp_use_repeated_layer` one layer runs at every depth.
-    """
-    depths = settings.mtp_num_layers or 0
-    return min(depths, 1) if getattr(settings, "mtp_use_repeated_layer", False) else depths
+from .sites import Sites
 
 
-def sites_and_parameters(
-    mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_layers: int = 0
-) -> tuple[int, int]:
-    """How many sites a model of these sizes has, and how many parameters mHC adds to it.
-
-    `mtp_layers` are those of `distinct_mtp_layers`.
-    """
-    n, sites = mhc.num_streams, 2 * (num_layers + mtp_layers)
+def parameters_of(mhc: MHCConfig, sites: Sites, hidden_size: int) -> int:
+    """How many parameters mHC adds to a model with these sites."""
+    n = mhc.num_streams
     rows = n * n + 2 * n
     projection = (n + 2) * hidden_size if mhc.variant == "hc" else rows * n * hidden_size
     head = n * n * hidden_size + n + 1 if mhc.learned_head else 0
-    return sites, sites * (projection + 3 + rows) + (1 + mtp_layers) * head
+    return sites.built * (projection + 3 + rows) + (1 + sites.mtp_layers) * head
 
 
-def forward_flops_a_token(
-    mhc: MHCConfig, num_layers: int, hidden_size: int, mtp_depths: int = 0
-) -> int:
+def forward_flops_a_token(mhc: MHCConfig, sites: Sites, hidden_size: int) -> int:
     """FLOPs a token of the forward: two for each product that runs over the channels.
 
     At a site: v . v for the norm, z = phi v, u = H_pre x, y = H_res x + H_post^T f (variant "hc":
@@ -44,7 +27,7 @@ def forward_flops_a_token(
     projection = (n + 2) * n * width if mhc.variant == "hc" else (n * n + 2 * n) * n * width
     site = n * width + projection + n * width + n * n * width + n * width
     head = n * width + n * n * width + n * width if mhc.learned_head else 0
-    return 2 * (2 * (num_layers + mtp_depths) * site + (1 + mtp_depths) * head)
+    return 2 * (sites.run * site + (1 + sites.mtp_depths) * head)
 
 
 def training_flops_a_token(args: argparse.Namespace, mhc: MHCConfig) -> int:
@@ -54,15 +37,13 @@ def training_flops_a_token(args: argparse.Namespace, mhc: MHCConfig) -> int:
         args: Megatron's parsed arguments.
         mhc: the settings.
     """
-    return 3 * forward_flops_a_token(
-        mhc, args.num_layers, args.hidden_size, args.mtp_num_layers or 0
-    )
+    return 3 * forward_flops_a_token(mhc, Sites.of(args), args.hidden_size)
 
 
 def activation_bytes_a_token(
-    mhc: MHCConfig, num_layers: int, hidden_size: int, element_size: int
+    mhc: MHCConfig, sites: int, hidden_size: int, element_size: int
 ) -> int:
-    """What mHC keeps for the backward beyond the ordinary model, a token and a microbatch.
+    """What so many sites keep for the backward beyond the ordinary model, a token and a microbatch.
 
     With the Triton kernels and without `MHCConfig.recompute` (see `memory.Plan` for that): at a
     site the n streams, u and F's output, where the ordinary model keeps its residual; and in fp32
@@ -70,11 +51,17 @@ def activation_bytes_a_token(
     """
     n, stream = mhc.num_streams, hidden_size * element_size
     coefficients = 4 * (n * n + n + n * n + 2 * n + 1)
-    return 2 * num_layers * ((n + 1) * stream + coefficients)
+    return sites * ((n + 1) * stream + coefficients)
 
 
 def full_recompute_bytes_a_token(
-    mhc: MHCConfig, num_layers: int, hidden_size: int, element_size: int, method: str, length: int
+    mhc: MHCConfig,
+    layers: int,
+    hidden_size: int,
+    element_size: int,
+    method: str,
+    length: int,
+    sites_a_layer: int = 2,
 ) -> tuple[int, int]:
     """The same under Megatron's full recompute, of a model chunk: what is kept, what is rebuilt.
 
@@ -87,10 +74,10 @@ def full_recompute_bytes_a_token(
     """
     sizes = (hidden_size, element_size)
     if method == "uniform":
-        blocks, block, others = -(-num_layers // length), min(length, num_layers), 0
+        blocks, block, others = -(-layers // length), min(length, layers), 0
     else:
-        blocks = min(length, num_layers)
-        block, others = min(blocks, 1), num_layers - blocks
+        blocks = min(length, layers)
+        block, others = min(blocks, 1), layers - blocks
     inputs = blocks * (mhc.num_streams - 1) * hidden_size * element_size
-    kept = inputs + activation_bytes_a_token(mhc, others, *sizes)
-    return kept, activation_bytes_a_token(mhc, block, *sizes)
+    kept = inputs + activation_bytes_a_token(mhc, sites_a_layer * others, *sizes)
+    return kept, activation_bytes_a_token(mhc, sites_a_layer * block, *sizes)

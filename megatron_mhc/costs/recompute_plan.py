@@ -9,6 +9,8 @@ import torch
 
 from megatron_mhc.config import MHCConfig
 
+from .sites import hybrid_pattern, segments_of
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -18,30 +20,33 @@ class Plan:
         num_streams: n. hidden_size: C.
         chunk_layers: the layers of each model chunk of the stage.
         in_flight: chunks' microbatches between their forward and their backward, at most.
-        norms: norms of a layer (0 to 2) that are modules of their own: norm(u) is dropped there.
+        norms: norms of a layer's sites that are modules of their own, on average: norm(u) is
+            dropped there.
         setting: `MHCConfig.recompute`.
+        sites: of a layer: 2 in a GPT, 1 in a HybridModel.
     """
 
     num_streams: int
     hidden_size: int
     chunk_layers: tuple[int, ...]
     in_flight: int
-    norms: int
+    norms: float
     setting: int | str
     element_size: int = 2
+    sites: int = 2
 
     def kept(self, layers: int) -> float:
         """Block starts kept, in streams of C a token, with blocks of so many layers."""
         starts = [len(blocks(count, layers)) for count in self.chunk_layers]
         return self.in_flight * self.num_streams * sum(starts) / len(starts)
 
-    def rebuilt(self, layers: int) -> int:
+    def rebuilt(self, layers: int) -> float:
         """A rebuilt block: x, u and where it is ours norm(u), in streams of C a token.
 
         As the paper counts: with the first site's x, which is the block's start and kept already.
         """
         layers = min(layers, max(self.chunk_layers))
-        return layers * (2 * self.num_streams + 2 + self.norms)
+        return layers * (self.sites * (self.num_streams + 1) + self.norms)
 
     @property
     def layers(self) -> int:
@@ -61,12 +66,13 @@ class Plan:
         """
         n, wide = self.num_streams, self.hidden_size * self.element_size
         layers = sum(self.chunk_layers) / len(self.chunk_layers) * self.in_flight
+        sites = self.sites * layers
         return {
             "block starts": self.kept(self.layers) * wide,
             "rebuilt block": self.rebuilt(self.layers) * wide,
-            "F's outputs": 2 * layers * wide,
-            "coefficients": 2 * layers * 4 * (2 * (n * n + 2 * n) + 1),
-            "ordinary residual and norm": -(2 + self.norms) * layers * wide,
+            "F's outputs": sites * wide,
+            "coefficients": sites * 4 * (2 * (n * n + 2 * n) + 1),
+            "ordinary residual and norm": -(self.sites + self.norms) * layers * wide,
         }
 
     @property
@@ -129,31 +135,39 @@ def most_in_flight(config: Any, mhc: MHCConfig, stage: int) -> int:
     return in_flight
 
 
-def plan(config: Any, mhc: MHCConfig, norms: int, stage: int) -> Plan:
+def plan(config: Any, mhc: MHCConfig, norms: float, stage: int, sites: int = 2) -> Plan:
     """The plan of one pipeline stage, of a model with recompute of the streams.
 
     Args:
         config: its TransformerConfig.
         mhc: the settings.
-        norms: as in `Plan`.
+        norms, sites: as in `Plan`.
         stage: its pipeline rank.
     """
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
     assert mhc.recompute is not None
-    chunks = config.virtual_pipeline_model_parallel_size or 1
-    layers = tuple(
-        get_num_layers_to_build(config, chunk if chunks > 1 else None, stage)
-        for chunk in range(chunks)
-    )
     return Plan(
         mhc.num_streams,
         config.hidden_size,
-        layers,
+        _chunk_layers(config, stage),
         most_in_flight(config, mhc, stage),
         norms,
         mhc.recompute,
         config.params_dtype.itemsize,
+        sites,
+    )
+
+
+def _chunk_layers(config: Any, stage: int) -> tuple[int, ...]:
+    """The layers of each model chunk of a stage: a hybrid pattern's, or as Megatron shares out."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    segments = segments_of(hybrid_pattern(config) or "")
+    if len(segments) > 1:
+        return tuple(segments[stage :: config.pipeline_model_parallel_size])
+    return tuple(
+        get_num_layers_to_build(config, chunk if chunks > 1 else None, stage)
+        for chunk in range(chunks)
     )
 
 

@@ -46,9 +46,8 @@ def connections(chunks: Iterable[torch.nn.Module]) -> dict[int, HyperConnection]
     for chunk in chunks:
         for layer in chunk.modules():
             if isinstance(layer, MHCLayer) and not layer.is_mtp:
-                first = 2 * (layer.layer_number - 1)
-                found[first] = layer.attention_connection
-                found[first + 1] = layer.mlp_connection
+                for index, site in enumerate(layer.sites, layer.first_index):
+                    found[index] = site.connection
     return dict(sorted(found.items()))
 
 

@@ -1,4 +1,4 @@
-"""What a layer's place in its Transformer block decides: entry, exit, fusion, recompute blocks.
+"""What a layer's place in its block decides: entry, exit, fusion, recompute blocks.
 
 Looked at in front of every forward, for a layer cannot know its neighbours when it is built, and
 tools that make a built model shorter (or longer) hand nobody else the list of layers.
@@ -7,17 +7,23 @@ tools that make a built model shorter (or longer) hand nobody else the list of l
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.transformer.transformer_block import TransformerBlock
+
 from megatron_mhc.costs.recompute_plan import blocks
 
 from .layer import MHCLayer
 from .recompute import Block
 
+BLOCKS = (TransformerBlock, HybridStack)
+"""What holds layers one behind the other."""
+
 
 def arrange(block: Any) -> None:
-    """Give the layers of a TransformerBlock the places that they have now; most often they do.
+    """Give the layers of a block the places that they have now; most often they do.
 
     Args:
-        block: a TransformerBlock; one without mHC stays as it is.
+        block: a TransformerBlock or HybridStack; one without mHC stays as it is.
 
     Raises:
         ValueError: the model ends with a learned head, and its last layer has none.
@@ -41,7 +47,7 @@ def arrange(block: Any) -> None:
         )
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
         is_fused = after is not None and layer.fuses_with_next
-        layer.mlp_site.following = after.attention_site if is_fused else None
+        layer.sites[-1].following = after.sites[0] if is_fused else None
     if (plan := layers[0].recompute_plan) is not None:
         for members in blocks(len(layers), plan.layers):
             _drop_together(layers[members.start : members.stop])

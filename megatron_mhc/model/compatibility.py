@@ -6,6 +6,7 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.patches.supported_versions import is_installed
 
 from .conflict import Conflict, is_set
+from .hybrid_conflicts import HYBRID_CONFLICTS
 from .native_mhc import NATIVE_CONFLICTS
 
 
@@ -104,11 +105,6 @@ CONFLICTS = (
         "--heterogeneous-layers-config-path",
         is_set("heterogeneous_block_specs"),
         "layers of different kinds are not tried yet; drop the flag",
-    ),
-    Conflict(
-        "--hybrid-layer-pattern",
-        is_set("hybrid_layer_pattern"),
-        "mHC has sites for TransformerLayers, and a HybridModel has others too; use a GPTModel",
     ),
     Conflict(
         "--cuda-graph-impl local with experts",
@@ -279,7 +275,7 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
         asked += REFERENCE_CONFLICTS
     if mhc is not None and mhc.overlap_in_flight > 1:
         asked += IN_FLIGHT_CONFLICTS
-    conflicts = CONFLICTS + NATIVE_CONFLICTS + asked
+    conflicts = CONFLICTS + HYBRID_CONFLICTS + NATIVE_CONFLICTS + asked
     found = [c for c in conflicts if c.given(settings)]
     if found:
         lines = "; ".join(f"{conflict.flag}: {conflict.advice}" for conflict in found)

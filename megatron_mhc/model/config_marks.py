@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.costs.sites import PATTERN
 
 STREAMS = "mhc_num_streams"
 IN_FLIGHT = "mhc_overlap_in_flight"
@@ -27,6 +28,11 @@ def mark_streams(config: Any, mhc: MHCConfig) -> None:
         )
     setattr(config, STREAMS, mark[0])
     setattr(config, IN_FLIGHT, mark[1])
+
+
+def mark_pattern(config: Any, pattern: str | None) -> None:
+    """Note a HybridModel's layer pattern, which Megatron's TransformerConfig does not have."""
+    setattr(config, PATTERN, pattern)
 
 
 def is_marked(config: Any) -> bool:

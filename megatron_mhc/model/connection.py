@@ -68,7 +68,7 @@ class HyperConnection(Fp32Module):
     Args:
         mhc: the settings.
         hidden_size: C, the width of one stream.
-        site: the site's index from the model's start (two a layer); picks its home stream.
+        site: the site's index from the model's start; picks its home stream.
         sequence_parallel: whether tensor-parallel ranks see different tokens.
 
     Parameters (fp32 whatever the model is in; replicated over all ranks):

@@ -1,43 +1,58 @@
-"""A Transformer layer whose residual is n streams, through Megatron's own slots.
+"""A layer whose residual is n streams, through Megatron's own slots.
 
 The way of a token: the first layer replicates the embedding into n streams (entry); each site reads
 them in front of its norm (`Site.read`) and writes to them where the residual was added
 (`Site.write`); the last layer contracts them (exit). Between layers they are one tensor
 [s, b, n*C], stream-major: index j*C + c. A layer of multi-token prediction, which gets one stream
 (the last layer's, normed and projected with the next token's embedding), is entry and exit at once.
+
+There is a site wherever a layer adds to the residual: two in a GPT's layer, one in a HybridModel's,
+which is attention, an MLP or a Mamba mixer alone.
 """
 
-import functools
-import pkgutil
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.recompute_plan import Plan, plan
 
-from .compatibility import check_transformer_config, holds_attention_alone
+from .compatibility import check_transformer_config
 from .config_marks import mark_streams
 from .connection import Head, HyperConnection
-from .graphs import GraphedLayer
 from .recompute import Block
+from .regions import is_one_region, runs_on_into_the_next
 from .site import Site
 from .stored_settings import StoredSettings
 
 
-class MHCLayer(GraphedLayer):
-    """Mixed into a TransformerLayer class by `mhc_layer`: two sites; entry and exit by position.
+class Slots(NamedTuple):
+    """Where a layer adds to the residual: what the site there is called, and its two slots."""
+
+    name: str
+    norm: str
+    residual: str
+
+
+class MHCLayer(GraphableMegatronModule):
+    """Mixed into a layer class by `mhc_layer`: a site at each residual slot that is filled.
 
     Args:
-        mhc: the settings; the rest as for the TransformerLayer class.
+        mhc: the settings.
+        in_stack: whether a HybridStack builds it and says its place (`stack.place`); else that is
+            by its number. The rest as for the layer class.
 
     Attributes:
         is_any_built: of the class: whether this process has built a layer with sites.
-        fuses_inside: whether the first site may compute the second one's input.
+        SLOTS: of the class: where it may add to the residual, in the order of running.
+        sites: the sites, in that order.
+        is_mtp: whether it belongs to multi-token prediction.
+        fuses_inside: whether the first of two sites may compute the second one's input.
         fuses_with_next: whether the last site may compute the input of the next layer's first one.
 
     Raises:
@@ -45,8 +60,11 @@ class MHCLayer(GraphedLayer):
     """
 
     is_any_built = False
+    SLOTS: tuple[Slots, ...] = ()
 
-    def __init__(self, config: Any, *args: Any, mhc: MHCConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, mhc: MHCConfig, in_stack: bool = False, **kwargs: Any
+    ) -> None:
         check_transformer_config(config, mhc)
         super().__init__(config, *args, **kwargs)
         mark_streams(config, mhc)
@@ -54,68 +72,89 @@ class MHCLayer(GraphedLayer):
         self.mhc_settings = StoredSettings(mhc)
         self.chunk = kwargs.get("vp_stage")
         self.is_mtp = bool(kwargs.get("is_mtp_layer"))
+        slots = [s for s in self.SLOTS if getattr(self, s.residual) is get_bias_dropout_add]
         # Megatron numbers the layers of multi-token prediction from 1 again
-        first_site = 2 * (self.layer_number - 1 + self.is_mtp * config.num_layers)
-        build = functools.partial(
-            HyperConnection, mhc, config.hidden_size, sequence_parallel=config.sequence_parallel
-        )
-        self.attention_connection = build(first_site)
-        self.mlp_connection = build(first_site + 1)
-        self.attention_site = Site(self.attention_connection, self.input_layernorm)
-        self.mlp_site = Site(self.mlp_connection, self.pre_mlp_layernorm)
+        before = config.num_layers if self.is_mtp and not in_stack else 0
+        first = len(slots) * (self.layer_number - 1 + before)
+        self.sites = tuple(self._fill(slot, first + i) for i, slot in enumerate(slots))
         _ask_the_norms_again(self)
-        self.self_attn_bda = self.attention_site.write
-        self.mlp_bda = self.mlp_site.write
-        if holds_attention_alone(config):
-            self.graph_attention_alone()
-        self.fuses_inside = _is_one_region(config, isinstance(self.mlp, MoELayer))
-        self.attention_site.following = self.mlp_site if self.fuses_inside else None
-        self.fuses_with_next = not self.is_mtp and _runs_on_into_the_next(config)
+        self.fuses_inside = len(slots) > 1 and is_one_region(
+            config, isinstance(getattr(self, "mlp", None), MoELayer)
+        )
+        self.sites[0].following = self.sites[1] if self.fuses_inside else None
+        has_next = in_stack or not self.is_mtp
+        self.fuses_with_next = has_next and runs_on_into_the_next(config)
         self.recompute_plan: Plan | None = None
         if mhc.recompute is not None:
-            norms = (self.input_layernorm, self.pre_mlp_layernorm)
-            self.recompute_plan = plan(
-                config,
-                mhc,
-                norms=sum(not isinstance(norm, IdentityOp) for norm in norms),
-                stage=get_pg_rank(self.pg_collection.pp),
-            )
             block = Block(self.sites, mhc.backend)
             for site in self.sites:
                 site.block = block  # until `arrange` knows the layers beside this one
-        if (self.is_mtp or self.layer_number == config.num_layers) and mhc.learned_head:
-            self.head = Head(mhc, config.hidden_size, sequence_parallel=config.sequence_parallel)
-        self.set_place(
-            is_entry=self.is_mtp or self.layer_number == 1,
-            is_exit=self.is_mtp or self.layer_number == config.num_layers,
-        )
         MHCLayer.is_any_built = True
+        if not in_stack:
+            self._take_place_by_number()
+
+    def _fill(self, slot: Slots, index: int) -> Site:
+        """A site, the whole model's `index`-th, in these slots."""
+        connection = HyperConnection(
+            self.mhc,
+            self.config.hidden_size,
+            index,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        setattr(self, f"{slot.name}_connection", connection)
+        site = Site(connection, getattr(self, slot.norm))
+        setattr(self, f"{slot.name}_site", site)
+        setattr(self, slot.residual, site.write)
+        return site
+
+    def _take_place_by_number(self) -> None:
+        """A Transformer block's layer: the first and the last of all are the model's ends."""
+        number, config = self.layer_number, self.config
+        is_exit = self.is_mtp or number == config.num_layers
+        if self.mhc.recompute is not None:
+            stage = get_pg_rank(self.pg_collection.pp)
+            self.recompute_plan = plan(config, self.mhc, self.own_norms, stage)
+        if is_exit:
+            self.add_head()
+        self.set_place(is_entry=self.is_mtp or number == 1, is_exit=is_exit)
 
     @property
-    def sites(self) -> tuple[Site, Site]:
-        """The sites in the order in which they run."""
-        return self.attention_site, self.mlp_site
+    def own_norms(self) -> int:
+        """How many sites have a norm that is a module of its own, not fused into a linear."""
+        norms = (getattr(self, s.norm) for s in self.SLOTS if hasattr(self, f"{s.name}_site"))
+        return sum(not isinstance(norm, IdentityOp) for norm in norms)
+
+    @property
+    def first_index(self) -> int:
+        """The first site's index from the model's start, by what the layer's number is now."""
+        return len(self.sites) * (self.layer_number - 1)
 
     @property
     def is_entry(self) -> bool:
         """Whether one stream comes in, to be replicated."""
-        return self.attention_site.is_entry
+        return self.sites[0].is_entry
 
     @property
     def is_exit(self) -> bool:
         """Whether the streams are contracted to one behind this layer."""
-        return self.mlp_site.contract is not None
+        return self.sites[-1].contract is not None
 
     @property
     def recompute_block(self) -> Block | None:
         """The block that this layer's streams are dropped and rebuilt in, if any."""
-        return self.mlp_site.block
+        return self.sites[-1].block
+
+    def add_head(self) -> None:
+        """The learned end of a model, where the convention has one."""
+        if self.mhc.learned_head:
+            parallel = self.config.sequence_parallel
+            self.head = Head(self.mhc, self.config.hidden_size, sequence_parallel=parallel)
 
     def set_place(self, *, is_entry: bool, is_exit: bool) -> None:
         """Say whether one stream comes into this layer, and whether one leaves it."""
-        self.attention_site.is_entry = is_entry
+        self.sites[0].is_entry = is_entry
         if is_exit != self.is_exit:
-            self.mlp_site.contract = self._contract if is_exit else None
+            self.sites[-1].contract = self._contract if is_exit else None
 
     def _contract(self, x: Tensor) -> Tensor:
         """Streams [s, b, n, C] -> one stream [s, b, C], the model's last."""
@@ -126,8 +165,8 @@ class MHCLayer(GraphedLayer):
         for site in self.sites:
             site.forget()
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """TransformerLayer.forward on [s, b, n*C]; the first takes, the last gives [s, b, C].
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward on [s, b, n*C]; the first takes, the last gives [s, b, C].
 
         Raises:
             ValueError: inference over several pipeline stages, which exchange one stream there.
@@ -160,76 +199,9 @@ class MHCLayer(GraphedLayer):
         return state
 
 
-def _ask_the_norms_again(layer: TransformerLayer) -> None:
+def _ask_the_norms_again(layer: Any) -> None:
     """Megatron, from 0.20 on, asks each norm once, while it builds the layer: before the sites."""
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         answer = f"_{norm}_returns_residual"
         if hasattr(layer, answer):
-            setattr(layer, answer, getattr(layer, norm).returns_residual)
-
-
-def _runs_on_into_the_next(config: Any) -> bool:
-    """Whether a layer and the next one run in one autograd region, outside any graph.
-
-    The next site's input, left on it by this layer, would have no gradient across a checkpoint,
-    would be stale across a CUDA graph, and would belong to another node of a schedule. Whole-layer
-    offloading brings a layer's tensors back when its output's gradient is there: before that of
-    such an input, which comes from inside the next layer.
-    """
-    is_graph = config.cuda_graph_impl in ("local", "transformer_engine")
-    is_graph = is_graph and not holds_attention_alone(config)
-    is_apart = config.overlap_moe_expert_parallel_comm or config.cpu_offloading
-    return config.recompute_granularity != "full" and not (is_graph or is_apart)
-
-
-def _is_one_region(config: Any, is_moe: bool) -> bool:
-    """Whether a layer's residual slot of attention and norm slot of the MLP are in one region.
-
-    The nodes of expert-parallel overlap end behind an MoE layer's router, and in front of a dense
-    layer's MLP. Transformer Engine's graphs may hold the MLP's part alone.
-    """
-    if config.overlap_moe_expert_parallel_comm and not is_moe:
-        return False
-    if config.cuda_graph_impl != "transformer_engine" or holds_attention_alone(config):
-        return True
-    held = {module.name for module in config.cuda_graph_modules}
-    return not held or {"attn"} < held & {"attn", *(("moe", "moe_router") if is_moe else ("mlp",))}
-
-
-@functools.cache
-def mhc_layer(base: type[TransformerLayer]) -> type[TransformerLayer]:
-    """The class `MHC<base>`: `base` with the sites of mHC.
-
-    Raises:
-        ValueError: base is no TransformerLayer, or has mHC already.
-    """
-    if not (isinstance(base, type) and issubclass(base, TransformerLayer)):
-        raise ValueError(f"mHC needs a TransformerLayer and the spec has {base!r}")
-    if issubclass(base, MHCLayer):
-        raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
-    if getattr(base, "supports_mhc_connections", False):
-        raise ValueError(
-            f"{base.__name__} is a layer of Megatron's own mHC: give with_mhc an ordinary one"
-        )
-    name = f"of.{base.__module__}.{base.__qualname__}"
-    names = {"__module__": __name__, "__qualname__": name}
-    return type(f"MHC{base.__name__}", (MHCLayer, base), names)
-
-
-class _Path:
-    """`of.package.module.Class` is `mhc_layer(Class)`: so pickle and Megatron's yaml find it."""
-
-    def __init__(self, path: str = "") -> None:
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        path = f"{self._path}.{name}".lstrip(".")
-        try:
-            found = pkgutil.resolve_name(path)
-        except (ImportError, ValueError) as error:
-            raise AttributeError(f"there is no {path}") from error
-        is_layer = isinstance(found, type) and issubclass(found, TransformerLayer)
-        return mhc_layer(found) if is_layer else _Path(path)
-
-
-of = _Path()
+            setattr(layer, answer, getattr(getattr(layer, norm), "returns_residual", False))

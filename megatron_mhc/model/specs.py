@@ -1,17 +1,24 @@
 """A spec of Megatron's, of whatever kind, with mHC's layers in the place of its own."""
 
 import copy
+import dataclasses
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_mhc.config import MHCConfig
 
-from .layer import MHCLayer, mhc_layer
+from .layer import MHCLayer
+from .layer_classes import mhc_layer
 
 
 def replace_residuals[
@@ -19,6 +26,7 @@ def replace_residuals[
         ModuleSpec,
         TransformerBlockSubmodules,
         MultiTokenPredictionBlockSubmodules,
+        HybridStackSubmodules,
         list[ModuleSpec],
     )
 ](spec: Spec, config: MHCConfig) -> Spec:
@@ -36,12 +44,22 @@ def replace_residuals[
         mtp_spec = copy.copy(spec)
         mtp_spec.layer_specs = [_mtp_with_mhc(layer, config) for layer in spec.layer_specs or []]
         return mtp_spec
+    if isinstance(spec, HybridStackSubmodules):
+        names = [f.name for f in dataclasses.fields(spec) if _is_layer(getattr(spec, f.name))]
+        if not names:
+            raise ValueError("the spec of a HybridStack has no layer to give mHC to")
+        replaced = copy.copy(spec)
+        for name in names:
+            layer = _layer_with_mhc(getattr(spec, name), config, in_stack=True)
+            setattr(replaced, name, layer)
+        return replaced
     if not isinstance(spec, ModuleSpec):
         raise ValueError(
-            f"spec is {spec!r}; expected a layer's ModuleSpec, a list of them or a"
-            " TransformerBlockSubmodules (call a spec function before with_mhc)"
+            f"spec is {spec!r}; expected a layer's ModuleSpec, a list of them, a"
+            " TransformerBlockSubmodules or a HybridStackSubmodules (call a spec function before"
+            " with_mhc)"
         )
-    if isinstance(spec.module, type) and issubclass(spec.module, TransformerBlock):
+    if isinstance(spec.module, type) and issubclass(spec.module, (TransformerBlock, HybridStack)):
         replaced = copy.copy(spec)
         replaced.submodules = replace_residuals(spec.submodules, config)
         return replaced
@@ -76,21 +94,50 @@ def like_decoder(decoder: Any, mtp: Any) -> Any:
     return replace_residuals(mtp, settings[-1]) if settings and mtp is not None else mtp
 
 
-def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig) -> ModuleSpec:
+def has_mhc(spec: Any) -> bool:
+    """Whether a HybridStack's spec has mHC on its layers."""
+    submodules = getattr(spec, "submodules", None)
+    return submodules is not None and any(map(_has_mhc, vars(submodules).values()))
+
+
+def _is_layer(spec: Any) -> bool:
+    """Whether a slot of a HybridStack holds a layer: not nothing, and not multi-token prediction,
+    which builds its layers from the others' slots."""
+    return isinstance(spec, ModuleSpec) and spec.module is not MultiTokenPredictionBlock
+
+
+def _residual_slots(spec: ModuleSpec, in_stack: bool) -> dict[str, Any]:
+    """What fills the residual slots that must be mHC's to fill: all, or a stack's layer's one."""
+    slots = ("mamba_bda",) if issubclass(spec.module, MambaLayer) else ("self_attn_bda", "mlp_bda")
+    fillers = {slot: getattr(spec.submodules, slot) for slot in slots}
+    if not in_stack:
+        return fillers
+    filled = {s: f for s, f in fillers.items() if f not in (IdentityFuncOp, IdentityOp)}
+    if len(filled) != 1:
+        raise ValueError(
+            f"a layer of a HybridStack has one sublayer, and the spec of {spec.module.__name__}"
+            f" fills {' and '.join(filled) or 'no residual slot'}: give each its own layer"
+        )
+    return filled
+
+
+def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig, in_stack: bool = False) -> ModuleSpec:
     layer_class = mhc_layer(spec.module)
-    for slot in ("self_attn_bda", "mlp_bda"):
-        filler = getattr(spec.submodules, slot)
+    if issubclass(spec.module, MambaLayer) and not in_stack:
+        raise ValueError("mHC knows a MambaLayer in a HybridStack alone: give with_mhc its spec")
+    fillers = _residual_slots(spec, in_stack)
+    for slot, filler in fillers.items():
         if filler is not get_bias_dropout_add:
             raise ValueError(
                 f"the spec's residual slot {slot} holds {filler!r}; mHC replaces"
                 " get_bias_dropout_add and nothing else"
             )
-    if spec.submodules.cross_attention is not IdentityOp:
+    if getattr(spec.submodules, "cross_attention", IdentityOp) is not IdentityOp:
         raise ValueError("the spec has cross attention, for which mHC has no site")
     replaced = copy.copy(spec)
     replaced.module = layer_class
     # build_module hands the params of a spec to the class
-    replaced.params = {**spec.params, "mhc": config}
+    replaced.params = {**spec.params, "mhc": config} | ({"in_stack": True} if in_stack else {})
     # TransformerLayer rewrites entries of its submodules while it is built
     replaced.submodules = copy.copy(spec.submodules)
     return replaced

@@ -105,6 +105,21 @@ def check_load(
         _check(read(stored), mine, checkpoint)
 
 
+def refuse_gpt(chunks: Iterable[torch.nn.Module]) -> None:
+    """Refuse a GPT's checkpoint for a HybridModel with mHC, which Megatron would read as it is.
+
+    Raises:
+        CheckpointSettingsError: the model has mHC.
+    """
+    modules = (module for chunk in chunks for module in chunk.modules())
+    if any(isinstance(module, StoredSettings) for module in modules):
+        raise CheckpointSettingsError(
+            "the checkpoint is a GPT's and the model a HybridModel with mHC: convert it (python -m"
+            " megatron_mhc convert SOURCE TARGET --hybrid-layer-pattern PATTERN; an ordinary GPT's"
+            " to a start with mHC first), and load the new one"
+        )
+
+
 def check_state_dict(chunk: torch.nn.Module, state: Mapping[str, Any], checkpoint: str) -> None:
     """Check a chunk's state dict against the chunk of a model that is about to load it.
 

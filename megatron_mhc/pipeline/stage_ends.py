@@ -4,9 +4,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_mhc.model.arrange import arrange
+from megatron_mhc.model.arrange import BLOCKS, arrange
 from megatron_mhc.model.layer import MHCLayer
 from megatron_mhc.model.site import INLINE, Inline
 
@@ -20,13 +19,13 @@ def set_stage_ends(chunk: torch.nn.Module, side_streams: Inline) -> None:
     have no link, and stay on the compute stream.
     """
     for module in chunk.modules():
-        if isinstance(module, TransformerBlock):
+        if isinstance(module, BLOCKS):
             arrange(module)  # before it is asked which layers are the ends
     layers = [m for m in chunk.modules() if isinstance(m, MHCLayer) and not m.is_mtp]
     if not layers[0].is_entry:
-        layers[0].attention_site.side_streams = side_streams
+        layers[0].sites[0].side_streams = side_streams
     if not layers[-1].is_exit:
-        layers[-1].mlp_site.side_streams = side_streams
+        layers[-1].sites[-1].side_streams = side_streams
 
 
 @contextlib.contextmanager

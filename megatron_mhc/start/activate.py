@@ -8,16 +8,18 @@ from typing import Any
 import torch
 
 from megatron_mhc.costs import formulas, recompute_plan
+from megatron_mhc.costs.sites import Sites
 from megatron_mhc.metrics import monitor
 from megatron_mhc.model import config_marks, parameters, stored_settings
 from megatron_mhc.patches import Patch, PatchError, registry
-from megatron_mhc.patches.block_forward import block_forward_patch
+from megatron_mhc.patches.block_forward import block_forward_patches
 from megatron_mhc.patches.checkpoint_load import (
     checkpoint_load_patch,
     state_dict_load_patches,
 )
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
+from megatron_mhc.patches.hybrid import gpt_checkpoint_patches, hybrid_spec_patch, stack_patch
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -75,9 +77,8 @@ def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
     config, source = flags.active_config()
     if not banner.check_model(chunks, config, trained=trained) or seen.banner is not None:
         return
-    counts = formulas.sites_and_parameters(
-        config, args.num_layers, args.hidden_size, formulas.distinct_mtp_layers(args)
-    )
+    sites = Sites.of(args)
+    counts = (sites.built, formulas.parameters_of(config, sites, args.hidden_size))
     device = next(p.device for chunk in chunks for p in chunk.parameters())
     plan = recompute_plan.plan_of(chunks)
     seen.banner = banner.banner(config, source, *counts, device, args.params_dtype, plan)
@@ -112,6 +113,20 @@ def _arrange(block: Any) -> None:
     arrange(block)
 
 
+def _place(stack: Any) -> None:
+    """`stack.place`, imported when there is a HybridStack to build."""
+    from megatron_mhc.model.stack import place
+
+    place(stack)
+
+
+def _stack_spec(spec: Any, config: Any, pattern: str | None) -> Any:
+    """`stack.stack_spec`, the same."""
+    from megatron_mhc.model.stack import stack_spec
+
+    return stack_spec(spec, config, pattern)
+
+
 def _prepare_plan(model: Any) -> None:
     """`expert_overlap.prepare`, imported when there is a schedule to plan."""
     from megatron_mhc.pipeline.expert_overlap import prepare
@@ -133,6 +148,11 @@ def _refuse_torch_fsdp(module: Any) -> None:
     refuse_torch_fsdp(module)
 
 
+def spec_patch() -> Patch:
+    """What a HybridModel needs before its `--spec` is looked at: the import of ours applies it."""
+    return hybrid_spec_patch(_stack_spec)
+
+
 def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
@@ -142,7 +162,9 @@ def model_patches() -> tuple[Patch, ...]:
         pipeline_width_patch(config_marks.streams_of),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
-        block_forward_patch(_arrange),
+        *block_forward_patches(_arrange),
+        spec_patch(),
+        stack_patch(_place),
         *schedule_plan_patches(_prepare_plan),
         *fsdp_patches(_prepare_fsdp, _refuse_torch_fsdp, parameters.MARK),
     )
@@ -152,7 +174,14 @@ def loader_patches() -> tuple[Patch, ...]:
     """For Megatron's own loader of checkpoints; none where a library user has not imported it."""
     if "megatron.training.training" not in sys.modules:
         return ()
-    return state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY)
+    return _loader_patches()
+
+
+def _loader_patches() -> tuple[Patch, ...]:
+    return (
+        *state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY),
+        *gpt_checkpoint_patches(stored_settings.refuse_gpt),
+    )
 
 
 def plugin_patches() -> tuple[Patch, ...]:
@@ -167,7 +196,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         *spec_function_patches(),
         throughput_patch(_extra_flops_a_token),
         *model_patches(),
-        *state_dict_load_patches(stored_settings.check_state_dict, stored_settings.SETTINGS_KEY),
+        *_loader_patches(),
         SHIPPED_HELPERS,
     )
 

@@ -8,8 +8,9 @@ import torch
 
 from megatron_mhc import kernels
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.costs.formulas import distinct_mtp_layers, sites_and_parameters
+from megatron_mhc.costs.formulas import parameters_of
 from megatron_mhc.costs.recompute_plan import Plan
+from megatron_mhc.costs.sites import Sites
 from megatron_mhc.kernels.triton import tiles
 
 
@@ -136,10 +137,6 @@ def announce_spec(mhc: MHCConfig, source: str, transformer_config: Any) -> None:
     """Print the banner before a model is built, from its sizes: on the `--spec` route alone."""
     # a tensor's device: where the CPU stands in for CUDA, that is the CPU
     device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
-    counts = sites_and_parameters(
-        mhc,
-        transformer_config.num_layers,
-        transformer_config.hidden_size,
-        distinct_mtp_layers(transformer_config),
-    )
+    sites = Sites.of(transformer_config)
+    counts = (sites.built, parameters_of(mhc, sites, transformer_config.hidden_size))
     print_banner(banner(mhc, source, *counts, device, transformer_config.params_dtype))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.costs.sites import PATTERN
 from megatron_mhc.metrics.monitor import add_monitor_arguments
 from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
 from megatron_mhc.model import native_mhc
@@ -20,7 +21,19 @@ from megatron_mhc.patches.supported_versions import SUPPORTED, megatron_core_ver
 from .settings import SETTINGS, SHARED, VARIABLES, flag_of, switch
 
 SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
-"""What `--spec` must name for a model with mHC."""
+HYBRID_SPEC = ["megatron_mhc.spec", "hybrid_stack_spec"]
+"""What `--spec` must name for a GPTModel with mHC, and for a HybridModel."""
+
+
+def _is_ours(spec: Iterable[str] | None) -> bool:
+    return list(spec or []) in (SPEC, HYBRID_SPEC)
+
+
+def _spec_of(args: argparse.Namespace) -> list[str]:
+    """Ours for the model that the arguments describe; a layer pattern is all that says hybrid."""
+    patterns = (PATTERN, "hybrid_override_pattern")  # the second is its name of old
+    is_hybrid = any(getattr(args, name, None) for name in patterns)
+    return list(HYBRID_SPEC if is_hybrid else SPEC)
 
 
 def _is_megatrons(field: dataclasses.Field[Any], parser: Any) -> bool:
@@ -88,6 +101,11 @@ def _given(args: argparse.Namespace) -> set[str]:
     }
 
 
+def given_settings(args: argparse.Namespace) -> str:
+    """The flags of mHC's settings that the user has given, in words; empty where there are none."""
+    return ", ".join(map(flag_of, sorted(_given(args))))
+
+
 def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
     """MHCConfig from parsed flags; what was not given has its default.
 
@@ -144,9 +162,9 @@ def take_from_checkpoint(
         spec: the command line's `--spec`.
         stored: the checkpoint's arguments.
     """
-    if list(getattr(stored, "spec", None) or []) != SPEC:
+    if not _is_ours(getattr(stored, "spec", None)):
         return
-    given = spec if list(spec or []) != SPEC else getattr(args, "mhc_base_spec", None)
+    given = spec if not _is_ours(spec) else getattr(args, "mhc_base_spec", None)
     args.mhc_base_spec = getattr(stored, "mhc_base_spec", None) or given
     for name in set(FUNCTION_FIELDS) - _given(args):
         if hasattr(stored, f"mhc_{name}"):
@@ -159,7 +177,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an mHC setting without `--mhc`, or one that MHCConfig refuses.
     """
-    if list(args.spec or []) == SPEC:
+    if _is_ours(args.spec):
         args.mhc = True
     check_monitor_arguments(args)
     if not args.mhc:
@@ -173,8 +191,9 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     config = config_from_arguments(args)
     for name, value in dataclasses.asdict(config).items():
         setattr(args, f"mhc_{name}", value)
-    if list(args.spec or []) != SPEC:
-        args.mhc_base_spec, args.spec = args.spec, list(SPEC)
+    if not _is_ours(args.spec):
+        args.mhc_base_spec = args.spec
+    args.spec = _spec_of(args)
 
 
 def refuse_yaml(args: Any) -> None:
@@ -193,7 +212,7 @@ def refuse_yaml(args: Any) -> None:
     flags = [word for word in flags if word.split("=")[0][2:].replace("-", "_") not in native]
     names = [name for name in vars(args) if name.split("_")[0] == "mhc" and name not in native]
     flags += [f"{name} in the file" for name in names]
-    if list(getattr(args, "spec", None) or []) == SPEC:
+    if _is_ours(getattr(args, "spec", None)):
         flags.append("spec in the file")
     if flags:
         raise ValueError(

@@ -5,11 +5,9 @@ optimizer's state is left out: it has no place for the new parameters (in the di
 optimizer's buckets every parameter would move), and Megatron starts a release without it.
 """
 
-import contextlib
 import pickle
 import re
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,23 +26,17 @@ from megatron_mhc.model.connection import Head, HyperConnection
 from megatron_mhc.model.stored_settings import SETTINGS_KEY, function_settings
 from megatron_mhc.start.flags import SPEC
 
+from .new_checkpoint import RELEASE, TRACKER, ConvertError, new_checkpoint
 from .torch_dist import Writer, copy_items
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""Megatron's name for a checkpoint without a past: it starts at iteration 0, without optimizer."""
 _LAYERS = "decoder.layers."
 _COMMON = "common_state/shard_0_1"
 _LEGACY_COMMON = "common.pt"
 """Where Megatron-Core 0.18 keeps what 0.19 keeps in `_COMMON`."""
-_PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
+PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
 """How the keys of what is left out begin."""
 _ANOTHER = "copy it again from where it was saved, or give the folder of an earlier iteration"
 """What to do about a checkpoint that is not whole."""
-
-
-class ConvertError(ValueError):
-    """The source is no checkpoint that can be converted, or the target is there already."""
 
 
 def _tracked(source: Path) -> Path:
@@ -94,7 +86,12 @@ def find_checkpoint(source: Path) -> Path:
     return folder
 
 
-def _read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint says of its items.
+
+    Raises:
+        ConvertError: that is damaged.
+    """
     try:
         metadata = FileSystemReader(str(folder)).read_metadata()
     except OSError:
@@ -107,7 +104,12 @@ def _read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _read_common(folder: Path) -> dict[str, Any]:
+def read_common(folder: Path) -> dict[str, Any]:
+    """A checkpoint's common state: arguments, iteration, and what else is no tensor of the model.
+
+    Raises:
+        ConvertError: that is damaged.
+    """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:
@@ -132,6 +134,7 @@ def _check_source(folder: Path, keys: Mapping[str, Any]) -> None:
     if any(SETTINGS_KEY in key for key in keys):
         raise ConvertError(f"{folder} is of a model with mHC already")
     for part, what in (
+        ("decoder.final_norm.", "a HybridModel's layers"),
         (".mixer.", "hybrid layers"),
         (".cross_attention.", "cross attention"),
         ("mtp.", "layers for multi-token prediction"),
@@ -185,8 +188,8 @@ def _write_mhc(writer: Writer, mhc: MHCConfig, layout: _Layout, hidden_size: int
             writer.tensor(layout.key(layout.layers - 1, f"head.{name}"), value.detach())
 
 
-def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
-    """The common state of a start with mHC: the source's, without its past."""
+def without_past(common: Mapping[str, Any]) -> dict[str, Any]:
+    """The common state of a start: the source's, without what belongs to a run."""
     past = {"optimizer", "opt_param_scheduler", "rerun_state_machine"}
     start = {key: value for key, value in common.items() if key not in past}
     start |= {"iteration": 0, "num_floating_point_operations_so_far": 0}
@@ -195,6 +198,14 @@ def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
         args.iteration = 0
         args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
         args.no_save_optim = args.no_save_rng = args.mhc = True
+    return start
+
+
+def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
+    """The common state of a start with mHC."""
+    start = without_past(common)
+    args = start.get("args")
+    if args is not None:
         for name, value in asdict(mhc).items():
             setattr(args, f"mhc_{name}", value)
         args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(SPEC)
@@ -213,6 +224,33 @@ def _print_progress() -> Callable[[int, int], None]:
     return progress
 
 
+def write_common(folder: Path, made: Path, writer: Writer, common: Mapping[str, Any]) -> None:
+    """Write the common state of a new checkpoint as the one in `folder` has it."""
+    if (folder / _LEGACY_COMMON).is_file():
+        torch.save(common, made / _LEGACY_COMMON)
+    else:
+        writer.object(_COMMON, common)
+
+
+def _write(folder: Path, made: Path, mhc: MHCConfig) -> None:
+    old = read_metadata(folder)
+    keys = old.state_dict_metadata
+    _check_source(folder, keys)
+    hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
+    common = _start_of(read_common(folder), mhc)
+    new = replace(old, state_dict_metadata={}, storage_data={})
+    is_model = lambda key: not key.startswith(PAST)  # noqa: E731
+    try:
+        copy_items(folder, made, old, new, is_model, _print_progress())
+    except (FileNotFoundError, ValueError) as error:  # they name the file
+        raise ConvertError(f"{error}: {_ANOTHER}") from error
+    with Writer(made, new) as writer:
+        _write_mhc(writer, mhc, _Layout(keys), hidden_size)
+        write_common(folder, made, writer, common)
+    (made / ".metadata").write_bytes(pickle.dumps(new))
+    shutil.copy(folder / "metadata.json", made)
+
+
 def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
     """Write a start with mHC from an ordinary model's checkpoint, which is only read.
 
@@ -229,41 +267,6 @@ def convert(source: Path, target: Path, mhc: MHCConfig) -> Path:
     Raises:
         ConvertError: says what is wrong with either.
     """
-    if target.exists():
-        raise ConvertError(f"{target} is there already: name a new folder, or remove it")
-    folder = find_checkpoint(source)
-    old = _read_metadata(folder)
-    keys = old.state_dict_metadata
-    _check_source(folder, keys)
-    hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
-    common = _start_of(_read_common(folder), mhc)
-    new = replace(old, state_dict_metadata={}, storage_data={})
-    made_for_it = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    made = unfinished / RELEASE
-    try:
-        made.mkdir()
-        is_model = lambda key: not key.startswith(_PAST)  # noqa: E731
-        try:
-            copy_items(folder, made, old, new, is_model, _print_progress())
-        except (FileNotFoundError, ValueError) as error:  # they name the file
-            raise ConvertError(f"{error}: {_ANOTHER}") from error
-        with Writer(made, new) as writer:
-            _write_mhc(writer, mhc, _Layout(keys), hidden_size)
-            if (folder / _LEGACY_COMMON).is_file():
-                torch.save(common, made / _LEGACY_COMMON)
-            else:
-                writer.object(_COMMON, common)
-        (made / ".metadata").write_bytes(pickle.dumps(new))
-        shutil.copy(folder / "metadata.json", made)
-        (unfinished / TRACKER).write_text(RELEASE)
-        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in made_for_it:
-            with contextlib.suppress(OSError):  # somebody else put something there
-                parent.rmdir()
-        raise
+    with new_checkpoint(target) as made:
+        _write(find_checkpoint(source), made, mhc)
     return target / RELEASE

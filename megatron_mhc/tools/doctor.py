@@ -25,6 +25,8 @@ HOOKS = (
     ("megatron.core.transformer.transformer_layer:TransformerLayer", "the layer that gets sites"),
     ("megatron.core.transformer.transformer_layer:TransformerLayerSubmodules", "its slots"),
     ("megatron.core.transformer.transformer_block:TransformerBlockSubmodules", "a block's spec"),
+    ("megatron.core.models.hybrid.hybrid_block:HybridStack", "what a HybridModel's layers are in"),
+    ("megatron.core.ssm.mamba_layer:MambaLayer", "its layer of another kind"),
     ("megatron.core.fusions.fused_bias_dropout:get_bias_dropout_add", "what mHC replaces"),
     (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec"
@@ -73,7 +75,19 @@ def _spec() -> None:
     replace_residuals(get_gpt_layer_local_spec(), MHCConfig())
 
 
-TRIALS = (("Megatron's parser, with --mhc", _parser), ("a layer's spec with mHC", _spec))
+def _stack() -> None:
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    from megatron_mhc.model.specs import replace_residuals
+
+    replace_residuals(hybrid_stack_spec, MHCConfig())
+
+
+TRIALS = (
+    ("Megatron's parser, with --mhc", _parser),
+    ("a layer's spec with mHC", _spec),
+    ("a HybridModel's spec with mHC", _stack),
+)
 
 
 def _trial(what: str, build: Callable[[], None]) -> str:

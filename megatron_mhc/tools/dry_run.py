@@ -12,19 +12,20 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.formulas import (
     activation_bytes_a_token,
-    distinct_mtp_layers,
     forward_flops_a_token,
     full_recompute_bytes_a_token,
-    sites_and_parameters,
+    parameters_of,
     training_flops_a_token,
 )
 from megatron_mhc.costs.recompute_plan import most_in_flight, plan_of
+from megatron_mhc.costs.sites import Sites, distinct_mtp_layers, hybrid_pattern
 from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.supported_versions import is_installed
@@ -106,6 +107,18 @@ def bytes_of_states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> 
     return total
 
 
+def _own_norms(args: argparse.Namespace, layers: Sequence[Any]) -> float:
+    """Norms of a layer that are modules of their own with Transformer Engine, on average.
+
+    It fuses the others into the projections behind them.
+    """
+    own = 0
+    for layer in layers:
+        own += args.multi_latent_attention and hasattr(layer, "attention_site")
+        own += hasattr(layer, "mlp_site") and layer.is_moe_layer
+    return own / len(layers)
+
+
 def bytes_of_streams(
     args: argparse.Namespace, mhc: MHCConfig, chunks: list[torch.nn.Module], stage: int
 ) -> tuple[float, str]:
@@ -115,10 +128,11 @@ def bytes_of_streams(
     plan = plan_of(chunks)
     if plan is not None:
         if args.transformer_impl == "transformer_engine":
-            # its norms are parts of the projections behind them, but for these two
-            first = next(m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer))
-            norms = int(args.multi_latent_attention) + int(first.is_moe_layer)
-            plan = dataclasses.replace(plan, norms=norms)
+            layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer)]
+            layers = [layer for layer in layers if not layer.is_mtp]
+            if hybrid_pattern(args) is None:
+                layers = layers[:1]  # whose plan it is
+            plan = dataclasses.replace(plan, norms=_own_norms(args, layers))
         return sum(plan.bytes_a_token.values()), plan.in_words
     in_flight = most_in_flight(chunks[0].config, mhc, stage)
     sizes = (args.hidden_size, args.params_dtype.itemsize)
@@ -128,14 +142,19 @@ def bytes_of_streams(
         if args.recompute_granularity == "full":
             decoder = sum(not layer.is_mtp for layer in whole)
             inputs, block = full_recompute_bytes_a_token(
-                mhc, decoder, *sizes, args.recompute_method, args.recompute_num_layers
+                mhc,
+                decoder,
+                *sizes,
+                args.recompute_method,
+                args.recompute_num_layers,
+                len(whole[0].sites),
             )
             kept, rebuilt = kept + inputs, max(rebuilt, block)
             # multi-token prediction starts from one stream, and "block" does not recompute it
             whole = [m for m in whole if m.is_mtp and args.recompute_method == "block"]
         # a layer of multi-token prediction may run at several depths
         depths = (args.mtp_num_layers or 0) // max(distinct_mtp_layers(args), 1)
-        passes = sum(depths if layer.is_mtp else 1 for layer in whole)
+        passes = sum(len(m.sites) * (depths if m.is_mtp else 1) for m in whole)
         kept += activation_bytes_a_token(mhc, passes, *sizes)
     unit = "microbatch" if in_flight == 1 else "microbatches"
     return kept * in_flight / len(chunks) + rebuilt, f"{in_flight} {unit} in flight"
@@ -145,9 +164,9 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     """The lines about mHC itself."""
     from megatron.training.training import num_floating_point_operations
 
-    sizes = (args.num_layers, args.hidden_size)
-    sites, parameters = sites_and_parameters(mhc, *sizes, distinct_mtp_layers(args))
-    forward = forward_flops_a_token(mhc, *sizes, args.mtp_num_layers or 0)
+    sites = Sites.of(args)
+    parameters = parameters_of(mhc, sites, args.hidden_size)
+    forward = forward_flops_a_token(mhc, sites, args.hidden_size)
     extra = training_flops_a_token(args, mhc)
     # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
     whole = num_floating_point_operations(args, 1) / args.seq_length
@@ -156,7 +175,7 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     )
     lines = [] if is_served else ["  activations: of the Triton kernels; the reference keeps more"]
     return [
-        f"mHC: {sites} sites, {parameters:,} extra parameters (fp32)",
+        f"mHC: {sites.built} sites, {parameters:,} extra parameters (fp32)",
         f"  FLOPs a token: {forward:,} forward, {extra:,} a training step,"
         f" {extra / (whole - extra):.2%} of the ordinary model's {whole - extra:,.0f}",
         *lines,
@@ -192,7 +211,7 @@ def page(flags: Sequence[str]) -> str:
         with pretended(args, stage) as groups:
             try:
                 chunks = build(args, groups)
-            except (ValueError, AssertionError, RuntimeError) as error:
+            except (ValueError, AssertionError, RuntimeError, ImportError) as error:
                 raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
             parameters = [p for chunk in chunks for p in chunk.parameters()]
             whole |= whole_sizes(chunks)

@@ -7,12 +7,17 @@ have the same shapes (what they lack, `add_fused_norms` adds).
 import argparse
 import contextlib
 import io
+import logging
 import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from megatron_mhc.costs.sites import hybrid_pattern
+from megatron_mhc.patches import registry
+from megatron_mhc.patches.cpu.hybrid import HYBRID
 
 WITHOUT_TRANSFORMER_ENGINE = {
     "transformer_impl": "local",
@@ -63,42 +68,69 @@ def check_fusions(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Megatron's, unless all it misses is Transformer Engine.
     """
-    from megatron.training.argument_utils import gpt_config_from_args
-
     others = WITHOUT_TRANSFORMER_ENGINE | {"apply_rope_fusion": args.apply_rope_fusion}
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            gpt_config_from_args(argparse.Namespace(**(vars(args) | others)))
+            model_config(argparse.Namespace(**(vars(args) | others)))
     except ValueError as error:
         if "install TE" not in str(error):
             raise
 
 
+def model_config(args: argparse.Namespace) -> Any:
+    """Megatron's configuration of the model that the arguments describe."""
+    from megatron.core.models.hybrid import hybrid_layer_specs
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    if hybrid_pattern(args) is None:
+        return gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
+    if config.hybrid_stack_spec is None:
+        config.hybrid_stack_spec = hybrid_layer_specs.hybrid_stack_spec
+    return config
+
+
 def build(args: argparse.Namespace, groups: Any) -> list[torch.nn.Module]:
     """The model chunks of this rank, on tensors without memory."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training.models.hybrid import HybridModelBuilder
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    check_fusions(args)
     local = argparse.Namespace(**(vars(args) | WITHOUT_TRANSFORMER_ENGINE))
     lacks_norms = args.qk_layernorm and args.multi_latent_attention and args.q_lora_rank is None
     local.qk_layernorm = args.qk_layernorm and not lacks_norms
-    model_parallel_cuda_manual_seed(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        config = gpt_config_from_args(local)
     chunks = args.virtual_pipeline_model_parallel_size
-    config.transformer.perform_initialization = False
-    builder = GPTModelBuilder(config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        built = [
-            builder.build_model(groups, vp_stage=chunk if chunks else None)
-            for chunk in range(chunks or 1)
-        ]
-        if lacks_norms:
-            add_fused_norms(built)
+    with local_hybrid_stack():
+        check_fusions(args)
+        model_parallel_cuda_manual_seed(1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            config = model_config(local)
+        config.transformer.perform_initialization = False
+        is_hybrid = hybrid_pattern(args) is not None
+        builder = HybridModelBuilder(config) if is_hybrid else GPTModelBuilder(config)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            built = [
+                builder.build_model(groups, vp_stage=chunk if chunks else None)
+                for chunk in range(chunks or 1)
+            ]
+            if lacks_norms:
+                add_fused_norms(built)
     return built
+
+
+@contextlib.contextmanager
+def local_hybrid_stack() -> Iterator[None]:
+    """Megatron has no local spec of a HybridModel: inside, that of `--cpu` is there."""
+    # it logs the layers of every stage
+    logging.getLogger("megatron.core.models.hybrid").setLevel(logging.WARNING)
+    mine = [s.patch for s in registry.status(*HYBRID) if s.state != "applied"]
+    registry.apply(*mine)
+    try:
+        yield
+    finally:
+        if mine:  # of none, all would be undone
+            registry.undo(*(patch.id for patch in mine))
 
 
 def add_fused_norms(chunks: list[torch.nn.Module]) -> None:

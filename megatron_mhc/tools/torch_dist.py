@@ -99,6 +99,10 @@ class Writer:
         if layers is not None:
             shape, offset = torch.Size((layers, *shape)), torch.Size((layer, *offset))
             value = value.unsqueeze(0)
+        self.part(key, value, offset, shape)
+
+    def part(self, key: str, value: Tensor, offset: torch.Size, shape: torch.Size) -> None:
+        """Write the part of a tensor of this shape that begins at the offset."""
         whole = self._metadata.state_dict_metadata.setdefault(
             key, TensorStorageMetadata(TensorProperties(value.dtype), shape, [])
         )
@@ -109,3 +113,9 @@ class Writer:
         """Write an object that `torch.load(..., weights_only=True)` reads."""
         self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
         self._write(MetadataIndex(key), [value])  # Megatron stores an object as a list of one
+
+    def stored_object(self, key: str, data: bytes) -> None:
+        """Write an object as another checkpoint has it, unread."""
+        self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        place = _StorageInfo(NEW_FILE, self._stream.tell(), self._stream.write(data))
+        self._metadata.storage_data[MetadataIndex(key)] = place

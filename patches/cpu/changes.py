@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import _CoalescingManager, _world
 
 from megatron_mhc.patches.registry import Patch
 
+from .hybrid import HYBRID
 from .resuming import RESUMING
 from .without_kernels import WITHOUT_KERNELS
 
@@ -227,6 +228,7 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "the same, of shards",
         optional=True,
     ),
+    *HYBRID,
     *WITHOUT_KERNELS,
 )
 """The changes to Megatron; those to torch are `torch_cuda`'s."""

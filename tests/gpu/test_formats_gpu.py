@@ -212,6 +212,6 @@ def test_activation_bytes_are_those_of_the_formula() -> None:
         loss = loss_of(model, 0)
         held[mhc] = requested_bytes() - before
         del loss
-    formula = activation_bytes_a_token(WIDE, LAYERS, HIDDEN, 2)
+    formula = activation_bytes_a_token(WIDE, 2 * LAYERS, HIDDEN, 2)
     # what is small and not in the formula
     assert held[WIDE] - held[None] == pytest.approx(formula * SEQUENCE * BATCH, rel=0.02)

@@ -71,6 +71,7 @@ def test_what_torch_calls_the_operations() -> None:
         "megatron_mhc:with_mhc",
         "megatron_mhc.spec:with_mhc",
         "megatron_mhc.spec:gpt_layer_spec",
+        "megatron_mhc.spec:hybrid_stack_spec",
         "megatron_mhc.run:main",
         "megatron_mhc.__main__:main",
         "megatron_mhc.kernels:use_backend",

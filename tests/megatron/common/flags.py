@@ -44,6 +44,10 @@ MOE = [
     *("--moe-router-load-balancing-type", "none"),
 ]
 ROPE = ["--position-embedding-type", "rope"]
+HYBRID_SCRIPT = "examples/pretrain_hybrid.py"
+HYBRID_SPEC = ["--spec", "megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
+HYBRID = [*HYBRID_SPEC, "--hybrid-layer-pattern", "*-*-"]
+"""A HybridModel of the layers of `TINY`'s GPT; beside `ROPE`."""
 SPEC = ["--spec", "megatron_mhc.spec", "gpt_layer_spec"]
 BANNER = (
     "> mHC is on: 4 streams, variant mhc, convention paper, 20 Sinkhorn iterations, init residual,"

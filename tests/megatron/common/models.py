@@ -5,6 +5,7 @@ Importing this readies Megatron for the CPU.
 
 import functools
 import itertools
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -29,13 +30,14 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig  #
 from megatron_mhc import with_mhc  # noqa: E402
 from megatron_mhc.model.connection import initial_bias  # noqa: E402
 from megatron_mhc.model.parameters import is_hyper_connection  # noqa: E402
+from tests.megatron.common import hybrid  # noqa: E402
 from tests.megatron.common.scenario import SEQUENCE, VOCABULARY, Scenario  # noqa: E402
 
 
 def transformer_config(s: Scenario) -> TransformerConfig:
     """The tiny model's TransformerConfig."""
     settings: dict[str, Any] = {
-        "num_layers": 4,
+        "num_layers": hybrid.layers_in(s.pattern) if s.pattern else 4,
         "hidden_size": 64,
         "num_attention_heads": 4,
         "ffn_hidden_size": 128,
@@ -103,6 +105,8 @@ class OwnNorm(torch.nn.Module):
 
 def layer_spec(s: Scenario, config: TransformerConfig, chunk: int | None) -> Any:
     """The spec that Megatron's own function returns for this kind of model."""
+    if s.pattern is not None:
+        return hybrid.stack_spec()
     if s.kind in ("moe", "mla moe", "block"):
         return specs.get_gpt_decoder_block_spec(config, False, vp_stage=chunk)
     if s.kind == "mla":
@@ -144,7 +148,16 @@ def whole_model_shards(model: GPTModel) -> list[ShardedTensor]:
     """This rank's parameters as shards of the whole model's, by checkpoint key."""
     state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     apply_factories(state)
-    return list(_leaves(state))
+    leaves = list(_leaves(state))
+    for leaf in leaves if pairs_of_a_gpt(model) else ():
+        leaf.key = hybrid.gpt_key(leaf.key)
+    return leaves
+
+
+def pairs_of_a_gpt(model: Any) -> bool:
+    """Whether this is a HybridModel whose layers are, two by two, those of a GPT."""
+    pattern = getattr(model, "hybrid_layer_pattern", None) or ""
+    return bool(pattern) and re.fullmatch(r"(\|?[*+]\|?[-E])+(/[*+][-E])*", pattern) is not None
 
 
 def mhc_config(s: Scenario) -> MHCConfig:
@@ -161,16 +174,9 @@ def build(s: Scenario, config: TransformerConfig) -> list[GPTModel]:
     return [build_chunk(s, config, chunk if virtual else None) for chunk in range(virtual or 1)]
 
 
-def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GPTModel:
-    """One chunk of the model. Its weights are those of the whole model, built alike everywhere."""
-    model_parallel_cuda_manual_seed(7)
-    spec = layer_spec(s, config, chunk)
-    mtp = None
-    if config.mtp_num_layers:
-        mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
-    if s.mhc is not None:
-        spec = with_mhc(spec, mhc_config(s))
-    model = GPTModel(
+def gpt(s: Scenario, config: TransformerConfig, spec: Any, mtp: Any, chunk: int | None) -> GPTModel:
+    """One chunk of a GPT."""
+    return GPTModel(
         config,
         spec,
         vocab_size=VOCABULARY,
@@ -182,6 +188,21 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
         vp_stage=chunk,
         mtp_block_spec=mtp,
     )
+
+
+def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GPTModel:
+    """One chunk of the model. Its weights are those of the whole model, built alike everywhere."""
+    model_parallel_cuda_manual_seed(7)
+    spec = layer_spec(s, config, chunk)
+    mtp = None
+    if config.mtp_num_layers and s.pattern is None:
+        mtp = specs.get_gpt_mtp_block_spec(config, spec, False, vp_stage=chunk)
+    if s.mhc is not None:
+        spec = with_mhc(spec, mhc_config(s))
+    if s.pattern is None:
+        model = gpt(s, config, spec, mtp, chunk)
+    else:
+        model = hybrid.build(s, config, spec, chunk)
     drop_layers(s, model)
     seed_weights(model, s.perturb)
     for parameter in model.parameters():
@@ -190,7 +211,7 @@ def build_chunk(s: Scenario, config: TransformerConfig, chunk: int | None) -> GP
     for layer in model.decoder.layers if s.mhc is not None else ():
         layer.fuses_with_next &= s.fuse == "all"
         if s.fuse == "none":
-            layer.attention_site.following = None
+            layer.sites[0].following = None
     if s.checkpoint is not None:
         put_under_a_checkpoint(model, s.checkpoint)
     return model
@@ -220,8 +241,8 @@ def drop_layers(s: Scenario, model: GPTModel) -> None:
         return
     for layer in layers:
         layer.layer_number = kept.index(layer.layer_number) + 1
-        for site, part in enumerate((layer.attention_connection, layer.mlp_connection)):
-            part.bias.data.copy_(initial_bias(layer.mhc, 2 * (layer.layer_number - 1) + site))
+        for index, site in enumerate(layer.sites, layer.first_index):
+            site.connection.bias.data.copy_(initial_bias(layer.mhc, index))
     model.decoder.layers = torch.nn.ModuleList(layers)
     model.decoder.num_layers_per_pipeline_rank = len(layers)  # full recompute counts by it
     model.config.num_layers = len(kept)

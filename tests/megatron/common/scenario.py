@@ -26,6 +26,8 @@ class Scenario:
         align_grad_reduce: gradients of each stage are reduced when the schedule says so.
         kind: the spec: "dense", "moe", "mla", "mla moe", "block" (a dense
             TransformerBlockSubmodules) or "own norm" (`OwnNorm` in both norm slots).
+        pattern: the layers of a HybridModel, in the place of the GPT; of pairs of attention and
+            an MLP alone, it has the keys and the weights of the GPT that has these layers.
         perturb: give mHC's parameters values of a trained model's size instead of their start.
         save, load: folders of a distributed checkpoint of the model.
         lengths: tokens of each microbatch's sequences, SEQUENCE at most and where it is empty.
@@ -63,6 +65,7 @@ class Scenario:
     align_grad_reduce: bool = False
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: str = "dense"
+    pattern: str | None = None
     perturb: bool = True
     microbatches: int = 2
     batch: int = 4

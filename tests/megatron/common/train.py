@@ -148,7 +148,7 @@ class Training:
             "dtypes": {name: str(p.dtype) for name, p in core.named_parameters()},
             "calls": {name: self.calls[name] / (s.steps * s.microbatches) for name in self.calls},
             "linked": [
-                layer.mlp_site.following is after.attention_site
+                layer.sites[-1].following is after.sites[0]
                 for layer, after in itertools.pairwise(core.decoder.layers)
                 if s.mhc is not None
             ],

@@ -50,13 +50,14 @@ def test_a_run_without_a_line_of_progress_is_no_error(tmp_path: Path) -> None:
         assert process.communicate("noise\n", timeout=20)[0] == "" and process.returncode == 0
 
 
-def test_the_tiny_mixture_of_experts_trains_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", ["moe", "hybrid"])
+def test_a_tiny_mixture_of_experts_trains_and_resumes(example: str, tmp_path: Path) -> None:
     """Latent attention, a dense layer first, shared and routed experts, their balancing loss."""
     run = {"RUNS": str(tmp_path), "ITERATIONS": "8"}
     small = ["--seq-length", "64", "--max-position-embeddings", "64", "--eval-iters", "1"]
-    first = launch("moe/tiny.sh", *small, "--exit-interval", "4", **run)
+    first = launch(f"{example}/tiny.sh", *small, "--exit-interval", "4", **run)
     assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-2000:]
-    second = launch("moe/tiny.sh", *small, **run)
+    second = launch(f"{example}/tiny.sh", *small, **run)
     assert second.returncode == 0, second.stdout[-4000:] + second.stderr[-2000:]
     logged = [numbered_losses(run.stdout) for run in (first, second)]
     assert [[step for step, _ in lines] for lines in logged] == [[1, 2, 3, 4], [5, 6, 7, 8]]

@@ -9,6 +9,7 @@ import torch
 
 from megatron_mhc.kernels import reference
 from megatron_mhc.metrics.formulas import gains, residual_metrics, stream_geometry
+from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import FULL_RECOMPUTE, VIRTUAL, stages
@@ -23,7 +24,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "hc": {"mhc": {"variant": "hc"}},
     "deepseek_v4": {"mhc": {"convention": "deepseek_v4"}},
     "two streams": {"mhc": {"num_streams": 2, "init": "zero"}},
+    "hybrid": {"pattern": "*-*-*-*-"},  # the same layers
 }
+if not is_installed("<0.19"):  # where multi-token prediction is refused
+    # its layers are no part of the depth; Megatron tells those of attention alone what they are
+    ALONE["hybrid, multi-token prediction"] = {
+        "pattern": "*-*-*-*-/-*",
+        "config": {"mtp_num_layers": 1},
+    }
 SHARDED = {"use_distributed_optimizer": True}
 TWO: dict[str, dict[str, Any]] = {
     "two stages": {"parallel": stages(2)},
@@ -41,6 +49,10 @@ TWO: dict[str, dict[str, Any]] = {
     },
     "two interleaved stages": {
         "parallel": VIRTUAL,
+    },
+    "two segments of a hybrid model": {
+        "pattern": "*-*-*|-*-",
+        "parallel": stages(2),
     },
     "data parallel": {},
     "distributed optimizer": {"ddp": SHARDED},
@@ -156,9 +168,10 @@ def test_metrics_equal_float64(processes: str, name: str, request: pytest.Fixtur
     assert metrics["sites"] == list(range(8))
     assert_close(metrics["site"], sites)
     np.testing.assert_allclose(metrics["h_res"], h_res, rtol=2e-5, atol=2e-6)
-    head = [g for name, g in result["gradients"][-1].items() if ".head." in name]
+    named = result["gradients"][-1].items()
+    others = [g for name, g in named if ".head." in name or name.startswith("mtp.")]
     squares = sum(g**2 for g in sites["gradient_norm"])
-    squares += sum(g.double().square().sum().item() for g in head)
+    squares += sum(g.double().square().sum().item() for g in others)
     # the squares of the same fp32 gradients, added in float64 (1e-16) both times
     assert metrics["gradient_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
     # what the comparison would miss if the model stood at its start: maps that do nothing
@@ -172,9 +185,12 @@ def test_metrics_equal_float64(processes: str, name: str, request: pytest.Fixtur
         "no boundary fused across layers",
         "full recompute",
         "streams recomputed",
+        "hybrid",
     ],
 )
-def test_metrics_know_neither_fusion_nor_recompute(alone: dict[str, Any], name: str) -> None:
+def test_metrics_know_neither_fusion_nor_recompute_nor_how_many_sites_a_layer_has(
+    alone: dict[str, Any], name: str
+) -> None:
     assert alone[name]["metrics"] == alone["mhc"]["metrics"]
 
 

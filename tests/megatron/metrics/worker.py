@@ -54,13 +54,15 @@ class Observer:
             model = kwargs["model"]
             chunks = model if isinstance(model, list) else [model]
             self.truth, hooks = {}, []
-            layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer)]
+            modules = (m for chunk in chunks for m in chunk.modules())
+            layers = [m for m in modules if isinstance(m, MHCLayer) and not m.is_mtp]
             sites = {}
             for layer in layers:
-                slots = (layer.input_layernorm, layer.pre_mlp_layernorm)
-                connections = (layer.attention_connection, layer.mlp_connection)
-                for i, (slot, connection) in enumerate(zip(slots, connections, strict=True)):
-                    site = 2 * (layer.layer_number - 1) + i
+                both = (("attention", "input_layernorm"), ("mlp", "pre_mlp_layernorm"))
+                slots = [slot for slot in both if hasattr(layer, f"{slot[0]}_connection")]
+                for i, (name, norm) in enumerate(slots):
+                    connection, slot = getattr(layer, f"{name}_connection"), getattr(layer, norm)
+                    site = len(slots) * (layer.layer_number - 1) + i
                     sites[site] = connection
                     read = functools.partial(self._read, site, connection)
                     hooks.append(slot.register_forward_pre_hook(read, prepend=True))

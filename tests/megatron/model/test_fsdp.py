@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "experts": {"kind": "moe"},
     "bf16": {"bf16": True, "optimizer": {**ADAM, "lr": 0.1, "min_lr": 0.1}},
     "full recompute": {"config": FULL},
+    "hybrid": {"pattern": "*-M*-"},
     "sequence parallel": {
         "parallel": {"tensor_model_parallel_size": 2},
         "config": {"sequence_parallel": True},

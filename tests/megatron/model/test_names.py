@@ -88,8 +88,8 @@ def test_megatrons_yaml_finds_layer_and_settings_again(layer: type) -> None:
 
 
 def test_a_name_of_nothing_is_refused_as_megatron_does() -> None:
-    from megatron_mhc.model import layer
+    from megatron_mhc.model import layer_classes
 
     for name in ("nothing", "megatron.nothing", "megatron.core.transformer.module.Nothing"):
         with pytest.raises(ImportError, match="Error loading"):
-            _locate(f"{layer.__name__}.of.{name}")
+            _locate(f"{layer_classes.__name__}.of.{name}")

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
         {"config": {**DROPOUT, **selective("core_attn", "mlp"), "add_bias_linear": False}},
     ),
     "moe recomputed": (1, 2, {"kind": "moe", "config": selective("moe")}),
+    "hybrid": (1, 3, {"pattern": "*-*-*"}),
+    "hybrid, auto": (1, "auto", {"pattern": "*-ME*-", "kind": "moe", "config": DROPOUT}),
     "1F1B": (2, 1, {**LONG, "parallel": stages(2)}),
     "1F1B, auto, ahead": (2, "auto", {**LONG, "parallel": stages(2), "rebuild_ahead": True}),
     "interleaved": (
@@ -156,6 +158,7 @@ N = 4
         ("RMSNorm", (2, 2), 2),
         ("moe", (2, 2), 2),
         ("boundaries apart", (2, 2), 2),
+        ("hybrid", (3, 2), 2),
     ],
 )
 def test_the_bytes_are_gone(case: str, blocks: tuple[int, ...], last_layers: int) -> None:
@@ -163,7 +166,7 @@ def test_the_bytes_are_gone(case: str, blocks: tuple[int, ...], last_layers: int
     got, want = (result["held"] for result in results(case))
 
     def dropped(layers: int) -> int:
-        sites = 2 * layers
+        sites = layers if "pattern" in CASES[case][2] else 2 * layers
         return ((sites - 1) * N + 2 * sites) * FP32 * TOKENS
 
     # what recompute keeps beside what the graph keeps anyway (h_pre) is no tensor of the graph's

@@ -68,13 +68,43 @@ def test_specs_that_mhc_refuses() -> None:
     other.module = IdentityOp
     with pytest.raises(ValueError, match=r"needs a TransformerLayer and the spec has .*IdentityOp"):
         with_mhc(other)
+    with pytest.raises(ValueError, match="call a spec function before with_mhc"):
+        with_mhc(specs)
+
+
+def hybrid_spec() -> Any:
+    """Megatron's spec of a HybridStack."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    spec = copy.copy(hybrid_stack_spec)
+    spec.submodules = copy.copy(spec.submodules)
+    return spec
+
+
+def test_with_mhc_gives_every_kind_of_a_stacks_layers_a_class() -> None:
+    spec = hybrid_spec()
+    before = repr(spec)
+    for wide in (with_mhc(spec).submodules, with_mhc(spec.submodules)):
+        kinds = {name: kind for name, kind in vars(wide).items() if name.endswith("_layer")}
+        assert kinds and all(kind.module.__name__.startswith("MHC") for kind in kinds.values())
+        assert wide.mamba_layer.module.__name__ == "MHCMambaLayer"
+        assert wide.mtp_block_spec is spec.submodules.mtp_block_spec
+    assert repr(spec) == before
+    assert type(with_mhc(spec)) is type(spec)
+
+
+def test_stack_specs_that_mhc_refuses() -> None:
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    hybrid = ModuleSpec(module=HybridStack, submodules=HybridStackSubmodules())
-    with pytest.raises(
-        ValueError, match=r"needs a TransformerLayer and the spec has .*HybridStack"
-    ):
-        with_mhc(hybrid)
-    with pytest.raises(ValueError, match="call a spec function before with_mhc"):
-        with_mhc(specs)
+    with pytest.raises(ValueError, match="HybridStack has no layer to give mHC to"):
+        with_mhc(ModuleSpec(module=HybridStack, submodules=HybridStackSubmodules()))
+    with pytest.raises(ValueError, match="has mHC already: call with_mhc once"):
+        with_mhc(with_mhc(hybrid_spec()))
+    whole = hybrid_spec()
+    whole.submodules.attention_layer = specs()["local"]
+    message = "has one sublayer, and the spec of TransformerLayer fills self_attn_bda and mlp_bda"
+    with pytest.raises(ValueError, match=message):
+        with_mhc(whole)
+    with pytest.raises(ValueError, match="a MambaLayer in a HybridStack alone"):
+        with_mhc([hybrid_spec().submodules.mamba_layer])

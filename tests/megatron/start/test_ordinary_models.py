@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc.patches.supported_versions import is_installed
-from tests.megatron.common.flags import ROPE, RUN, SOURCE, STAND_IN, TINY, training_log
-from tests.megatron.common.launch import forked, forked_python, forked_run
+from tests.megatron.common.flags import (
+    HYBRID_SCRIPT,
+    HYBRID_SPEC,
+    ROPE,
+    RUN,
+    SOURCE,
+    STAND_IN,
+    TINY,
+    training_log,
+)
+from tests.megatron.common.launch import ROOT, forked, forked_python, forked_run
 
 SAYS_ITS_PATCHES = f"""{SOURCE}
 from megatron_mhc.start.activate import plugin_patches
@@ -18,6 +27,7 @@ ALONE = f"""{STAND_IN}{SOURCE}
 import sys
 print("plugin", "megatron_mhc.start.activate" in sys.modules)
 """
+EXPERTS = ["--num-experts", "2", "--disable-bias-linear"]
 ORDINARY: dict[str, tuple[int, list[str]]] = {
     "one process": (1, ["--bf16"]),
     "virtual stages": (
@@ -32,6 +42,10 @@ ORDINARY: dict[str, tuple[int, list[str]]] = {
         1,
         ["--mtp-num-layers", "1", *ROPE],
     ),
+    "hybrid": (1, ["--bf16", *ROPE, *HYBRID_SPEC, "--hybrid-layer-pattern", "*-E*", *EXPERTS]),
+}
+SOURCES = {
+    "hybrid": f"import sys; sys.path.insert(0, 'examples')\n{(ROOT / HYBRID_SCRIPT).read_text()}"
 }
 
 
@@ -54,18 +68,19 @@ def test_our_patches_change_no_digit_of_an_ordinary_model(case: str, tmp_path: P
     """Those of the optimizer, the schedule and the building of a model are on its way too."""
     from megatron_mhc.patches.cpu import SHIPPED_HELPERS
     from megatron_mhc.patches.spec_function import spec_function_patches
-    from megatron_mhc.start.activate import plugin_patches
+    from megatron_mhc.start.activate import plugin_patches, spec_patch
 
     script = tmp_path / "train.py"
-    script.write_text(SAYS_ITS_PATCHES)
+    source = SAYS_ITS_PATCHES.replace(SOURCE, SOURCES.get(case, SOURCE))
+    script.write_text(source)
     processes, flags = ORDINARY[case]
     command = [str(script), *TINY, *flags, "--weight-decay", "0.1", "--log-params-norm"]
     (status, alone), (status_too, patched) = (
         forked_run(processes, *command, runner=runner) for runner in (False, True)
     )
     assert status == status_too == 0, alone[-3000:] + patched[-3000:]
-    # the stand-in's, and what importing our spec applies with Megatron 0.18
-    few = [patch.id for patch in (*spec_function_patches(), SHIPPED_HELPERS)]
+    # the stand-in's, and what importing our spec applies
+    few = [patch.id for patch in (*spec_function_patches(), spec_patch(), SHIPPED_HELPERS)]
     assert f"applied: {' '.join(few)}\n" in alone, alone[-3000:]
     assert f"applied: {' '.join(patch.id for patch in plugin_patches())}\n" in patched
     log = training_log(alone)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.patches.supported_versions import is_installed
-from tests.megatron.common.flags import ROPE, TINY
+from tests.megatron.common.flags import HYBRID_SPEC, ROPE, TINY
 from tests.megatron.common.launch import forked_python
 from tests.megatron.common.scripts import NEEDS_0_19, launch
 
@@ -73,6 +73,64 @@ def test_the_dry_run_drops_the_norms_that_transformer_engine_keeps_apart(
     bytes_a_token = Plan(4, width, (layers,), 3, norms, "auto").bytes_a_token
     wanted = f"{sum(bytes_a_token.values()):,.0f}"
     assert re.search(rf"^stage 1.*activations {wanted} bytes a token", done.stdout, re.M)
+
+
+def page_of(*flags: str) -> str:
+    """What the dry run prints of `PLAIN`'s model, with mHC."""
+    done = forked_python(*DRY_RUN, *PLAIN, *ROPE, *flags, "--mhc")
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+LOCAL = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize("recompute", [[], ["--mhc-recompute", "2"]], ids=str)
+def test_a_hybrid_models_layers_are_counted_one_by_one(recompute: list[str]) -> None:
+    """Pairs of them are a GPT's layers: the same sites, parameters and bytes in another split."""
+    gpt = page_of(*LOCAL, *recompute)
+    blocks = ["--mhc-recompute", "4"] if recompute else []
+    pairs = [*HYBRID_SPEC, "--hybrid-layer-pattern", "*-*-*-*-"]
+    hybrid = page_of(*LOCAL, *pairs, *blocks)
+    wanted = r"mHC: (8 sites, .*)\n +(FLOPs a token: \S+) [\s\S]*activations (\S+) bytes a token"
+    of_gpt, of_hybrid = re.search(wanted, gpt), re.search(wanted, hybrid)
+    assert of_gpt and of_hybrid, hybrid
+    assert of_hybrid.groups() == of_gpt.groups()
+    whole = re.search(r"the whole model: .*", gpt)
+    assert whole and whole[0] in hybrid
+
+
+@NEEDS_0_19
+def test_a_hybrid_models_stages_are_its_segments() -> None:
+    """Transformer Engine's norms: an own one in front of experts alone, of three layers."""
+    pattern = ["--hybrid-layer-pattern", "*-|*-E", "--num-experts", "2"]
+    stages = ["--pipeline-model-parallel-size", "2", "--untie-embeddings-and-output-weights"]
+    printed = forked_python(
+        *DRY_RUN,
+        *PLAIN,
+        *ROPE,
+        *HYBRID_SPEC,
+        *pattern,
+        *stages,
+        "--mhc",
+        "--mhc-recompute",
+        "2",
+        WORLD_SIZE="2",
+    ).stdout
+    for stage, (layers, in_flight, norms) in enumerate(((2, 2, 0), (3, 1, 1 / 3))):
+        plan = Plan(4, 64, (layers,), in_flight, norms, 2, sites=1)
+        wanted = f"{sum(plan.bytes_a_token.values()):,.0f}"
+        found = rf"^stage {stage}.*activations {wanted} bytes a token"
+        assert re.search(found, printed, re.M), (wanted, printed)
+
+
+@NEEDS_0_19
+def test_a_hybrid_models_layers_without_their_package_are_named() -> None:
+    mamba = [*HYBRID_SPEC, "--hybrid-layer-pattern", "M*-"]
+    done = forked_python(*DRY_RUN, *PLAIN, *ROPE, *mamba, "--mhc")
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert "stage 0 cannot be built: MambaSSM is not installed" in done.stdout
 
 
 @NEEDS_0_19

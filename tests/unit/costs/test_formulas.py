@@ -1,6 +1,8 @@
 """mHC's FLOPs and activation bytes, against counts from the equations and a measurement."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,9 @@ from megatron_mhc.costs.formulas import (
     activation_bytes_a_token,
     forward_flops_a_token,
     full_recompute_bytes_a_token,
-    sites_and_parameters,
+    parameters_of,
 )
+from megatron_mhc.costs.sites import Sites
 from megatron_mhc.model.connection import Head, HyperConnection
 
 
@@ -71,12 +74,12 @@ def test_forward_flops_are_those_of_the_equations(settings: dict, learned: bool,
         site(count, mhc.num_streams, width, mhc.variant)
     for _ in range((1 + mtp) if learned else 0):
         head(count, mhc.num_streams, width)
-    assert forward_flops_a_token(mhc, layers, width, mtp) == count.flops
+    assert forward_flops_a_token(mhc, Sites(2 * layers, 2, 1, mtp), width) == count.flops
 
 
 def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
     """`benchmarks/results/2026-11-24-memory.md`: 12.2 GiB ordinary, 17.2 with mHC, 8 layers."""
-    a_token = activation_bytes_a_token(MHCConfig(), 8, 4096, 2)
+    a_token = activation_bytes_a_token(MHCConfig(), 16, 4096, 2)
     gib = a_token * 2 * 4096 / 2**30
     # both figures are rounded to 0.05
     assert gib == pytest.approx(17.2 - 12.2, abs=0.1)
@@ -88,7 +91,7 @@ def test_parameter_count_is_the_modules(settings: dict) -> None:
     modules = [HyperConnection(mhc, 10, site) for site in range(4)]
     modules += [Head(mhc, 10)] if mhc.learned_head else []
     count = sum(p.numel() for module in modules for p in module.parameters())
-    assert sites_and_parameters(mhc, num_layers=2, hidden_size=10) == (4, count)
+    assert parameters_of(mhc, Sites(4), hidden_size=10) == count
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,30 @@ def test_parameter_count_is_the_modules(settings: dict) -> None:
 def test_full_recompute_keeps_the_inputs_of_blocks(
     method: str, length: int, inputs: int, whole: int, rebuilt: int
 ) -> None:
-    layer = activation_bytes_a_token(MHCConfig(), 1, 64, 2)
+    layer = activation_bytes_a_token(MHCConfig(), 2, 64, 2)
     kept = inputs * 3 * 2 * 64 + whole * layer
     found = full_recompute_bytes_a_token(MHCConfig(), 10, 64, 2, method, length)
     assert found == (kept, rebuilt * layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sites", "built", "run"),
+    [
+        ({}, Sites(8, 2, 0, 0), 8, 8),
+        ({"mtp_num_layers": 2}, Sites(8, 2, 2, 2), 12, 12),
+        ({"mtp_num_layers": 2, "mtp_use_repeated_layer": True}, Sites(8, 2, 1, 2), 10, 12),
+        ({"hybrid_layer_pattern": "M*-E"}, Sites(4), 4, 4),
+        ({"hybrid_layer_pattern": "M-|M*-"}, Sites(5), 5, 5),
+        (
+            {"hybrid_layer_pattern": "M*|-/*E/*E", "mtp_num_layers": 2},
+            Sites(3, 2, 2, 2),
+            *(7, 7),
+        ),
+    ],
+)
+def test_sites_are_those_of_the_layers(
+    settings: dict[str, Any], sites: Sites, built: int, run: int
+) -> None:
+    found = Sites.of(SimpleNamespace(**{"num_layers": 4, "mtp_num_layers": None} | settings))
+    assert found == sites
+    assert (found.built, found.run) == (built, run)

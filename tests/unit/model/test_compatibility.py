@@ -18,6 +18,7 @@ from megatron_mhc.model.compatibility import (
     REFERENCE_CONFLICTS,
     check_transformer_config,
 )
+from megatron_mhc.model.hybrid_conflicts import HYBRID_CONFLICTS
 from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.start.flags import add_mhc_arguments
 
@@ -35,7 +36,19 @@ GIVEN = {
     },
     "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
     "--mtp-num-layers": {"mtp_num_layers": 1},  # with Megatron-Core 0.18
-    "--hybrid-layer-pattern": {"hybrid_layer_pattern": "M*M*"},
+    "--hybrid-layer-pattern with --overlap-moe-expert-parallel-comm": {
+        "hybrid_layer_pattern": "*E",
+        "overlap_moe_expert_parallel_comm": True,
+        "num_layers": 2,
+    },
+    "--hybrid-layer-pattern with --transformer-impl inference_optimized": {
+        "hybrid_layer_pattern": "*-",
+        "transformer_impl": "inference_optimized",
+    },
+    "--hybrid-layer-pattern with --cuda-graph-impl": {
+        "hybrid_layer_pattern": "*-",
+        "cuda_graph_impl": "full_iteration",
+    },
     "--cuda-graph-impl": {"cuda_graph_impl": "full_iteration"},  # the same
     "--cuda-graph-impl local with experts": {"cuda_graph_impl": "local", "num_moe_experts": 8},
     "--cuda-graph-impl with --mhc-log-interval": {
@@ -77,10 +90,13 @@ def refused_anyway(settings: argparse.Namespace) -> bool:
     return is_installed("<0.19") and getattr(settings, "cuda_graph_impl", "none") != "none"
 
 
-@pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda conflict: conflict.flag)
+@pytest.mark.parametrize(
+    "conflict", CONFLICTS + HYBRID_CONFLICTS, ids=lambda conflict: conflict.flag
+)
 def test_conflicts_are_named(conflict) -> None:
     plain = {"recompute_modules": ["core_attn"], "cuda_graph_impl": "none", "mtp_num_layers": None}
     check_transformer_config(argparse.Namespace(**plain, pipeline_model_parallel_size=2))
+    check_transformer_config(argparse.Namespace(**plain, hybrid_layer_pattern="M*-E"))
     graph = {"cuda_graph_impl": "full_iteration", "mhc_log_interval": 0}
     if not refused_anyway(argparse.Namespace(**graph)):
         check_transformer_config(argparse.Namespace(**(plain | graph)))
@@ -225,6 +241,7 @@ def megatrons_settings() -> set[str]:
 
 ALL_CONFLICTS = (
     *CONFLICTS,
+    *HYBRID_CONFLICTS,
     *RECOMPUTE_CONFLICTS,
     *REFERENCE_CONFLICTS,
     *OVERLAP_CONFLICTS,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mhc.model import layer
+from megatron_mhc.model import layer, regions
 
 PLAIN = {
     "cuda_graph_impl": "none",
@@ -46,8 +46,8 @@ def config(settings: dict[str, Any], modules: str = "") -> SimpleNamespace:
 def test_attention_and_mlp_are_fused_where_one_graph_or_node_holds_both_slots(
     settings: dict[str, Any], modules: str, dense: bool, moe: bool
 ) -> None:
-    assert layer._is_one_region(config(settings, modules), False) == dense
-    assert layer._is_one_region(config(settings, modules), True) == moe
+    assert regions.is_one_region(config(settings, modules), False) == dense
+    assert regions.is_one_region(config(settings, modules), True) == moe
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_attention_and_mlp_are_fused_where_one_graph_or_node_holds_both_slots(
 def test_layers_are_fused_where_nothing_begins_between_them(
     settings: dict[str, Any], modules: str, fused: bool
 ) -> None:
-    assert layer._runs_on_into_the_next(config(settings, modules)) == fused
+    assert regions.runs_on_into_the_next(config(settings, modules)) == fused
 
 
 def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:

@@ -41,5 +41,5 @@ def test_a_site_keeps_what_the_formula_says() -> None:
     # a boundary saves the streams that its first site read and those that it wrote: the next one's.
     # u is the sublayer's to save, in the place of the residual that the ordinary model keeps
     stream = 2 * WIDTH * TOKENS
-    site = activation_bytes_a_token(MHCConfig(), 1, WIDTH, 2) // 2 * TOKENS
+    site = activation_bytes_a_token(MHCConfig(), 1, WIDTH, 2) * TOKENS
     assert found - N * stream == site
