@@ -1,6 +1,6 @@
 """Arguments that belong together: each is handed on as one."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -39,6 +39,14 @@ class Mixing(NamedTuple):
         return Mixing(self.f.detach(), self.h_post.detach(), self.h_res.detach(), f_bias)
 
 
+NormForm = Literal["inside_root", "outside_root"]
+NORM_FORMS: tuple[str, ...] = get_args(NormForm)
+"""Where norm_eps stands: 1 / sqrt(mean square + eps), or 1 / (rms + eps)."""
+SinkhornOrder = Literal["columns_first", "rows_first"]
+SINKHORN_ORDERS: tuple[str, ...] = get_args(SinkhornOrder)
+"""Which sums of H_res an iteration divides by first; it ends with the others, which are exact."""
+
+
 class Options(NamedTuple):
     """How the coefficients are computed: the keywords of `reference.coefficients`."""
 
@@ -46,6 +54,18 @@ class Options(NamedTuple):
     norm_eps: float = 1e-6
     pre_eps: float = 0.0
     sinkhorn_eps: float = 0.0
+    norm_form: str = "inside_root"
+    sinkhorn_order: str = "columns_first"
+
+    @property
+    def outside_root(self) -> bool:
+        """Whether norm_eps stands outside the root."""
+        return self.norm_form == "outside_root"
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether Sinkhorn divides by the sums over src first."""
+        return self.sinkhorn_order == "rows_first"
 
 
 DEFAULT = Options()

@@ -72,6 +72,12 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations is {iterations}; expected a whole number, at least 1")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of these."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
 def _streams(x: Tensor, h_post: Tensor | None = None) -> tuple[int, ...]:
     """(*tokens, n, C) of streams x; with `h_post`, x may be [..., n*C]."""
     check_streams("x", x)
@@ -126,9 +132,12 @@ def check_boundary(
     *projection: Tensor,
 ) -> int:
     """What `combine` takes fits x, [..., n, C] or [..., n*C]; with phi, alpha and bias what
-    `combine_pre` takes. Returns n."""
+    `combine_pre` takes, and with h_pre behind them `combine_read`. Returns n."""
     shape = _streams(x, h_post)
     check_combine(shape, x, f, h_post, h_res, f_bias)
+    if len(projection) == 4:
+        *projection, h_pre = projection  # type: ignore[assignment]
+        check("h_pre", h_pre, shape[:-1], accumulation_dtype(x), x)
     if projection:
         _check_projection(shape, x, *projection)
     return shape[-2]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import Mixing, Options
+from .arguments import NORM_FORMS, SINKHORN_ORDERS, Mixing, Options
 from .backend import resolve
 from .checks import (
     check,
     check_boundary,
+    check_choice,
     check_combine,
     check_dtype,
     check_iterations,
@@ -37,9 +38,12 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _checked(options: Options) -> Options:
     """At least one iteration, and every eps a float: Triton compiles a kernel for each integer."""
-    iterations, norm_eps, pre_eps, sinkhorn_eps = options
+    iterations, norm_eps, pre_eps, sinkhorn_eps, norm_form, order = options
     check_iterations(iterations)
-    return Options(iterations, float(norm_eps), float(pre_eps), float(sinkhorn_eps))
+    check_choice("norm_form", norm_form, NORM_FORMS)
+    check_choice("sinkhorn_order", order, SINKHORN_ORDERS)
+    eps = (float(norm_eps), float(pre_eps), float(sinkhorn_eps))
+    return Options(iterations, *eps, norm_form, order)
 
 
 def _run(
@@ -84,11 +88,14 @@ def coefficients(
     norm_eps: float = 1e-6,
     pre_eps: float = 0.0,
     sinkhorn_eps: float = 0.0,
+    norm_form: str = "inside_root",
+    sinkhorn_order: str = "columns_first",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.coefficients`."""
     n = once(check_pre, x, phi, alpha, bias)
-    options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
+    given = (iterations, norm_eps, pre_eps, sinkhorn_eps, norm_form, sinkhorn_order)
+    options = _checked(Options(*given))
     return _run("coefficients", backend, n, x, phi, alpha, bias, options=options)
 
 
@@ -109,11 +116,14 @@ def pre(
     norm_eps: float = 1e-6,
     pre_eps: float = 0.0,
     sinkhorn_eps: float = 0.0,
+    norm_form: str = "inside_root",
+    sinkhorn_order: str = "columns_first",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
     n = once(check_pre, x, phi, alpha, bias)
-    options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
+    given = (iterations, norm_eps, pre_eps, sinkhorn_eps, norm_form, sinkhorn_order)
+    options = _checked(Options(*given))
     return _run("pre", backend, n, x, phi, alpha, bias, options=options)
 
 
@@ -145,13 +155,43 @@ def combine_pre(
     norm_eps: float = 1e-6,
     pre_eps: float = 0.0,
     sinkhorn_eps: float = 0.0,
+    norm_form: str = "inside_root",
+    sinkhorn_order: str = "columns_first",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.combine_pre`."""
     n = once(check_boundary, x, f, h_post, h_res, f_bias, phi, alpha, bias)
-    options = _checked(Options(iterations, norm_eps, pre_eps, sinkhorn_eps))
+    given = (iterations, norm_eps, pre_eps, sinkhorn_eps, norm_form, sinkhorn_order)
+    options = _checked(Options(*given))
     tensors = (x, f, h_post, h_res, phi, alpha, bias)
     return _run("combine_pre", backend, n, *tensors, f_bias=f_bias, options=options)
+
+
+def combine_read(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    h_pre: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    f_bias: Tensor | None = None,
+    iterations: int = 20,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 0.0,
+    norm_form: str = "inside_root",
+    sinkhorn_order: str = "columns_first",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.combine_read`."""
+    n = once(check_boundary, x, f, h_post, h_res, f_bias, phi, alpha, bias, h_pre)
+    given = (iterations, norm_eps, pre_eps, sinkhorn_eps, norm_form, sinkhorn_order)
+    options = _checked(Options(*given))
+    tensors = (x, f, h_post, h_res, h_pre, phi, alpha, bias)
+    return _run("combine_read", backend, n, *tensors, f_bias=f_bias, options=options)
 
 
 def pre_with_h_pre(

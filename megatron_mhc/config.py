@@ -1,12 +1,57 @@
 """MHCConfig: every setting of mHC once, with its check."""
 
 import contextlib
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+from megatron_mhc.kernels.arguments import NORM_FORMS, SINKHORN_ORDERS, NormForm, SinkhornOrder
 from megatron_mhc.kernels.backend import Backend, check_backend
 
-Convention = Literal["paper", "deepseek_v4"]
+End = Literal["mean", "head", "last_pre"]
+
+
+class Convention(NamedTuple):
+    """What a model's hyper-connections compute, beside their number and their parameters.
+
+    Attributes:
+        norm_eps, norm_form: of the streams' norm: 1 / sqrt(mean square + eps) with "inside_root",
+            1 / (root mean square + eps) with "outside_root".
+        pre_eps: added to H_pre after the sigmoid.
+        sinkhorn_eps: added to the sums that Sinkhorn divides by (`kernels.reference.sinkhorn`).
+        sinkhorn_order: "columns_first" divides by the sums over dst and then over src;
+            "rows_first" the other way round.
+        end: what makes one stream of n behind the last site: their "mean", a learned "head", or
+            the H_pre of the last site, "last_pre" (with `delayed`).
+        delayed: a site reads the streams with the H_pre of the site before, the model's first
+            site stream 0 alone (DeepSeek-V4.1's single pass).
+        head_eps: of the learned head, inside its root and on its weights; None stands for norm_eps
+            and pre_eps.
+    """
+
+    norm_eps: float = 1e-6
+    norm_form: NormForm = "inside_root"
+    pre_eps: float = 0.0
+    sinkhorn_eps: float = 0.0
+    sinkhorn_order: SinkhornOrder = "columns_first"
+    end: End = "mean"
+    delayed: bool = False
+    head_eps: float | None = None
+
+
+_V4 = Convention(pre_eps=1e-6, sinkhorn_eps=1e-6, end="head")
+CONVENTIONS: Mapping[str, Convention] = {
+    "paper": Convention(),
+    "deepseek_v4": _V4,
+    "deepseek_v4_1": _V4._replace(norm_eps=1e-20, end="last_pre", delayed=True),
+    "glm_5_3": _V4._replace(norm_eps=1e-5, end="mean"),
+    # Megatron's own mHC. The head's eps is the model's layernorm_epsilon; this is its default.
+    "megatron_main_2026_08": Convention(norm_form="outside_root", sinkhorn_order="rows_first"),
+    "megatron_dev": _V4._replace(norm_form="outside_root", head_eps=1e-5),
+}
+"""The named conventions: each sets all fields."""
+CONVENTION_FIELDS = Convention._fields
 Init = Literal["residual", "zero"]
 Variant = Literal["mhc", "hc"]
 
@@ -16,9 +61,21 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
+def _check_eps(name: str, value: Any) -> None:
+    """A number, at least zero; above it in the norm, of streams that may all be zero."""
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    least = "above" if name == "norm_eps" else "at least"
+    if not is_number or value < 0 or (value == 0 and name == "norm_eps"):
+        raise ValueError(f"{name} is {value!r}; expected a number, {least} 0")
+
+
 def _is_count(value: Any) -> bool:
     # not isinstance: True is an int too
     return type(value) is int and value >= 1
+
+
+_OF_CONVENTION: Any = None
+"""The default of a field that the convention sets."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +85,10 @@ class MHCConfig:
     Attributes:
         num_streams: n, the number of residual streams (the paper's expansion rate; 4 there).
         sinkhorn_iterations: (columns, rows) divisions of Sinkhorn-Knopp (paper eq. 9; 20 there).
-        convention: "paper", or "deepseek_v4" as the V4 checkpoints have it: eps 1e-6 in Sinkhorn
-            and on H_pre, and a learned head instead of the mean at the end of the model.
+        convention: of CONVENTIONS, whose name sets the fields below that are not given: "paper";
+            "deepseek_v4", "deepseek_v4_1" and "glm_5_3" as the checkpoints of these models have it;
+            "megatron_main_2026_08" and "megatron_dev" as Megatron's own mHC. The fields count: two
+            models compute the same function where these are equal.
         init: "residual" starts as the ordinary residual network's function; "zero" starts with
             every bias at zero (H_pre 1/2, H_post 1, H_res uniform).
         variant: "mhc", or "hc" for the unconstrained hyper-connections it descends from.
@@ -42,6 +101,9 @@ class MHCConfig:
         overlap_in_flight: with `overlap_p2p` and 1F1B, the microbatches that a stage starts ahead
             for each stage behind it. 1 is 1F1B; 2 also hides the way of a gradient back, for up to
             twice the activations.
+        norm_eps, norm_form, pre_eps, sinkhorn_eps, sinkhorn_order, end, delayed, head_eps: as in
+            `Convention`. None is the convention's; it is never None afterwards, but for `head_eps`.
+            (So `dataclasses.replace` with another convention alone keeps the fields of this one.)
 
     Raises:
         ValueError: a value of another type, unknown, out of range or at odds with another.
@@ -49,19 +111,28 @@ class MHCConfig:
 
     num_streams: int = 4
     sinkhorn_iterations: int = 20
-    convention: Convention = "paper"
+    convention: str = "paper"
     init: Init = "residual"
     variant: Variant = "mhc"
     backend: Backend = "auto"
     recompute: Literal["auto"] | int | None = None
     overlap_p2p: bool = False
     overlap_in_flight: Literal[1, 2] = 1
+    norm_eps: float = _OF_CONVENTION
+    norm_form: NormForm = _OF_CONVENTION
+    pre_eps: float = _OF_CONVENTION
+    sinkhorn_eps: float = _OF_CONVENTION
+    sinkhorn_order: SinkhornOrder = _OF_CONVENTION
+    end: End = _OF_CONVENTION
+    delayed: bool = _OF_CONVENTION
+    head_eps: float | None = _OF_CONVENTION
 
     def __post_init__(self) -> None:
         for name in ("num_streams", "sinkhorn_iterations"):
             if not _is_count(value := getattr(self, name)):
                 raise ValueError(f"{name} is {value!r}; expected an int, at least 1")
-        _check_choice("convention", self.convention, get_args(Convention))
+        _check_choice("convention", self.convention, tuple(CONVENTIONS))
+        self._take_convention()
         _check_choice("init", self.init, get_args(Init))
         _check_choice("variant", self.variant, get_args(Variant))
         check_backend(self.backend)
@@ -72,6 +143,8 @@ class MHCConfig:
                     f"{name} is {value!r}, which variant 'hc' has no use for; leave it at its"
                     f" default, {default!r}"
                 )
+        if self.variant == "hc" and (given := self.overrides):
+            raise ValueError(f"{', '.join(given)} given, which variant 'hc' has no use for")
         if self.variant == "hc" and self.backend == "triton":
             raise ValueError("backend is 'triton', but variant 'hc' has the reference only")
         if not (self.recompute in (None, "auto") or _is_count(self.recompute)):
@@ -92,25 +165,51 @@ class MHCConfig:
                 "overlap_in_flight is 2 without overlap_p2p: turn that on too (--mhc-overlap-p2p)"
             )
 
-    @property
-    def norm_eps(self) -> float:
-        """Added to the mean square of the streams before the root (both conventions)."""
-        return 1e-6
+    def _take_convention(self) -> None:
+        """Set the fields that were not given to the convention's, and check all of them."""
+        preset = CONVENTIONS[self.convention]
+        if self.head_eps is not None and (self.end or preset.end) != "head":
+            raise ValueError(f"head_eps is {self.head_eps!r}, but no learned head ends the model")
+        for name, value in preset._asdict().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.end != "head":
+            object.__setattr__(self, "head_eps", None)
+        _check_choice("norm_form", self.norm_form, NORM_FORMS)
+        _check_choice("sinkhorn_order", self.sinkhorn_order, SINKHORN_ORDERS)
+        _check_choice("end", self.end, get_args(End))
+        for name in ("norm_eps", "pre_eps", "sinkhorn_eps", "head_eps"):
+            if (value := getattr(self, name)) is not None:
+                _check_eps(name, value)
+                object.__setattr__(self, name, float(value))
+        if type(self.delayed) is not bool:
+            raise ValueError(f"delayed is {self.delayed!r}; expected True or False")
+        if self.end == "last_pre" and not self.delayed:
+            raise ValueError(
+                "end is 'last_pre', the H_pre that the site behind the last would read with, and"
+                " sites read with their own: turn delayed on (--mhc-delayed), or end with 'mean' or"
+                " 'head'"
+            )
 
     @property
-    def pre_eps(self) -> float:
-        """Added to H_pre after the sigmoid."""
-        return 1e-6 if self.convention == "deepseek_v4" else 0.0
+    def overrides(self) -> dict[str, Any]:
+        """The fields of the convention that have other values than its name says."""
+        preset = CONVENTIONS[self.convention]._asdict()
+        if self.end != "head":
+            preset["head_eps"] = None
+        mine = {name: getattr(self, name) for name in CONVENTION_FIELDS}
+        return {name: value for name, value in mine.items() if value != preset[name]}
 
     @property
-    def sinkhorn_eps(self) -> float:
-        """Added to the sums that Sinkhorn divides by."""
-        return 1e-6 if self.convention == "deepseek_v4" else 0.0
+    def convention_in_words(self) -> str:
+        """The convention's name, and what was given beside it: "paper with norm_eps 1e-05"."""
+        given = [f"{name} {value}" for name, value in self.overrides.items()]
+        return " with ".join([self.convention, *([", ".join(given)] if given else [])])
 
     @property
     def learned_head(self) -> bool:
-        """Whether a learned head ends the model; else the mean of the streams does."""
-        return self.convention == "deepseek_v4"
+        """Whether a learned head ends the model."""
+        return self.end == "head"
 
 
 with contextlib.suppress(ImportError):

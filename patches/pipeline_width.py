@@ -1,4 +1,5 @@
-"""A patch of Megatron's pipeline communication: stages exchange [s, b, n*C] instead of [s, b, C].
+"""A patch of Megatron's pipeline communication: stages exchange n streams, [s, b, n*C] and what may
+stand behind them, instead of [s, b, C].
 
 Both schedules (1F1B and interleaved) take the width from `config.hidden_size` and hand it to
 `P2PCommunicator`, whose `_communicate` makes the tensors that are received: the one place for both.
@@ -11,19 +12,20 @@ from typing import Any
 from .registry import Patch
 
 
-def pipeline_width_patch(streams_of: Callable[[Any], int]) -> Patch:
-    """`streams_of(config)` says how many streams a model of this configuration has: 1 for none."""
+def pipeline_width_patch(width_of: Callable[[Any], int | None]) -> Patch:
+    """`width_of(config)` says how many channels stages of this configuration exchange; None for an
+    ordinary model."""
 
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def _communicate(self: Any, *, tensor_shape: Any, **kwargs: Any) -> Any:
-            n = streams_of(self.config)
+            width = width_of(self.config)
             # where stages tell each other their shapes, there is nothing to widen
-            if n > 1 and not self.config.variable_seq_lengths:
+            if width is not None and not self.config.variable_seq_lengths:
                 if tensor_shape:
-                    tensor_shape = (*tensor_shape[:-1], n * tensor_shape[-1])
+                    tensor_shape = (*tensor_shape[:-1], width)
                 for name in ("tensor_send_next", "tensor_send_prev"):
-                    _check_sent(name, kwargs.get(name), tensor_shape, n * self.config.hidden_size)
+                    _check_sent(name, kwargs.get(name), tensor_shape, width)
             return original(self, tensor_shape=tensor_shape, **kwargs)
 
         return _communicate

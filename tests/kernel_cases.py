@@ -13,11 +13,20 @@ from torch import Tensor
 from megatron_mhc import kernels
 from megatron_mhc.kernels import reference
 
-OPERATIONS = ("sinkhorn", "coefficients", "aggregate", "pre", "combine", "combine_pre", "head")
-PAPER: dict[str, float] = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "norm_eps": 1e-6}
-DEEPSEEK: dict[str, float] = {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "norm_eps": 1e-6}
-LARGE_EPS: dict[str, float] = {"pre_eps": 0.1, "sinkhorn_eps": 0.05, "norm_eps": 0.5}
+OPERATIONS = (
+    *("sinkhorn", "coefficients", "aggregate", "pre", "combine", "combine_pre", "combine_read"),
+    "head",
+)
+PAPER: dict[str, Any] = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "norm_eps": 1e-6}
+DEEPSEEK: dict[str, Any] = {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "norm_eps": 1e-6}
+LARGE_EPS: dict[str, Any] = {"pre_eps": 0.1, "sinkhorn_eps": 0.05, "norm_eps": 0.5}
 """Large enough that an operation or a gradient without one of them is far outside its bound."""
+OTHER_FORMS: dict[str, Any] = {
+    **LARGE_EPS,
+    "norm_form": "outside_root",
+    "sinkhorn_order": "rows_first",
+}
+"""Megatron's own forms, with eps as large."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {
@@ -77,6 +86,12 @@ def inputs(
         "pre": {"x": x, **projection},
         "combine": {**mixing, "f_bias": normal(width)},
         "combine_pre": {**mixing, **projection, "f_bias": normal(width)},
+        "combine_read": {
+            **mixing,
+            "h_pre": torch.sigmoid(normal(tokens, n)),
+            **projection,
+            "f_bias": normal(width),
+        },
         "head": {
             "x": x,
             "fn": normal(n, n * width, scale=(n * width) ** -0.5),
@@ -87,7 +102,7 @@ def inputs(
     return {name: tensor.to(device).requires_grad_() for name, tensor in arguments.items()}
 
 
-def settings(operation: str, convention: dict[str, float], iterations: int) -> dict[str, Any]:
+def settings(operation: str, convention: dict[str, Any], iterations: int) -> dict[str, Any]:
     """The keyword arguments of an operation in this convention."""
     if operation == "sinkhorn":
         return {"iterations": iterations, "eps": convention["sinkhorn_eps"]}
@@ -107,16 +122,19 @@ def run(
 
 
 def _reference(operation: str, y: Tensor | None) -> Callable[..., Any]:
-    """The definition; for `combine_pre` its second half starts from the y that was rounded."""
-    if operation != "combine_pre":
+    """The definition; the second half of a boundary starts from the y that was rounded."""
+    if operation not in ("combine_pre", "combine_read"):
         return getattr(reference, operation)
 
     def from_rounded(  # type: ignore[no-untyped-def]
-        x, f, h_post, h_res, phi, alpha, bias, f_bias, **keywords: Any
+        x, f, h_post, h_res, phi, alpha, bias, f_bias, h_pre=None, **keywords: Any
     ):
         exact = reference.combine(x, f, h_post, h_res, f_bias)
         rounded = exact + (y.detach().double() - exact).detach()
-        return exact, *reference.pre(rounded, phi, alpha, bias, **keywords)
+        if h_pre is None:
+            return exact, *reference.pre(rounded, phi, alpha, bias, **keywords)
+        u = reference.aggregate(rounded, h_pre)
+        return exact, u, *reference.coefficients(rounded, phi, alpha, bias, **keywords)
 
     return from_rounded
 
@@ -180,7 +198,7 @@ def check(
     width: int,
     dtype: torch.dtype,
     device: str,
-    convention: dict[str, float] = PAPER,
+    convention: dict[str, Any] = PAPER,
     iterations: int = 20,
 ) -> None:
     """Assert that every result and gradient of one case is as near float64 as its dtype allows."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mhc import kernels
+from megatron_mhc import MHCConfig, kernels
 
 
 @dataclass
@@ -80,6 +80,27 @@ def ours(shapes: Shapes, backend: str = "triton") -> Site:
         shapes.normal(tokens, n, n),
     )
     return Site(lambda: kernels.combine_pre(*leaves, backend=backend), leaves, gradients)
+
+
+def single_pass(shapes: Shapes) -> Site:
+    """The same of delayed sites: combine_read in the convention deepseek_v4_1."""
+    mhc = MHCConfig(convention="deepseek_v4_1")
+    options = {name: getattr(mhc, name) for name in ("norm_eps", "pre_eps", "sinkhorn_eps")}
+    tokens, n, width = shapes.tokens, shapes.n, shapes.width
+    h_pre = torch.sigmoid(shapes.normal(tokens, n))
+    h_res = torch.softmax(shapes.normal(tokens, n, n), -1)
+    f = shapes.normal(tokens, width).bfloat16()
+    leaves = _ready(shapes.streams(), f, 2 * h_pre, h_res, h_pre.clone(), *shapes.parameters())
+    gradients = (
+        shapes.streams(),
+        shapes.normal(tokens, width).bfloat16(),
+        shapes.normal(tokens, n),
+        shapes.normal(tokens, n),
+        shapes.normal(tokens, n, n),
+    )
+    return Site(
+        lambda: kernels.combine_read(*leaves, **options, backend="triton"), leaves, gradients
+    )
 
 
 def _reference_site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor]:
@@ -173,6 +194,7 @@ def liger(shapes: Shapes) -> Site:
 
 PEERS: dict[str, Callable[[Shapes], Site]] = {
     "ours": ours,
+    "ours, deepseek_v4_1": single_pass,
     "TileKernels": tile_kernels,
     "Transformer Engine": transformer_engine,
     "Transformer Engine, no weight": lambda shapes: transformer_engine(shapes, norm_weight=False),

@@ -21,15 +21,20 @@ FLOORS = {
     "aggregate": 5,
     "coefficient_gradients": 5,
     "stream_gradients": 19,
+    "read_gradients": 15,
     "phi_gradient": 4,
 }
 """Passes that each kernel must move at n = 4, partial sums left out."""
+NOT_IN_SINGLE_PASS = ("aggregate", "stream_gradients")
+NOT_IN_TWO = ("read_gradients",)
+"""Kernels that a site of delayed sites does not have, and that any other does not."""
 KERNELS = {
     "combine_and_project": "combine_and_project_kernel",
     "coefficients": "coefficients_kernel",
     "aggregate": "aggregate_kernel",
     "coefficient_gradients": "coefficient_gradients_kernel",
     "stream_gradients": "stream_gradients_kernel",
+    "read_gradients": "stream_gradients_kernel",
     "phi_gradient": "phi_gradient_kernel",
 }
 """What the GPU calls each."""
@@ -51,6 +56,11 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
         *itertools.product((16,), (32,), (4, 8), (2,), (3,), (255,)),
         *itertools.product((8,), (128,), (8,), (4,), (3,), (255,)),
+    ],
+    "read_gradients": [
+        *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
+        *itertools.product((8,), (128,), (4, 8, 16), (4,), (1, 3), (255,)),
+        *itertools.product((16,), (32, 64), (4, 8), (2, 4), (1, 3), (255,)),
     ],
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4))),
 }
@@ -118,6 +128,9 @@ def subjects(
         "coefficient_gradients": lambda: coefficient_gradients(*token_args, du=du, **small),
         "stream_gradients": lambda: stream_gradients(
             sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
+        ),
+        "read_gradients": lambda: stream_gradients(
+            sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing, h_pre=done.h_pre
         ),
         "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),
     }

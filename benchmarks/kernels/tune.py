@@ -5,6 +5,7 @@
     MEGATRON_MHC_TILES=tiles.json torchrun ...              # trains with the fastest of them
     python benchmarks/kernels/tune.py --kernels combine_and_project --width 7168 --seconds 60
     python benchmarks/kernels/tune.py --tiles stream_gradients=8,64,13,2,3,255 coefficients=8,1,1,4
+    python benchmarks/kernels/tune.py --single-pass         # in a site of convention deepseek_v4_1
 
 Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. A kernel is
 timed where it runs, in a site forward and backward replayed as a CUDA graph: alone it may find in
@@ -29,11 +30,13 @@ import torch
 from benchmarks.common import command_line
 from benchmarks.kernels.bandwidth import copy_bandwidth
 from benchmarks.kernels.by_kernel import captured, kernel_times
-from benchmarks.kernels.peers import Shapes, ours
+from benchmarks.kernels.peers import Shapes, ours, single_pass
 from benchmarks.kernels.site_tiles import (
     FLOORS,
     GRIDS,
     KERNELS,
+    NOT_IN_SINGLE_PASS,
+    NOT_IN_TWO,
     named_tile,
     running,
     subjects,
@@ -67,12 +70,12 @@ def compile_tiles(width: int, listed: list[tuple[str, tuple[int, ...]]]) -> None
         setattr(tiles, kernel, default)
 
 
-def in_site(tokens: int, width: int) -> Callable[[str], tuple[float, float]]:
+def in_site(tokens: int, width: int, is_single: bool) -> Callable[[str], tuple[float, float]]:
     """A kernel's name -> us of a site both ways and of this kernel in it, with today's tiles."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # leaves live where the graph is captured
-        site = ours(Shapes(tokens, width))
+        site = (single_pass if is_single else ours)(Shapes(tokens, width))
     torch.cuda.current_stream().wait_stream(side)
 
     def both() -> None:
@@ -96,9 +99,12 @@ def parse() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     command_line.add_numbers(parser, command_line.SITE)
     parser.add_argument(
-        "--kernels", nargs="*", default=list(GRIDS), choices=list(GRIDS), metavar="KERNEL",
-        help=f"of {', '.join(GRIDS)} (default: all)",
+        "--kernels", nargs="*", choices=list(GRIDS), metavar="KERNEL",
+        help=f"of {', '.join(GRIDS)} (default: all of the site)",
     )  # fmt: skip
+    parser.add_argument(
+        "--single-pass", action="store_true", help="a site of combine_read, not of combine_pre"
+    )
     parser.add_argument(
         "--tiles", nargs="*", default=[], type=named_tile, metavar="KERNEL=TOKENS,CHANNELS,...",
         help="these tiles alone, instead of a list of this script's",
@@ -112,9 +118,11 @@ def parse() -> argparse.Namespace:
 def asked(options: argparse.Namespace) -> Grids:
     """The tiles of the command line; without any, what runs and this script's list."""
     if not options.tiles:
+        absent = NOT_IN_SINGLE_PASS if options.single_pass else NOT_IN_TWO
+        kernels = options.kernels or [kernel for kernel in GRIDS if kernel not in absent]
         return {
             kernel: list(dict.fromkeys([running(kernel, options.width), *GRIDS[kernel]]))
-            for kernel in options.kernels
+            for kernel in kernels
         }
     grids: Grids = {}
     for kernel, numbers in options.tiles:
@@ -164,7 +172,7 @@ def main() -> None:
     print(f"compiled for {time.monotonic() - start:.0f} s")
     one_pass = options.tokens * options.width * 2 / copy_bandwidth() * 1e6
     print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")
-    times_us = in_site(options.tokens, options.width)
+    times_us = in_site(options.tokens, options.width, options.single_pass)
     fastest: dict[str, Numbers] = {}
     for kernel, grid in grids.items():
         results = sorted(timed(kernel, grid, times_us, options.seconds / len(grids)))

@@ -17,8 +17,8 @@ def cut_layers() -> None:
     """Replace the two questions that a layer asks when it is built."""
     from megatron_mhc.model import layer
 
-    layer._runs_on_into_the_next = lambda config: False
-    layer._is_one_region = lambda config, is_moe: is_moe
+    layer.runs_on_into_the_next = lambda config: False
+    layer.is_one_region = lambda config, is_moe: is_moe
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from .aggregate import aggregate
 from .combine import combine
 from .combine_pre import combine_pre, combine_pre_with_h_pre
+from .combine_read import combine_read
 from .head import head
 from .pre import coefficients, pre, pre_with_h_pre
 from .rebuild import rebuild
@@ -14,6 +15,7 @@ __all__ = [
     "combine",
     "combine_pre",
     "combine_pre_with_h_pre",
+    "combine_read",
     "head",
     "pre",
     "pre_with_h_pre",

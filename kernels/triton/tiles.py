@@ -208,6 +208,13 @@ def stream_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(8, 64, shares(-(-width // 64), 4 * multiprocessors()), warps=2, stages=1)
 
 
+@tunable
+def read_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`stream_gradients_kernel` where `combine_read` asks: it reads no y and mixes it again. As
+    `stream_gradients`, a file's too, unless a file names its own."""
+    return TUNABLE["stream_gradients"].__wrapped__(n, width, dtype)  # type: ignore[attr-defined]
+
+
 def rows_at_a_time(rows: int) -> int:
     """Rows of phi that a product of `stream_gradients_kernel` takes.
 

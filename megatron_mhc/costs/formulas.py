@@ -21,12 +21,13 @@ def forward_flops_a_token(mhc: MHCConfig, sites: Sites, hidden_size: int) -> int
 
     At a site: v . v for the norm, z = phi v, u = H_pre x, y = H_res x + H_post^T f (variant "hc":
     theta times each stream instead of phi v). As in Megatron's own count of a model, what is done
-    once a coefficient (scales, Sinkhorn) or once a channel (an exit without products) is left out.
+    once a coefficient (scales, Sinkhorn) or once a channel (the mean at the end) is left out.
     """
     n, width = mhc.num_streams, hidden_size
     projection = (n + 2) * n * width if mhc.variant == "hc" else (n * n + 2 * n) * n * width
     site = n * width + projection + n * width + n * n * width + n * width
-    head = n * width + n * n * width + n * width if mhc.learned_head else 0
+    projected = n * width + n * n * width if mhc.learned_head else 0
+    head = projected + n * width if mhc.end != "mean" else 0
     return 2 * (sites.run * site + (1 + sites.mtp_depths) * head)
 
 
@@ -47,10 +48,10 @@ def activation_bytes_a_token(
 
     With the Triton kernels and without `MHCConfig.recompute` (see `memory.Plan` for that): at a
     site the n streams, u and F's output, where the ordinary model keeps its residual; and in fp32
-    H_post, H_res, their n*n + 2n logits and 1/r.
+    H_post, H_res, their n*n + 2n logits and 1/r; H_pre too where sites are delayed.
     """
     n, stream = mhc.num_streams, hidden_size * element_size
-    coefficients = 4 * (n * n + n + n * n + 2 * n + 1)
+    coefficients = 4 * (n * n + n + n * n + 2 * n + 1 + n * mhc.delayed)
     return sites * ((n + 1) * stream + coefficients)
 
 

@@ -19,20 +19,10 @@ from .formulas import Values, residual_metrics, stream_geometry
 
 def h_pre_of(connection: HyperConnection, x: Tensor) -> Tensor:
     """H_pre [..., n] of a site for streams x [..., n, C]: the one that a site's forward hides."""
-    mhc = connection.mhc
-    if mhc.variant == "hc":
+    if connection.mhc.variant == "hc":
         return kernels.hc_coefficients(x, connection.theta, connection.alpha, connection.bias)[0]
-    return kernels.coefficients(
-        x,
-        connection.phi,
-        connection.alpha,
-        connection.bias,
-        iterations=mhc.sinkhorn_iterations,
-        norm_eps=mhc.norm_eps,
-        pre_eps=mhc.pre_eps,
-        sinkhorn_eps=mhc.sinkhorn_eps,
-        backend=mhc.backend,
-    )[0]
+    parameters = (connection.phi, connection.alpha, connection.bias)
+    return kernels.coefficients(x, *parameters, **connection.options)[0]
 
 
 def connections(chunks: Iterable[torch.nn.Module]) -> dict[int, HyperConnection]:

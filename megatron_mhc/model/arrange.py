@@ -40,10 +40,9 @@ def arrange(block: Any) -> None:
     last = layers[-1]
     if last.is_exit and last.mhc.learned_head and not hasattr(last, "head"):
         raise ValueError(
-            f"the last layer (layer_number {last.layer_number}) has no learned head, with which a"
-            " model of convention deepseek_v4 ends: it stood in the layer that was last when the"
-            " model was built. Keep that layer, or hand its head on before you drop it:"
-            " layers[-1].head = dropped.head"
+            f"the last layer (layer_number {last.layer_number}) has no learned head, with which"
+            " this model ends: it stood in the layer that was last when the model was built. Keep"
+            " that layer, or hand its head on before you drop it: layers[-1].head = dropped.head"
         )
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
         is_fused = after is not None and layer.fuses_with_next

@@ -34,6 +34,9 @@ def _home_logits(n: int, site: int) -> Tensor:
 def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
     """[n*n + 2n]: b_pre, b_post and b_res of a site at the start (`MHCConfig.init`).
 
+    The home stream of b_pre is that of the site which reads with it: of the next one where sites
+    are delayed.
+
     Under "residual" the network computes the ordinary residual network's function at step 0: H_pre
     sums to one over streams that are still equal, H_post is 1, and H_res keeps their mean.
     """
@@ -45,14 +48,15 @@ def initial_bias(mhc: MHCConfig, site: int) -> Tensor:
     if mhc.init == "zero":
         return torch.zeros(n * n + 2 * n)
     near_identity = IDENTITY_LOGIT * (2 * torch.eye(n) - 1)
-    return torch.cat([_home_logits(n, site), torch.zeros(n), near_identity.flatten()])
+    return torch.cat([_home_logits(n, site + mhc.delayed), torch.zeros(n), near_identity.flatten()])
 
 
 class SiteInput(NamedTuple):
     """What stands in front of a sublayer: the streams [..., n*C] that its site reads, and what
     comes of them.
 
-    h_pre, outside the graph, is there for selective recompute alone.
+    h_pre, outside the graph, is what made u, and there for selective recompute alone. next_pre
+    [..., n] is there where sites are delayed: what the next site reads with.
     """
 
     x: Tensor
@@ -60,6 +64,7 @@ class SiteInput(NamedTuple):
     h_post: Tensor
     h_res: Tensor
     h_pre: Tensor | None = None
+    next_pre: Tensor | None = None
 
 
 class HyperConnection(Fp32Module):
@@ -70,6 +75,9 @@ class HyperConnection(Fp32Module):
         hidden_size: C, the width of one stream.
         site: the site's index from the model's start; picks its home stream.
         sequence_parallel: whether tensor-parallel ranks see different tokens.
+
+    Attributes:
+        options: the keywords of `kernels.coefficients`, and `backend`.
 
     Parameters (fp32 whatever the model is in; replicated over all ranks):
         phi [n*n + 2n, n*C] (variant "hc": theta [n + 2, C]), alpha [3], bias [n*n + 2n].
@@ -87,11 +95,13 @@ class HyperConnection(Fp32Module):
         self.mhc = mhc
         self.hidden_size = hidden_size
         self.site = site
-        self._options: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "iterations": mhc.sinkhorn_iterations,
             "norm_eps": mhc.norm_eps,
             "pre_eps": mhc.pre_eps,
             "sinkhorn_eps": mhc.sinkhorn_eps,
+            "norm_form": mhc.norm_form,
+            "sinkhorn_order": mhc.sinkhorn_order,
             "backend": mhc.backend,
         }
         self._add_parameters(sequence_parallel=sequence_parallel)
@@ -108,29 +118,49 @@ class HyperConnection(Fp32Module):
         """The settings, for `print(model)`."""
         return f"{self.mhc.variant}, num_streams={self.mhc.num_streams}, C={self.hidden_size}"
 
-    def forward(self, x: Tensor, mixing: kernels.Mixing | None = None) -> SiteInput:
+    def forward(
+        self, x: Tensor, mixing: kernels.Mixing | None = None, h_pre: Tensor | None = None
+    ) -> SiteInput:
         """What stands in front of the sublayer: `kernels.pre`, or `kernels.combine_pre`.
 
         Args:
             x: [..., n*C], the streams; those of the site before where `mixing` is given.
             mixing: what that site leaves, whose `combine` is then done here too, in one pass.
+            h_pre: [..., n], of that site, which a delayed one reads with; else None.
 
         Returns:
             The streams [..., n*C] that this site reads (x itself without `mixing`); u [..., C] for
             the sublayer; h_post [..., n] and h_res [..., n, n] for this site's own `combine`; and
-            under selective recompute h_pre [..., n].
+            under selective recompute h_pre [..., n]; and of a delayed site next_pre [..., n].
         """
         if self.mhc.variant == "hc":
             return self._unconstrained(x, mixing)
+        if self.mhc.delayed:
+            assert h_pre is not None
+            return self._delayed(x, mixing, h_pre)
         parameters = (self.phi, self.alpha, self.bias)
         keep = self.mhc.recompute is not None
         if mixing is None:
             pre = kernels.pre_with_h_pre if keep else kernels.pre
-            return SiteInput(x, *pre(self._apart(x), *parameters, **self._options))
+            return SiteInput(x, *pre(self._apart(x), *parameters, **self.options))
         f, h_post, h_res, f_bias = mixing
         mixed = (x, f, h_post, h_res, *parameters)
         combine_pre = kernels.combine_pre_with_h_pre if keep else kernels.combine_pre
-        return SiteInput(*combine_pre(*mixed, f_bias=f_bias, **self._options))
+        return SiteInput(*combine_pre(*mixed, f_bias=f_bias, **self.options))
+
+    def _delayed(self, x: Tensor, mixing: kernels.Mixing | None, h_pre: Tensor) -> SiteInput:
+        parameters = (self.phi, self.alpha, self.bias)
+        if mixing is None:
+            streams = self._apart(x)
+            u = kernels.aggregate(streams, h_pre, backend=self.mhc.backend)
+            next_pre, h_post, h_res = kernels.coefficients(streams, *parameters, **self.options)
+        else:
+            f, h_post, h_res, f_bias = mixing
+            x, u, next_pre, h_post, h_res = kernels.combine_read(
+                x, f, h_post, h_res, h_pre, *parameters, f_bias=f_bias, **self.options
+            )
+        kept = None if self.mhc.recompute is None else h_pre.detach()
+        return SiteInput(x, u, h_post, h_res, kept, next_pre)
 
     def _unconstrained(self, x: Tensor, mixing: kernels.Mixing | None) -> SiteInput:
         backend = self.mhc.backend
@@ -145,7 +175,7 @@ class HyperConnection(Fp32Module):
 
 
 class Head(Fp32Module):
-    """The learned end of a model in the `deepseek_v4` convention (`kernels.head`).
+    """The learned end of a model, as DeepSeek-V4's (`kernels.head`).
 
     Parameters (fp32): fn [n, n*C], scale [1], base [n]. It starts as the mean of the streams.
     """
@@ -179,7 +209,7 @@ class Head(Fp32Module):
             self.fn,
             self.scale,
             self.base,
-            norm_eps=mhc.norm_eps,
-            pre_eps=mhc.pre_eps,
+            norm_eps=mhc.norm_eps if mhc.head_eps is None else mhc.head_eps,
+            pre_eps=mhc.pre_eps if mhc.head_eps is None else mhc.head_eps,
             backend=mhc.backend,
         )

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from .columns import extra_columns
 from .compatibility import holds_attention_alone
 
 
@@ -59,9 +60,10 @@ class GraphedLayer(TransformerLayer):
         takes_one = self.is_entry and (not held or "attn" in held)
         if not (takes_one or holds_attention_alone(self.config)):
             one = inputs["hidden_states"]
-            inputs["hidden_states"] = (
-                one.detach().repeat(1, 1, self.mhc.num_streams).requires_grad_(one.requires_grad)
-            )
+            wide = one.detach().repeat(1, 1, self.mhc.num_streams)
+            if extra := extra_columns(self.mhc, one.dtype):
+                wide = torch.nn.functional.pad(wide, (0, extra))
+            inputs["hidden_states"] = wide.requires_grad_(one.requires_grad)
         return inputs
 
     def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:

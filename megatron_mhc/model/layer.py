@@ -3,8 +3,9 @@
 The way of a token: the first layer replicates the embedding into n streams (entry); each site reads
 them in front of its norm (`Site.read`) and writes to them where the residual was added
 (`Site.write`); the last layer contracts them (exit). Between layers they are one tensor
-[s, b, n*C], stream-major: index j*C + c. A layer of multi-token prediction, which gets one stream
-(the last layer's, normed and projected with the next token's embedding), is entry and exit at once.
+[s, b, n*C], stream-major: index j*C + c (`columns` says what may stand behind them). A layer of
+multi-token prediction, which gets one stream (the last layer's, normed and projected with the next
+token's embedding), is entry and exit at once.
 
 There is a site wherever a layer adds to the residual: two in a GPT's layer, one in a HybridModel's,
 which is attention, an MLP or a Mamba mixer alone.
@@ -19,6 +20,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
+from megatron_mhc import kernels
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.recompute_plan import Plan, plan
 
@@ -156,8 +158,12 @@ class MHCLayer(GraphableMegatronModule):
         if is_exit != self.is_exit:
             self.sites[-1].contract = self._contract if is_exit else None
 
-    def _contract(self, x: Tensor) -> Tensor:
-        """Streams [s, b, n, C] -> one stream [s, b, C], the model's last."""
+    def _contract(self, x: Tensor, h_pre: Tensor | None = None) -> Tensor:
+        """Streams [s, b, n, C] -> one stream [s, b, C], the model's last; h_pre [s, b, n] of the
+        last site where sites are delayed."""
+        if self.mhc.end == "last_pre":
+            assert h_pre is not None
+            return kernels.aggregate(x, h_pre, backend=self.mhc.backend)
         return self.head(x) if self.mhc.learned_head else x.mean(-2)
 
     def forget(self) -> None:

@@ -40,6 +40,12 @@ def prepare_fsdp(module: Any, ddp_config: Any) -> None:
     strategy = ddp_config.data_parallel_sharding_strategy
     for layer in layers:
         layer.fuses_with_next &= strategy == SHARDS_NOTHING
+        if layer.mhc.delayed and layer.recompute_plan is not None and not layer.fuses_with_next:
+            raise ValueError(
+                "--mhc-recompute does not work with delayed sites (convention deepseek_v4_1) and"
+                f" --data-parallel-sharding-strategy {strategy}, under which no layer reads for the"
+                f" next: use {SHARDS_NOTHING}, or drop --mhc-recompute"
+            )
         norms = layer.recompute_plan.norms if layer.recompute_plan is not None else 0
         if norms and strategy == SHARDS_PARAMETERS:
             raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
+from .columns import STREAMS_ALONE, extra_columns, join, part
 from .connection import HyperConnection, SiteInput
 from .recompute import Block, RecomputeRecord, are_unchanged
 
@@ -35,16 +36,18 @@ class Residual(NamedTuple):
         h_res: [s, b, n, n] (destination, source), fp32.
         for_rebuild: under selective recompute H_pre [s, b, n], u [s, b, C], and norm(u) where that
             is another tensor than u; else nothing.
+        next_pre: of a delayed site H_pre [s, b, n], which the next one reads with; else nothing.
     """
 
     streams: Tensor
     h_post: Tensor
     h_res: Tensor
     for_rebuild: tuple[Tensor, ...] = ()
+    next_pre: tuple[Tensor, ...] = ()
 
     def record_stream(self, stream: Any) -> None:
         """Tell the allocator that `stream` uses every one of these (as `Tensor.record_stream`)."""
-        for tensor in (*self[:3], *self.for_rebuild):
+        for tensor in (*self[:3], *self.for_rebuild, *self.next_pre):
             tensor.record_stream(stream)
 
 
@@ -116,7 +119,8 @@ class Site:
 
     Attributes:
         is_entry: whether one stream comes in, to be replicated.
-        contract: what makes one stream of n behind `write`; None inside the model.
+        contract: what makes one stream of n behind `write` (of streams [s, b, n, C], and H_pre
+            where sites are delayed); None inside the model.
         block: where what the site read is dropped after the forward; None without recompute.
         side_streams: at the ends of a pipeline stage, CUDA streams for this site's work.
     """
@@ -124,7 +128,7 @@ class Site:
     def __init__(self, connection: HyperConnection, norm: torch.nn.Module) -> None:
         self.connection = connection
         self.is_entry = False
-        self.contract: Callable[[Tensor], Tensor] | None = None
+        self.contract: Callable[..., Tensor] | None = None
         self.following: Site | None = None
         self.block: Block | None = None
         self.side_streams: Inline = INLINE
@@ -136,7 +140,8 @@ class Site:
 
     @nvtx_decorator(message="mhc.read")
     def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Residual]:
-        """The norm slot: streams [s, b, n*C], or one stream [s, b, C] at the model's entry.
+        """The norm slot: streams [s, b, n*C], or one stream [s, b, C] at the model's entry; a
+        delayed site has H_pre behind the streams where the site before has not read for it.
 
         Returns:
             norm(u) [s, b, C], and the residual for `write`.
@@ -145,13 +150,15 @@ class Site:
             ValueError: the streams do not have n*C channels.
             RuntimeError: the norm returns a residual of its own.
         """
-        streams = self._replicated_at_entry(hidden_states)
+        streams = hidden_states
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.is_of(streams):
-            _, u, h_post, h_res, h_pre = ahead.site_input
+            _, u, h_post, h_res, h_pre, next_pre = ahead.site_input
         else:
-            site_input = self.side_streams.run_and_join(self.connection, streams)
-            streams, u, h_post, h_res, h_pre = site_input
+            streams = self._replicated_at_entry(streams)
+            site_input = self.side_streams.run_and_join(self._site_input, streams)
+            streams, u, h_post, h_res, h_pre, next_pre = site_input
+        later = () if next_pre is None else (next_pre,)
         normed = self._norm(u, *args, **kwargs)
         if not isinstance(normed, Tensor):
             raise RuntimeError(
@@ -159,20 +166,39 @@ class Site:
                 " returns a residual of its own cannot stand in front of a sublayer with mHC"
             )
         if h_pre is None:
-            return normed, Residual(streams, h_post, h_res)
+            return normed, Residual(streams, h_post, h_res, (), later)
         is_u = normed.data_ptr() == u.data_ptr()
-        return normed, Residual(streams, h_post, h_res, (h_pre, u) if is_u else (h_pre, u, normed))
+        for_rebuild = (h_pre, u) if is_u else (h_pre, u, normed)
+        return normed, Residual(streams, h_post, h_res, for_rebuild, later)
+
+    def _site_input(self, streams: Tensor) -> SiteInput:
+        """What this site's connection makes of streams, with the H_pre behind them where it is
+        delayed; of the model's entry, of stream 0 alone."""
+        if not self.connection.mhc.delayed:
+            return self.connection(streams)
+        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
+        if not self.is_entry:
+            streams, h_pre = part(streams, n * width)
+        else:
+            dtype = kernels.reference.accumulation_dtype(streams)
+            h_pre = streams.new_zeros(*streams.shape[:-1], n, dtype=dtype)
+            h_pre[..., 0] = 1.0
+        return self.connection(streams, None, h_pre)
 
     def _replicated_at_entry(self, hidden_states: Tensor) -> Tensor:
         """The streams [s, b, n*C] of what comes in."""
-        n, width = self.connection.mhc.num_streams, self.connection.hidden_size
-        expected = width if self.is_entry else n * width
+        mhc, width = self.connection.mhc, self.connection.hidden_size
+        n, extra = mhc.num_streams, extra_columns(mhc, hidden_states.dtype)
+        expected = width if self.is_entry else n * width + extra
         if hidden_states.shape[-1] != expected:
             what = (
-                f"{n} streams of {width} = {expected}"
+                f"{n} streams of {width}{f' and {extra} columns of H_pre' * (extra > 0)} ="
+                f" {expected}"
                 if not self.is_entry
                 else f"one stream of {width}"
             )
+            if extra and hidden_states.shape[-1] == n * width:
+                raise RuntimeError(STREAMS_ALONE)
             raise ValueError(
                 f"a site got hidden states of width {hidden_states.shape[-1]}; expected {what}"
                 " channels"
@@ -213,7 +239,8 @@ class Site:
             streams = self._mix(residual, kernels.Mixing(f, residual.h_post, residual.h_res, bias))
             if self.contract is None:
                 return streams
-            return self.contract(streams.unflatten(-1, (self.connection.mhc.num_streams, -1)))
+            apart = streams.unflatten(-1, (self.connection.mhc.num_streams, -1))
+            return self.contract(apart, *residual.next_pre)
 
     def _check_that_none_is_lost(self, residual: Residual) -> None:
         """F has a graph and the norm slot had none: well where nothing in it wants a gradient."""
@@ -230,10 +257,10 @@ class Site:
         x = residual.streams
         # an inference tensor does not tell whether somebody has changed it before the next site
         if self.following is None or torch.is_inference_mode_enabled():
-            streams = self.side_streams.run_detached(self._combine, x, *mixing)
+            streams = self.side_streams.run_detached(self._combine, x, *mixing, *residual.next_pre)
         else:
             # through the next connection's __call__: only then are its parameters sure to be there
-            site_input = self.following.connection(x, mixing)
+            site_input = self.following.connection(x, mixing, *residual.next_pre)
             streams = site_input.x
             region = _autograd_region()
             self.following._ahead = _Ahead(streams, streams._version, region, site_input)
@@ -244,9 +271,20 @@ class Site:
             self.block.passed(self, record, streams)
         return streams
 
-    def _combine(self, x: Tensor, *mixing: Any) -> Tensor:
-        """The next streams [s, b, n*C], no view: a stage that sent them frees their memory."""
-        y = kernels.combine(x, *mixing, backend=self.connection.mhc.backend)
+    def _combine(
+        self,
+        x: Tensor,
+        f: Tensor,
+        h_post: Tensor,
+        h_res: Tensor,
+        f_bias: Tensor | None,
+        next_pre: Tensor | None = None,
+    ) -> Tensor:
+        """The next streams [s, b, n*C], H_pre behind them where the next site reads with it. No
+        view: a stage that sent them frees their memory."""
+        y = kernels.combine(x, f, h_post, h_res, f_bias, backend=self.connection.mhc.backend)
+        if next_pre is not None and self.contract is None:
+            return join(y, next_pre)
         return make_viewless_tensor(y, requires_grad=y.requires_grad, keep_graph=True)
 
     def forget(self) -> None:

@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS, MHCConfig
 
-FUNCTION_FIELDS = ("num_streams", "sinkhorn_iterations", "convention", "variant")
+_FIELDS = ("num_streams", "sinkhorn_iterations", "variant")
+FUNCTION_FIELDS = (
+    "num_streams",
+    "sinkhorn_iterations",
+    "convention",
+    "variant",
+    *CONVENTION_FIELDS,
+)
 """The fields of MHCConfig that give the same parameters another shape or another meaning.
 
-The others may change from run to run: `init` is in the parameters by then, and backend, recompute
-and overlap compute the same function.
+The convention's name stands for its fields, which are compared: a checkpoint of a time when they
+were not stored has the name alone. The fields that are not here may change from run to run: `init`
+is in the parameters by then, and backend, recompute and overlap compute the same function.
 """
 
 SETTINGS_KEY = "mhc_settings._extra_state"
@@ -43,21 +51,53 @@ def check_settings(stored: Mapping[str, Any], given: Mapping[str, Any], where: s
     Raises:
         CheckpointSettingsError: names every field that differs, both values and the flags to give.
     """
-    wrong = [name for name in given if stored.get(name) != given[name]]
-    if wrong:
-        values = ", ".join(
-            f"{name} is {stored.get(name)} there and {given[name]} here" for name in wrong
-        )
-        flags = " ".join(_flag(name, stored.get(name)) for name in wrong)
-        variables = " ".join(f"MHC_{name.upper()}={stored.get(name)}" for name in wrong)
-        raise CheckpointSettingsError(
-            f"{where} was saved with other settings of mHC: {values}. Give the checkpoint's:"
-            f" {flags} (with --spec: {variables}), or load another checkpoint"
-        )
+    stored, given = _whole(stored), _whole(given)
+    wrong = [name for name in given if name != "convention" and stored.get(name) != given[name]]
+    if not wrong:
+        return
+    to_give = {name: stored.get(name) for name in wrong}
+    names = (stored.get("convention"), given.get("convention"))
+    if names[0] != names[1] and set(wrong) - set(_FIELDS):  # the name says it in a word
+        wrong = [name for name in wrong if name in _FIELDS] + ["convention"]
+        to_give = {name: stored.get(name) for name in wrong} | _overrides(stored)
+        wrong += [name for name in CONVENTION_FIELDS if name in to_give]
+    values = ", ".join(
+        f"{name} is {stored.get(name)} there and {given.get(name)} here" for name in wrong
+    )
+    variables = " ".join(f"MHC_{name.upper()}={value}" for name, value in to_give.items())
+    raise CheckpointSettingsError(
+        f"{where} was saved with other settings of mHC: {values}. Give the checkpoint's:"
+        f" {_flags(to_give)} (with --spec: {variables}), or load another checkpoint"
+    )
 
 
-def _flag(name: str, value: Any) -> str:
-    return f"--mhc-{name.replace('_', '-')} {value}"
+def _preset(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the convention's name stands for; none of a name that is not known here."""
+    preset = CONVENTIONS.get(str(settings.get("convention")))
+    return {} if preset is None else preset._asdict()
+
+
+def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with all fields of their convention, which older checkpoints do not have."""
+    return {**_preset(settings), **settings}
+
+
+def _overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the convention that its name does not say; without a head it has no eps."""
+    preset, whole = _preset(settings), _whole(settings)
+    if whole.get("end") != "head":
+        preset["head_eps"] = None
+    return {n: whole[n] for n in CONVENTION_FIELDS if n in whole and whole[n] != preset.get(n)}
+
+
+def _flags(settings: Mapping[str, Any]) -> str:
+    """The command line's flags; a switch has no value, and one that is off no flag."""
+    flags = []
+    for name, value in settings.items():
+        flag = f"--mhc-{name.replace('_', '-')}"
+        if value is not False and value is not None:
+            flags.append(flag if value is True else f"{flag} {value}")
+    return " ".join(flags)
 
 
 class StoredSettings(torch.nn.Module):
@@ -158,7 +198,8 @@ def _check(stored: Mapping[str, Any] | None, mine: Mapping[str, Any] | None, whe
             " format to torch_dist first, with Megatron's --ckpt-convert-format torch_dist)"
         )
     elif stored is not None:
-        flags = " ".join(_flag(name, value) for name, value in stored.items())
+        named = {n: v for n, v in stored.items() if n not in CONVENTION_FIELDS}
+        flags = _flags(named | _overrides(stored))
         raise CheckpointSettingsError(
             f"{where} is of a model with mHC and this model has none: add --mhc {flags}, or load"
             " another checkpoint"

@@ -54,7 +54,8 @@ def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> tuple[int | str | Non
     config, mhc = layers[0].config, layers[0].mhc
     ahead = mhc.overlap_in_flight if mhc.overlap_p2p else 0
     # no product of them: messages of another shape that fill as many bytes would pass
-    model = (mhc.num_streams, config.hidden_size, str(config.pipeline_dtype), ahead)
+    streams = f"{mhc.num_streams}, delayed" if mhc.delayed else mhc.num_streams
+    model = (streams, config.hidden_size, str(config.pipeline_dtype), ahead)
     if config.variable_seq_lengths:  # Megatron's stages tell each other
         return model
     # both lengths: 1F1B sends the decoder's where there is one, the interleaved schedule never

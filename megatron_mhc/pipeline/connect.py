@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_mhc.model.config_marks import streams_of
+from megatron_mhc.model.config_marks import message_width
 
 from .deadline import Deadline
 
@@ -78,7 +78,7 @@ def _connect(forward: P2PCommunicator, backward: P2PCommunicator, deadline: Dead
     """
     config = forward.config
     shape = (1, 1, config.hidden_size)
-    width = streams_of(config) * config.hidden_size
+    width = message_width(config) or config.hidden_size
     message = torch.zeros(1, 1, width, dtype=config.pipeline_dtype, device="cuda")
     first, last = forward.is_pp_first_stage, forward.is_pp_last_stage
     stage, rank = forward.current_stage, dist.get_rank()

@@ -159,7 +159,7 @@ def model_patches() -> tuple[Patch, ...]:
         *parameter_group_patches(parameters.MARK),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(stored_settings.check_load),
-        pipeline_width_patch(config_marks.streams_of),
+        pipeline_width_patch(config_marks.message_width),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
         *block_forward_patches(_arrange),

@@ -62,7 +62,7 @@ def banner(
         dropped = f"; {_recompute(mhc, plan, backend.startswith('torch'), dtype)}"
     return (
         f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
-        f" {mhc.convention}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
+        f" {mhc.convention_in_words}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
         f" {parameters:,} extra parameters{dropped} (settings from {source})"
     )
 

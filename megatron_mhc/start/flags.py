@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.config import CONVENTION_FIELDS, MHCConfig
 from megatron_mhc.costs.sites import PATTERN
 from megatron_mhc.metrics.monitor import add_monitor_arguments
 from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
@@ -59,6 +59,8 @@ def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
         setting = SETTINGS[field.name]
         flag = flag_of(field.name)
         default = "off" if field.default in (None, False) else field.default
+        if field.name in CONVENTION_FIELDS:
+            default = "the convention's"
         text = f"{setting.help} (default: {default})"
         if setting.parse is switch:
             parser.add_argument(flag, action="store_true", default=None, help=text)
@@ -125,7 +127,9 @@ def flags_of(mhc: MHCConfig) -> str:
     """The command line's flags for these settings: `--mhc`, and those that are no default."""
     flags = ["--mhc"]
     for field in dataclasses.fields(MHCConfig):
-        if (value := getattr(mhc, field.name)) != field.default:
+        value = getattr(mhc, field.name)
+        by_name = field.name in CONVENTION_FIELDS and field.name not in mhc.overrides
+        if not by_name and value != field.default:
             flag = flag_of(field.name)
             flags.append(flag if value is True else f"{flag} {value}")
     return " ".join(flags)
@@ -166,7 +170,10 @@ def take_from_checkpoint(
         return
     given = spec if not _is_ours(spec) else getattr(args, "mhc_base_spec", None)
     args.mhc_base_spec = getattr(stored, "mhc_base_spec", None) or given
-    for name in set(FUNCTION_FIELDS) - _given(args):
+    taken = set(FUNCTION_FIELDS) - _given(args)
+    if "convention" not in taken:
+        taken -= set(CONVENTION_FIELDS)
+    for name in taken:
         if hasattr(stored, f"mhc_{name}"):
             setattr(args, f"mhc_{name}", getattr(stored, f"mhc_{name}"))
 

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from megatron_mhc.config import Convention, Init, Variant
+from megatron_mhc.config import CONVENTIONS, End, Init, Variant
+from megatron_mhc.kernels.arguments import NORM_FORMS, SINKHORN_ORDERS
 from megatron_mhc.kernels.backend import BACKENDS
 
 
@@ -15,6 +16,13 @@ def _whole(text: str, expected: str = "a whole number") -> int:
     except ValueError:
         # argparse puts the flag in front of this, `config_from_environment` the variable
         raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number") from None
 
 
 def _recompute(text: str) -> int | str | None:
@@ -46,8 +54,8 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "convention": Setting(
         str,
-        "'paper', or 'deepseek_v4' for the eps values and the learned head of the V4 checkpoints",
-        get_args(Convention),
+        "whose hyper-connections: sets what is not given of the flags from --mhc-norm-eps on",
+        tuple(CONVENTIONS),
     ),
     "init": Setting(
         str,
@@ -73,6 +81,22 @@ SETTINGS: Mapping[str, Setting] = {
         "with --mhc-overlap-p2p and 1F1B: microbatches started ahead for each stage behind; 2 hides"
         " the way of a gradient back too, for up to twice the activations",
     ),
+    "norm_eps": Setting(_number, "eps in the norm of the streams"),
+    "norm_form": Setting(
+        str, "where it stands: 1 / sqrt(mean square + eps), or 1 / (rms + eps)", NORM_FORMS
+    ),
+    "pre_eps": Setting(_number, "eps on H_pre after the sigmoid"),
+    "sinkhorn_eps": Setting(_number, "eps on the sums that Sinkhorn divides by"),
+    "sinkhorn_order": Setting(
+        str, "what Sinkhorn divides by first: the sums over dst, or over src", SINKHORN_ORDERS
+    ),
+    "end": Setting(
+        str,
+        "what makes one stream of n at the end: their mean, a learned head, the last site's H_pre",
+        get_args(End),
+    ),
+    "delayed": Setting(switch, "a site reads with the H_pre of the site before (single pass)"),
+    "head_eps": Setting(_number, "eps of the learned head, in its norm and on its weights"),
 }
 """A row a field of MHCConfig."""
 

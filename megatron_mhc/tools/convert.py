@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.model.connection import Head, HyperConnection
 from megatron_mhc.model.stored_settings import SETTINGS_KEY, function_settings
-from megatron_mhc.start.flags import SPEC
+from megatron_mhc.start.flags import HYBRID_SPEC, SPEC
 
 from .new_checkpoint import RELEASE, TRACKER, ConvertError, new_checkpoint
 from .torch_dist import Writer, copy_items
 
 _LAYERS = "decoder.layers."
+_SUBLAYERS = {"attention": "self_attention", "mlp": "mlp"}
+"""What a site is called, and the module of its sublayer, in the order of a GPT's layer."""
 _COMMON = "common_state/shard_0_1"
 _LEGACY_COMMON = "common.pt"
 """Where Megatron-Core 0.18 keeps what 0.19 keeps in `_COMMON`."""
@@ -126,16 +128,18 @@ def read_common(folder: Path) -> dict[str, Any]:
     return common
 
 
+def _is_hybrid(keys: Collection[str]) -> bool:
+    """Whether these are the keys of a HybridModel, which calls its last norm otherwise."""
+    return any(key.startswith("decoder.final_norm.") for key in keys)
+
+
 def _check_source(folder: Path, keys: Mapping[str, Any]) -> None:
-    if "embedding.word_embeddings.weight" not in keys or not any(
-        key.startswith(_LAYERS) and "self_attention." in key for key in keys
-    ):
+    is_gpt = any(key.startswith(_LAYERS) and "self_attention." in key for key in keys)
+    if "embedding.word_embeddings.weight" not in keys or not (is_gpt or _is_hybrid(keys)):
         raise ConvertError(f"{folder} has no weights of a GPT model ({_LAYERS}self_attention...)")
     if any(SETTINGS_KEY in key for key in keys):
         raise ConvertError(f"{folder} is of a model with mHC already")
     for part, what in (
-        ("decoder.final_norm.", "a HybridModel's layers"),
-        (".mixer.", "hybrid layers"),
         (".cross_attention.", "cross attention"),
         ("mtp.", "layers for multi-token prediction"),
     ):
@@ -167,20 +171,31 @@ class _Layout:
         writer.object(f"{self.key(layer, name)}/{shard}", value)
 
 
-def new_parameters(
-    mhc: MHCConfig, layers: int, hidden_size: int
-) -> Iterator[tuple[int, str, Tensor]]:
-    """Layer, name and value of each parameter that mHC adds to a stack of layers, at its start."""
-    for layer in range(layers):
-        for site, name in enumerate(("attention_connection", "mlp_connection")):
-            connection = HyperConnection(mhc, hidden_size, 2 * layer + site)
-            for parameter, value in connection.named_parameters():
-                yield layer, f"{name}.{parameter}", value.detach()
+def sites_of(keys: Collection[str], layers: int) -> list[tuple[int, str]]:
+    """The layer and the name of each site's parameters, in the order of the model.
+
+    A GPT's layers have two each; a HybridModel's have that of the one sublayer that is there.
+    """
+    if not _is_hybrid(keys):
+        return [(layer, f"{half}_connection") for layer in range(layers) for half in _SUBLAYERS]
+    found = {}
+    for key in keys:
+        inside = re.match(rf"{_LAYERS}(\d+)\.(\w+)\.", key)
+        if inside and inside[2] in _SUBLAYERS.values():
+            (name,) = (name for name, module in _SUBLAYERS.items() if module == inside[2])
+            found[int(inside[1])] = f"{name}_connection"
+        elif inside and inside[2] == "mixer":
+            found[int(inside[1])] = "mamba_connection"
+    return sorted(found.items())
 
 
-def _write_mhc(writer: Writer, mhc: MHCConfig, layout: _Layout, hidden_size: int) -> None:
-    for layer, name, value in new_parameters(mhc, layout.layers, hidden_size):
-        layout.write_tensor(writer, layer, name, value)
+def _write_mhc(writer: Writer, mhc: MHCConfig, keys: Mapping[str, Any]) -> None:
+    """Every parameter that mHC adds, at its start, and the settings of each layer."""
+    layout = _Layout(keys)
+    hidden_size = keys["embedding.word_embeddings.weight"].size[-1]
+    for index, (layer, site) in enumerate(sites_of(keys, layout.layers)):
+        for name, value in HyperConnection(mhc, hidden_size, index).named_parameters():
+            layout.write_tensor(writer, layer, f"{site}.{name}", value.detach())
     for layer in range(layout.layers):
         layout.write_object(writer, layer, SETTINGS_KEY, function_settings(mhc))
     if mhc.learned_head:  # of the last layer alone, in no stack
@@ -201,14 +216,14 @@ def without_past(common: Mapping[str, Any]) -> dict[str, Any]:
     return start
 
 
-def _start_of(common: Mapping[str, Any], mhc: MHCConfig) -> dict[str, Any]:
+def _start_of(common: Mapping[str, Any], mhc: MHCConfig, spec: list[str]) -> dict[str, Any]:
     """The common state of a start with mHC."""
     start = without_past(common)
     args = start.get("args")
     if args is not None:
         for name, value in asdict(mhc).items():
             setattr(args, f"mhc_{name}", value)
-        args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(SPEC)
+        args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(spec)
     return start
 
 
@@ -236,8 +251,7 @@ def _write(folder: Path, made: Path, mhc: MHCConfig) -> None:
     old = read_metadata(folder)
     keys = old.state_dict_metadata
     _check_source(folder, keys)
-    hidden_size = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
-    common = _start_of(read_common(folder), mhc)
+    common = _start_of(read_common(folder), mhc, HYBRID_SPEC if _is_hybrid(keys) else SPEC)
     new = replace(old, state_dict_metadata={}, storage_data={})
     is_model = lambda key: not key.startswith(PAST)  # noqa: E731
     try:
@@ -245,7 +259,7 @@ def _write(folder: Path, made: Path, mhc: MHCConfig) -> None:
     except (FileNotFoundError, ValueError) as error:  # they name the file
         raise ConvertError(f"{error}: {_ANOTHER}") from error
     with Writer(made, new) as writer:
-        _write_mhc(writer, mhc, _Layout(keys), hidden_size)
+        _write_mhc(writer, mhc, keys)
         write_common(folder, made, writer, common)
     (made / ".metadata").write_bytes(pickle.dumps(new))
     shutil.copy(folder / "metadata.json", made)

@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU: real widths, ragged token counts, bits, graphs, compilation."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from tests.kernel_cases import (
     DEEPSEEK,
     LARGE_EPS,
     OPERATIONS,
+    OTHER_FORMS,
     PAPER,
     check,
     inputs,
@@ -50,9 +53,10 @@ def test_other_dtypes(operation: str, dtype: torch.dtype) -> None:
     check(operation, 130, 4, 1280, dtype, "cuda", DEEPSEEK)
 
 
+@pytest.mark.parametrize("convention", [LARGE_EPS, OTHER_FORMS], ids=["eps", "other forms"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_large_eps(operation: str) -> None:
-    check(operation, 66, 4, 520, BF16, "cuda", LARGE_EPS, iterations=4)
+def test_large_eps(operation: str, convention: dict[str, Any]) -> None:
+    check(operation, 66, 4, 520, BF16, "cuda", convention, iterations=4)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -232,7 +236,7 @@ def test_new_token_counts_compile_nothing() -> None:
 
 
 @pytest.mark.parametrize("convention", [PAPER, DEEPSEEK], ids=["paper", "deepseek_v4"])
-def test_saved_memory(convention: dict[str, float]) -> None:
+def test_saved_memory(convention: dict[str, Any]) -> None:
     """Live memory after the forward beyond its results: at most 256 bytes a token."""
     tokens, width = 8192, 4096
     arguments = inputs("combine_pre", tokens, 4, width, BF16, "cuda")

@@ -37,6 +37,7 @@ SEQUENCE, BATCH, HIDDEN, LAYERS, VOCABULARY = 256, 2, 512, 5, 128
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
+    "delayed sites": {"mhc": {"convention": "deepseek_v4_1"}},
     "dropout": {"hidden_dropout": 0.1},
     "mlp recomputed": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "core_attn recomputed": {"recompute_granularity": "selective"},
@@ -86,7 +87,8 @@ def built(kind: str, recompute: int | str | None) -> Any:
 
     from megatron_mhc import with_mhc
 
-    settings = KINDS[kind]
+    settings = dict(KINDS[kind])
+    mhc = MHCConfig(backend="triton", recompute=recompute, **settings.pop("mhc", {}))
     latent = settings.get("multi_latent_attention", False)
     config = (MLATransformerConfig if latent else TransformerConfig)(
         **{
@@ -116,7 +118,7 @@ def built(kind: str, recompute: int | str | None) -> Any:
     )
     core = GPTModel(
         config,
-        with_mhc(spec, MHCConfig(backend="triton", recompute=recompute)),
+        with_mhc(spec, mhc),
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",

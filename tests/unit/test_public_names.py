@@ -20,7 +20,10 @@ FIELDS = {
     "recompute": None,
     "overlap_p2p": False,
 }
-SETTINGS = ("iterations", "norm_eps", "pre_eps", "sinkhorn_eps", "backend")
+SETTINGS = (
+    *("iterations", "norm_eps", "pre_eps", "sinkhorn_eps", "norm_form", "sinkhorn_order"),
+    "backend",
+)
 OPERATIONS = {
     "sinkhorn": ("logits", "iterations", "eps", "backend"),
     "coefficients": ("x", "phi", "alpha", "bias", *SETTINGS),
@@ -31,13 +34,17 @@ OPERATIONS = {
         *("x", "f", "h_post", "h_res", "phi", "alpha", "bias", "f_bias"),
         *SETTINGS,
     ),
+    "combine_read": (
+        *("x", "f", "h_post", "h_res", "h_pre", "phi", "alpha", "bias", "f_bias"),
+        *SETTINGS,
+    ),
     "head": ("x", "fn", "scale", "base", "norm_eps", "pre_eps", "backend"),
     "hc_coefficients": ("x", "theta", "alpha", "bias"),
 }
 TORCH_OPERATORS = (
     "aggregate aggregate_backward coefficients coefficients_backward combine combine_backward"
-    " combine_pre combine_pre_backward head head_backward pre pre_backward sinkhorn"
-    " sinkhorn_backward"
+    " combine_pre combine_pre_backward combine_read combine_read_backward head head_backward pre"
+    " pre_backward sinkhorn sinkhorn_backward"
 )
 
 

@@ -4,7 +4,7 @@ From the gradients of u, h_post and h_res it goes through Sinkhorn, sigmoid and 
 d_z [rows], k and h_pre, with which dY = dy + h_pre^T du + d_z phi + k y.
 """
 
-# ruff: noqa: RUF005 (Triton's language has no starred tuples)
+# ruff: noqa: RUF005, SIM108 (Triton's language has no starred tuples)
 
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ def coefficient_gradients_kernel(
     out_ptr,
     d_parameters_ptr,
     T,
+    norm_eps,
     pre_eps,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -41,15 +42,18 @@ def coefficient_gradients_kernel(
     HAS_MIXING: tl.constexpr,
     HAS_POST: tl.constexpr,
     HAS_RES: tl.constexpr,
+    OUTSIDE_ROOT: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Gradients of u (AGGREGATE) or h_pre, of h_post and of h_res -> a token's d_z, k, h_pre.
 
     With l = alpha z / r + b and m = z / r: d_z = alpha d_l / r; k = -sum(alpha d_l m) / (r^2 N C),
-    the factor of y in the gradient through r. normed as `coefficients_kernel` wrote it; out: d_z
+    the factor of y in the gradient through r; with OUTSIDE_ROOT, r = rms + norm_eps, it is
+    -sum(alpha d_l m) / (r rms N C). normed as `coefficients_kernel` wrote it; out: d_z
     [T, ROWS], k [T] and h_pre [T, N], one behind the other. d_parameters [programs, ROWS + 3 (or
     1)]: sums over this program's tokens of d_l (for bias) and of d_l m (for alpha).
     """
@@ -116,7 +120,10 @@ def coefficient_gradients_kernel(
         through_norm = tl.fma(d_alpha, alpha, through_norm)
         tl.store(d_alpha_ptr + 1, tl.sum(d_alpha, axis=0))
 
-        entry = j[:, None] * N + j[None, :]  # [N, N] (dst, src)
+        if ROWS_FIRST:
+            entry = j[None, :] * N + j[:, None]  # [N, N] (src, dst)
+        else:
+            entry = j[:, None] * N + j[None, :]  # [N, N] (dst, src)
         offsets = t64[:, None, None] * ROWS + 2 * N + entry[None, :, :]
         mask = t_mask[:, None, None] & (entry >= 0)[None, :, :]
         alpha = tl.load(alpha_ptr + 2)
@@ -134,7 +141,12 @@ def coefficient_gradients_kernel(
         through_norm = tl.fma(d_alpha, alpha, through_norm)
         tl.store(d_alpha_ptr + 2, tl.sum(d_alpha, axis=0))
 
-    tl.store(k_ptr + t64, -through_norm * inverse_r * inverse_r / (N * C), t_mask)
+    if OUTSIDE_ROOT:  # zero for streams that are: so is the norm's own gradient there
+        rms = 1.0 / inverse_r - norm_eps
+        inverse_rms = tl.where(rms > 0.0, 1.0 / rms, 0.0)
+        tl.store(k_ptr + t64, -through_norm * inverse_r * inverse_rms / (N * C), t_mask)
+    else:
+        tl.store(k_ptr + t64, -through_norm * inverse_r * inverse_r / (N * C), t_mask)
 
 
 class CoefficientGradients(NamedTuple):
@@ -154,8 +166,7 @@ def _launch(
     width: int,
     rows: int,
     has: tuple[bool, bool, bool],
-    iterations: int,
-    sinkhorn_eps: float,
+    options: Options,
 ) -> tuple[Launch, tiles.Tile]:
     """The kernel for streams of this dtype; `has`: whether there are du, d_post and d_res."""
     tile = tiles.coefficient_gradients(n, width, dtype)
@@ -169,8 +180,10 @@ def _launch(
         HAS_MIXING=rows > n,
         HAS_POST=has[1],
         HAS_RES=has[2],
-        ITERATIONS=iterations,
-        SINKHORN_EPS=sinkhorn_eps,
+        OUTSIDE_ROOT=options.outside_root,
+        ITERATIONS=options.iterations,
+        SINKHORN_EPS=options.sinkhorn_eps,
+        ROWS_FIRST=options.rows_first,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,
@@ -204,12 +217,11 @@ def coefficient_gradients(
     if du is None and d_pre is None:
         d_pre = normed.new_zeros(tokens, n)
     has = (du is not None, d_post is not None, d_res is not None)
-    kind = (n, width, rows, has, options.iterations, options.sinkhorn_eps)
-    launch, tile = _launch(y.device, y.dtype, *kind)
+    launch, tile = _launch(y.device, y.dtype, n, width, rows, has, options)
     programs = tiles.cdiv(tokens, tile.tokens)
     d_parameters = new(programs, rows + alpha.shape[0])
     tensors = (y, du, d_pre, d_post, d_res, normed, alpha, bias, out, d_parameters)
-    launch((programs, 1), tensors, tokens, options.pre_eps)
+    launch((programs, 1), tensors, tokens, options.norm_eps, options.pre_eps)
     d_bias, d_alpha = new(bias.shape), new(alpha.shape)
     sum_partials(d_parameters, d_bias, d_alpha)
     return CoefficientGradients(out, d_alpha, d_bias)

@@ -35,8 +35,10 @@ def coefficients_kernel(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_MIXING: tl.constexpr,
+    OUTSIDE_ROOT: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SINKHORN_EPS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
     BLOCKS: tl.constexpr,
     LOADS: tl.constexpr,
     TILE: tl.constexpr,
@@ -61,7 +63,10 @@ def coefficients_kernel(
         z_post = sum_blocks(tile_ptr, N, N, ALL, TILE, BLOCKS, LOADS, BT)
         z_res = sum_blocks(tile_ptr, 2 * N, N * N, ALL, TILE, BLOCKS, LOADS, BT)
 
-    inverse_r = tl.rsqrt(square / (N * C) + norm_eps)  # [BT, 1]
+    if OUTSIDE_ROOT:
+        inverse_r = 1.0 / (tl.sqrt(square / (N * C)) + norm_eps)  # [BT, 1]
+    else:
+        inverse_r = tl.rsqrt(square / (N * C) + norm_eps)
     tl.store(inverse_r_ptr + t64[:, None], inverse_r, t_mask[:, None])
     j = tl.arange(0, N)
     mask = t_mask[:, None] & (j >= 0)[None, :]
@@ -82,7 +87,11 @@ def coefficients_kernel(
         tl.store(z_over_r_ptr + t64[:, None] * ROWS + 2 * N + k[None, :], z_over_r, mask)
         logits = tl.fma(z_over_r, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * N + k)[None, :])
         logits = tl.reshape(logits, (BT, N, N))  # (dst, src)
+        if ROWS_FIRST:
+            logits = tl.permute(logits, (0, 2, 1))
         matrix = sinkhorn_forward(logits, ITERATIONS, SINKHORN_EPS)
+        if ROWS_FIRST:
+            matrix = tl.permute(matrix, (0, 2, 1))
         matrix = tl.reshape(matrix, (BT, N * N))
         tl.store(h_res_ptr + t64[:, None] * (N * N) + k[None, :], matrix, mask)
 
@@ -106,8 +115,7 @@ def _launch(
     rows: int,
     blocks: int,
     tile_tokens: int,
-    iterations: int,
-    sinkhorn_eps: float,
+    options: Options,
 ) -> tuple[Launch, int]:
     """The kernel for partial projections [tiles, blocks, rows + 1, tile_tokens] of streams of this
     dtype; and how many tokens a program of it has."""
@@ -120,8 +128,10 @@ def _launch(
         C=width,
         ROWS=rows,
         HAS_MIXING=rows > n,
-        ITERATIONS=iterations,
-        SINKHORN_EPS=sinkhorn_eps,
+        OUTSIDE_ROOT=options.outside_root,
+        ITERATIONS=options.iterations,
+        SINKHORN_EPS=options.sinkhorn_eps,
+        ROWS_FIRST=options.rows_first,
         BLOCKS=blocks,
         LOADS=max(tiles.COEFFICIENTS_LOADS * tile.warps, n * n * block_tokens),
         TILE=tile_tokens,
@@ -154,10 +164,10 @@ def coefficients_and_u(
     if rows > n:
         h_post, h_res = new(*leading, n), new(*leading, n, n)
     if tokens > 0:
-        iterations, norm_eps, pre_eps, sinkhorn_eps = options
-        kind = (n, width, rows, blocks, tile_tokens, iterations, sinkhorn_eps)
+        kind = (n, width, rows, blocks, tile_tokens, options)
         launch, block_tokens = _launch(x.device, x.dtype, *kind)
         tensors = (partial, alpha, bias, h_pre, h_post, h_res, normed)
-        launch((tiles.cdiv(tokens, block_tokens), 1), tensors, tokens, norm_eps, pre_eps)
+        eps = (options.norm_eps, options.pre_eps)
+        launch((tiles.cdiv(tokens, block_tokens), 1), tensors, tokens, *eps)
     u = make_u(sizes, x, h_pre) if aggregate else None
     return Coefficients(u, h_pre, h_post, h_res, normed)

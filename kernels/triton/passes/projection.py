@@ -1,9 +1,10 @@
 """The forward's large kernel, whichever operation asks.
 
 `combine_and_project_kernel` mixes the streams of the site that ends and, on the tile still in
-registers, projects the result for the site that begins; each half can run alone. `combine`, `pre`,
-`coefficients`, `combine_pre` and `head` are this kernel with different flags, with
-`passes.coefficients` behind it, so their results agree to the bit.
+registers, projects the result for the site that begins; each half can run alone, and a delayed site
+is read there too. `combine`, `pre`, `coefficients`, `combine_pre`, `combine_read` and `head` are
+this kernel with different flags, with `passes.coefficients` behind it, so their results agree to
+the bit.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -47,6 +48,8 @@ def combine_and_project_kernel(
     y_ptr,
     phi_ptr,
     partial_ptr,
+    h_pre_ptr,
+    u_ptr,
     T,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -56,18 +59,19 @@ def combine_and_project_kernel(
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PROJECT: tl.constexpr,
+    READ: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """y = H_res x + H_post^T (f + f_bias) (COMBINE), else y = x; then, over one block of channels,
-    z = vec(y) phi^T and the sum of squares of y (PROJECT).
+    z = vec(y) phi^T and the sum of squares of y (PROJECT), and u = h_pre y (READ).
 
     A program keeps phi of its STEPS * BC channels in shared memory. It takes every P-th tile of BT
     tokens, P = programs a block, so that all programs read and write side by side. Triton copies
     the tiles that come next to shared memory meanwhile.
-    x, y [T, N, C]; f [T, C]; phi [ROWS, N*C] fp32; partial [tiles of BT tokens, blocks,
-    ROWS + 1, BT]: z and the sum of squares. Each program's part of a tile is contiguous.
+    x, y [T, N, C]; f, u [T, C]; h_pre [T, N]; phi [ROWS, N*C] fp32; partial [tiles of BT tokens,
+    blocks, ROWS + 1, BT]: z and the sum of squares. Each program's part of a tile is contiguous.
     """
     BLOCKS: tl.constexpr = (C + STEPS * BC - 1) // (STEPS * BC)
     block = tl.program_id(0)
@@ -85,6 +89,8 @@ def combine_and_project_kernel(
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, None, N)
             h_res = load_columns(h_res_ptr, t64, None, N * N)
+        if READ:
+            h_pre = load_columns(h_pre_ptr, t64, None, N)
         sums = ()
         for _ in tl.static_range(SUMS):
             sums = sums + (tl.zeros((16, BT), tl.float32),)
@@ -100,6 +106,8 @@ def combine_and_project_kernel(
                 for i in tl.static_range(N):
                     wide = wide + (to_fp32(streams[i]),)
             square = tl.zeros((BT, BC), tl.float32)
+            if READ:
+                u = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(N):
                 if COMBINE:
                     y = rounded(mixed_stream(wide, f, h_res, h_post, i, N), y_ptr.dtype.element_ty)
@@ -107,6 +115,8 @@ def combine_and_project_kernel(
                     tl.store(y_ptr + out, y, t_mask[:, None] & (c < C)[None, :])
                 else:
                     y = streams[i]
+                if READ:
+                    u = tl.fma(h_pre[i][:, None], to_fp32(y), u)
                 if PROJECT:
                     y32 = to_fp32(y)
                     square = tl.fma(y32, y32, square)
@@ -114,6 +124,10 @@ def combine_and_project_kernel(
                         y = y32
                     y = as_transposed_operand(y)
                     sums = add_products(phi[step * N + i], y, sums, ROWS, TERMS)
+            if READ:
+                out = t64[:, None] * C + c[None, :]
+                mask = t_mask[:, None] & (c < C)[None, :]
+                tl.store(u_ptr + out, rounded(u, u_ptr.dtype.element_ty), mask)
             squares += tl.sum(tl.reshape(square, (BT, BC // 8, 8)), axis=2)
 
         if PROJECT:
@@ -140,6 +154,7 @@ def _launch(
     width: int,
     rows: int | None,
     combine: bool,
+    read: bool,
     f_bias: torch.dtype | None,
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
@@ -157,6 +172,7 @@ def _launch(
         COMBINE=combine,
         HAS_BIAS=f_bias is not None,
         PROJECT=rows is not None,
+        READ=read,
         BT=tile.tokens,
         BC=min(tile.channels, STEP),
         STEPS=tiles.cdiv(tile.channels, STEP),
@@ -165,6 +181,27 @@ def _launch(
         maxnreg=tile.registers,
     )
     return launch, tile, tiles.cdiv(width, tile.channels)
+
+
+def _run(
+    sizes: Sizes, x: Tensor, phi: Tensor | None, mixing: Mixing | None, h_pre: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Launch `combine_and_project_kernel`: the streams, u and the partial projections."""
+    tokens, n, width = sizes
+    f, h_post, h_res, f_bias = mixing or (None,) * 4
+    rows = None if phi is None else phi.shape[0]
+    bias_dtype = None if f_bias is None else f_bias.dtype
+    kind = (n, width, rows, f is not None, h_pre is not None, bias_dtype)
+    launch, tile, blocks = _launch(x.device, x.dtype, *kind)
+    count = tiles.cdiv(tokens, tile.tokens)
+    y = x if mixing is None else x.new_empty(x.shape)
+    u = None if h_pre is None else f.new_empty(f.shape)
+    partial = None if phi is None else phi.new_empty(count, blocks, len(phi) + 1, tile.tokens)
+    if tokens > 0:
+        programs = min(count, MOST_PROGRAMS if phi is None else tile.splits)
+        tensors = (x, f, f_bias, h_post, h_res, y, phi, partial, h_pre, u)
+        launch((blocks, programs), tensors, tokens)
+    return y, u, partial
 
 
 def combine_and_project(
@@ -181,15 +218,16 @@ def combine_and_project(
         partial projections [tiles, channel blocks, rows + 1, tokens of a tile]: z of each row of
         phi, then the sum of squares.
     """
-    tokens, n, width = sizes
-    f, h_post, h_res, f_bias = mixing or (None,) * 4
-    rows = None if phi is None else phi.shape[0]
-    bias_dtype = None if f_bias is None else f_bias.dtype
-    launch, tile, blocks = _launch(x.device, x.dtype, n, width, rows, f is not None, bias_dtype)
-    count = tiles.cdiv(tokens, tile.tokens)
-    y = x if mixing is None else x.new_empty(x.shape)
-    partial = None if phi is None else phi.new_empty(count, blocks, len(phi) + 1, tile.tokens)
-    if tokens > 0:
-        programs = min(count, MOST_PROGRAMS if phi is None else tile.splits)
-        launch((blocks, programs), (x, f, f_bias, h_post, h_res, y, phi, partial), tokens)
+    y, _, partial = _run(sizes, x, phi, mixing, None)
     return y, partial
+
+
+def combine_project_and_read(
+    sizes: Sizes, x: Tensor, phi: Tensor, mixing: Mixing, h_pre: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and u [..., C] = h_pre y of the streams y in the same pass, for h_pre [..., n].
+
+    Returns:
+        y, u, and the partial projections.
+    """
+    return _run(sizes, x, phi, mixing, h_pre)

@@ -3,7 +3,8 @@
 `stream_gradients_kernel` builds the whole gradient of the projected streams y on chip,
     dY = dy + h_pre^T du + d_z phi + k y,
 and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
-once. Sums over tokens or channels are partial sums, added up behind it.
+once. A delayed site's boundary has the gradient of h_pre there too, and makes y again from x and f,
+which are read anyway. Sums over tokens or channels are partial sums, added up behind it.
 """
 
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class StreamGradients(NamedTuple):
     d_res: Tensor | None
     d_f_bias: Tensor | None
     d_phi: Tensor | None
+    d_pre: Tensor | None = None
 
 
 @prepared
@@ -39,13 +41,14 @@ def _launch(
     n: int,
     width: int,
     rows: int | None,
-    has: tuple[bool, bool, bool],
+    has: tuple[bool, bool, bool, bool],
     f_bias: torch.dtype | None,
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
-    rows of phi and f_bias's dtype are None where there is none; `has`: whether there are dy, du and
-    a combine to go through."""
-    tile = tiles.stream_gradients(n, width, dtype)
+    rows of phi and f_bias's dtype are None where there is none; `has`: whether there are dy, du, a
+    combine to go through, and an h_pre of the site that ends."""
+    tile_of = tiles.read_gradients if has[3] else tiles.stream_gradients
+    tile = tile_of(n, width, dtype)
     launch = Launch(
         stream_gradients_kernel,
         device,
@@ -59,7 +62,9 @@ def _launch(
         HAS_DU=has[1],
         COMBINE=has[2],
         HAS_BIAS=f_bias is not None,
-        MIXING_WIDTH=triton.next_power_of_2(n + n * n),
+        READ=has[3],
+        AGAIN=has[3],  # of the others no GPU has timed it: has[2] and rows is not None, to try
+        MIXING_WIDTH=triton.next_power_of_2(n + n * n + n * has[3]),
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,
@@ -79,6 +84,7 @@ def stream_gradients(
     token: CoefficientGradients | None = None,
     x: Tensor | None = None,
     mixing: Mixing | None = None,
+    h_pre: Tensor | None = None,
 ) -> StreamGradients:
     """Launch `stream_gradients_kernel`, and what adds up its partial sums.
 
@@ -88,31 +94,35 @@ def stream_gradients(
         phi, token: the projection and what `coefficient_gradients` returned, or None where
             nothing was projected.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
+        h_pre: what made u of y where `combine_read` did; else it is that of `token`.
     """
     tokens, n, width = sizes
     f, h_post, h_res, f_bias = mixing or (None,) * 4
     dx = y.new_empty(y.shape)
-    df = d_post = d_res = d_f_bias = d_phi = d_mixing = f_bias_sums = None
+    df = d_post = d_res = d_f_bias = d_phi = d_mixing = f_bias_sums = d_pre = None
     if tokens == 0:
-        made = (None if t is None else torch.zeros_like(t) for t in (*(mixing or [None] * 4), phi))
-        return StreamGradients(dx, *made)
+        given = (*(mixing or [None] * 4), phi, h_pre)
+        return StreamGradients(dx, *(None if t is None else torch.zeros_like(t) for t in given))
     rows = None if phi is None else phi.shape[0]
     bias_dtype = None if f_bias is None else f_bias.dtype
-    has = (dy is not None, du is not None, mixing is not None)
+    has = (dy is not None, du is not None, mixing is not None, h_pre is not None)
     launch, tile, blocks = _launch(y.device, y.dtype, n, width, rows, has, bias_dtype)
     programs = min(tile.splits, tiles.cdiv(tokens, tile.tokens))  # none without tokens
     if mixing is not None:
         df, d_post = f.new_empty(f.shape), h_post.new_empty(h_post.shape)
-        d_res, d_mixing = h_res.new_empty(h_res.shape), h_res.new_empty(blocks, tokens, n + n * n)
+        d_res, columns = h_res.new_empty(h_res.shape), n + n * n + n * has[3]
+        d_mixing = h_res.new_empty(blocks, tokens, columns)
+    if h_pre is not None:
+        d_pre = h_pre.new_empty(h_pre.shape)
     if f_bias is not None:
         f_bias_sums = h_post.new_empty(programs, width)
     of_token = None if token is None else token.d_z_k_h_pre
-    given = (y, dy, du, of_token, phi, x, f, f_bias, h_post, h_res)
+    given = (y, dy, du, of_token, phi, x, f, f_bias, h_post, h_res, h_pre)
     launch((blocks, programs), (*given, dx, df, d_mixing, f_bias_sums), tokens)
     if mixing is not None:
-        sum_mixing(d_mixing, d_post, d_res)
+        sum_mixing(d_mixing, d_post, d_res, d_pre)
     if f_bias is not None:
         d_f_bias = sum_partials(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
     if phi is not None:
         d_phi = phi_gradient(sizes, y, token.d_z_k_h_pre, rows)
-    return StreamGradients(dx, df, d_post, d_res, d_f_bias, d_phi)
+    return StreamGradients(dx, df, d_post, d_res, d_f_bias, d_phi, d_pre)

@@ -10,7 +10,15 @@ programs of a kernel work side by side, on neighbouring tokens.
 import triton
 import triton.language as tl
 
-from ..device import after_rows, load_columns, load_streams, rounded, row_sums, to_fp32
+from ..device import (
+    after_rows,
+    load_columns,
+    load_streams,
+    mixed_stream,
+    rounded,
+    row_sums,
+    to_fp32,
+)
 from .through_phi import load_weights, through_phi
 
 
@@ -23,7 +31,7 @@ def load_tiles(
     N: tl.constexpr,
     C: tl.constexpr,
     HAS_DY: tl.constexpr,
-    PROJECT: tl.constexpr,
+    HAS_Y: tl.constexpr,
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
 ):
@@ -34,7 +42,7 @@ def load_tiles(
     dys, ys, xs, du, f = (), (), (), (), ()
     if HAS_DY:
         dys = load_streams(dy_ptr, offsets, mask, C, N)
-    if PROJECT:
+    if HAS_Y:
         ys = load_streams(y_ptr, offsets, mask, C, N)
     if COMBINE:
         xs = load_streams(x_ptr, offsets, mask, C, N)
@@ -42,6 +50,33 @@ def load_tiles(
     if HAS_DU:
         du = (tl.load(du_ptr + narrow, mask, 0.0),)
     return dys, ys, xs, du, f
+
+
+@triton.jit
+def mixed_again(xs, f, h_res, h_post, dtype: tl.constexpr, N: tl.constexpr):
+    """The tiles of y that the forward mixed and rounded, from those of x and f (fp32)."""
+    wide, ys = (), ()
+    for j in tl.static_range(N):
+        wide = wide + (to_fp32(xs[j]),)
+    for i in tl.static_range(N):
+        ys = ys + (rounded(mixed_stream(wide, f, h_res, h_post, i, N), dtype),)
+    return ys
+
+
+@triton.jit
+def through_read(
+    ys, du, d_mixing, N: tl.constexpr, HAS_DU: tl.constexpr, MIXING_WIDTH: tl.constexpr
+):
+    """d_mixing with d_h_pre = <du, y_j> behind the rest; zeros where there is no du."""
+    if HAS_DU:
+        entry = tl.arange(0, MIXING_WIDTH)[None, :]
+        du32, products = to_fp32(du[0]), ()
+        for j in tl.static_range(N):
+            products = products + (du32 * to_fp32(ys[j]),)
+        sums = row_sums(products, N)
+        for j in tl.static_range(N):
+            d_mixing = tl.where(entry == N + N * N + j, sums[j][:, None], d_mixing)
+    return d_mixing
 
 
 @triton.jit
@@ -147,6 +182,7 @@ def stream_gradients_kernel(
     f_bias_ptr,
     h_post_ptr,
     h_res_ptr,
+    read_with_ptr,
     dx_ptr,
     df_ptr,
     d_mixing_ptr,
@@ -162,6 +198,8 @@ def stream_gradients_kernel(
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    READ: tl.constexpr,
+    AGAIN: tl.constexpr,
     MIXING_WIDTH: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -172,11 +210,17 @@ def stream_gradients_kernel(
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C] fp32; token as
     `coefficient_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
     d_h_post and d_h_res; d_f_bias [programs a block, C]. A product with phi takes PART of its rows.
+    READ: h_pre is read_with [T, N], its gradient N more columns of d_mixing. AGAIN: y is not read.
     """
+    HAS_Y: tl.constexpr = PROJECT and not AGAIN
+    COLUMNS: tl.constexpr = N + N * N + (N if READ else 0)
     if PROJECT:
         d_z_ptr = token_ptr
         k_ptr = after_rows(token_ptr, T, ROWS)
-        h_pre_ptr = after_rows(token_ptr, T, ROWS + 1)
+        if READ:
+            h_pre_ptr = read_with_ptr
+        else:
+            h_pre_ptr = after_rows(token_ptr, T, ROWS + 1)
     block = tl.program_id(0)
     part = tl.program_id(1)
     c = block * BC + tl.arange(0, BC)
@@ -194,7 +238,7 @@ def stream_gradients_kernel(
     pointers = (dy_ptr, y_ptr, x_ptr, du_ptr, f_ptr)
     t = first + tl.arange(0, BT)
     mask = (t < T)[:, None] & c_mask[None, :]
-    tiles = load_tiles(pointers, t.to(tl.int64), c, mask, N, C, HAS_DY, PROJECT, HAS_DU, COMBINE)
+    tiles = load_tiles(pointers, t.to(tl.int64), c, mask, N, C, HAS_DY, HAS_Y, HAS_DU, COMBINE)
     for t0 in range(first, T, jump):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
@@ -219,16 +263,22 @@ def stream_gradients_kernel(
         t_next = t + jump
         next_mask = (t_next < T)[:, None] & c_mask[None, :]
         tiles = load_tiles(
-            pointers, t_next.to(tl.int64), c, next_mask, N, C, HAS_DY, PROJECT, HAS_DU, COMBINE
+            pointers, t_next.to(tl.int64), c, next_mask, N, C, HAS_DY, HAS_Y, HAS_DU, COMBINE
         )
+        if AGAIN:
+            f = to_fp32(f[0])
+            if HAS_BIAS:
+                f += f_bias[None, :]
+            ys = mixed_again(xs, f, h_res, h_post, dx_ptr.dtype.element_ty, N)
 
         streams_dy = add_gradients(
             dys, ys, du, h_pre, k, through, N, HAS_DY, PROJECT, HAS_DU, BT, BC
         )
         if COMBINE:
-            f = to_fp32(f[0])
-            if HAS_BIAS:
-                f += f_bias[None, :]
+            if not AGAIN:
+                f = to_fp32(f[0])
+                if HAS_BIAS:
+                    f += f_bias[None, :]
             df, d_mixing = through_post(streams_dy, f, h_post, N, MIXING_WIDTH, BT, BC)
             tl.store(df_ptr + narrow, rounded(df, df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:
@@ -236,9 +286,11 @@ def stream_gradients_kernel(
             d_mixing = through_res(
                 streams_dy, xs, h_res, d_mixing, dx_ptr, offsets, mask, N, C, MIXING_WIDTH, BT, BC
             )
+            if READ:
+                d_mixing = through_read(ys, du, d_mixing, N, HAS_DU, MIXING_WIDTH)
             entry = tl.arange(0, MIXING_WIDTH)[None, :]
-            out = (block * T.to(tl.int64) + t64)[:, None] * (N + N * N) + entry
-            tl.store(d_mixing_ptr + out, d_mixing, t_mask[:, None] & (entry < N + N * N))
+            out = (block * T.to(tl.int64) + t64)[:, None] * COLUMNS + entry
+            tl.store(d_mixing_ptr + out, d_mixing, t_mask[:, None] & (entry < COLUMNS))
         else:
             for i in tl.static_range(N):
                 dx = rounded(streams_dy[i], dx_ptr.dtype.element_ty)

@@ -38,14 +38,17 @@ def sum_mixing_kernel(
     in_ptr,
     d_post_ptr,
     d_res_ptr,
+    d_pre_ptr,
     T,
     N: tl.constexpr,
+    HAS_PRE: tl.constexpr,
     BLOCKS: tl.constexpr,
     BB: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Add up d_mixing [BLOCKS, T, N + N*N] over channel blocks -> d_h_post [T, N], d_h_res."""
-    WIDTH: tl.constexpr = N + N * N
+    """Add up d_mixing [BLOCKS, T, N + N*N] over channel blocks -> d_h_post [T, N], d_h_res; with
+    HAS_PRE there are N columns more, for d_h_pre [T, N]."""
+    WIDTH: tl.constexpr = N + N * N + (N if HAS_PRE else 0)
     item = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     count = T.to(tl.int64) * WIDTH
     total = tl.zeros((BB, BW), tl.float32)
@@ -57,20 +60,27 @@ def sum_mixing_kernel(
     t = item // WIDTH
     entry = item % WIDTH
     tl.store(d_post_ptr + t * N + entry, result, (item < count) & (entry < N))
-    tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & (entry >= N))
+    if HAS_PRE:
+        is_res = (entry >= N) & (entry < N + N * N)
+        tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & is_res)
+        last = entry - (N + N * N)
+        tl.store(d_pre_ptr + t * N + last, result, (item < count) & (last >= 0))
+    else:
+        tl.store(d_res_ptr + t * (N * N) + entry - N, result, (item < count) & (entry >= N))
 
 
 @prepared
-def _sum_mixing(device: torch.device, n: int, blocks: int) -> Launch:
+def _sum_mixing(device: torch.device, n: int, has_pre: bool, blocks: int) -> Launch:
     sizes = {"N": n, "BLOCKS": blocks, "BB": 16, "BW": 128}
-    return Launch(sum_mixing_kernel, device, **sizes, num_warps=4)
+    return Launch(sum_mixing_kernel, device, HAS_PRE=has_pre, **sizes, num_warps=4)
 
 
-def sum_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor) -> None:
-    """The sum over the first dimension of `partial` [blocks, T, n + n*n], into the other two."""
+def sum_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor, d_pre: Tensor | None = None) -> None:
+    """The sum over the first dimension of `partial` [blocks, T, n + n*n], into the next two; n
+    columns more where there is a d_pre, for it."""
     blocks, tokens, width = partial.shape
-    launch = _sum_mixing(partial.device, d_post.shape[-1], blocks)
-    launch((tiles.cdiv(tokens * width, 128), 1), (partial, d_post, d_res), tokens)
+    launch = _sum_mixing(partial.device, d_post.shape[-1], d_pre is not None, blocks)
+    launch((tiles.cdiv(tokens * width, 128), 1), (partial, d_post, d_res, d_pre), tokens)
 
 
 @prepared

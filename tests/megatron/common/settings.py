@@ -17,6 +17,8 @@ FULL_RECOMPUTE = {
     "recompute_num_layers": 1,
 }
 HEAD = {"convention": "deepseek_v4"}
+DELAYED = {"convention": "deepseek_v4_1"}
+"""A site reads with the H_pre of the one before, which travels with the streams."""
 
 
 def stages(size: int, **more: int) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Observer:
             n, x = connection.mhc.num_streams, inputs[0].detach().double()
             if x.shape[-1] == connection.hidden_size:  # the model's entry
                 x = x.repeat(1, 1, n)
-            x = x.unflatten(-1, (n, -1))
+            # without what may stand behind the streams
+            x = x[..., : n * connection.hidden_size].unflatten(-1, (n, -1))
             named = connection.named_parameters()
             parameters = {name: p.detach().double().clone() for name, p in named}
             self.truth[site] = {"x": x.flatten(0, 1).clone(), **parameters}

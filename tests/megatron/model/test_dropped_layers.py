@@ -10,6 +10,8 @@ from tests.megatron.common.launch import run_scenarios
 DROPPED: dict[str, list[int]] = {"first": [0], "last": [3], "middle": [1], "both ends": [0, 3]}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "delayed sites": {"mhc": {"convention": "deepseek_v4_1"}},
+    "delayed sites, blocks of 2": {"mhc": {"convention": "deepseek_v4_1", "recompute": 2}},
     "blocks of 1": {"mhc": {"recompute": 1}},
     "blocks of 2": {"mhc": {"recompute": 2}},
     "full recompute": {

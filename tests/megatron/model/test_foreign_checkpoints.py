@@ -10,6 +10,7 @@ import pytest
 
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
+from tests.megatron.common.settings import DELAYED
 
 KINDS = ("full", "reentrant", "non-reentrant")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -35,3 +36,10 @@ def results() -> dict[str, dict[str, Any]]:
 def test_a_checkpoint_around_some_layers_changes_no_bit(name: str, kind: str) -> None:
     trained = results()
     assert_same_training(trained[f"{name}, {kind}"], trained[name], bound=None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_delayed_sites_refuse_it(kind: str) -> None:
+    """What crosses the edge has no H_pre behind it, and reading cannot begin anew."""
+    with pytest.raises(AssertionError, match="a delayed site got streams alone"):
+        run_scenarios(1, {"bad": {"mhc": DELAYED, "checkpoint": kind}})

@@ -9,6 +9,7 @@ from megatron_mhc.patches.registry import is_there
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.flags import SCRIPT, TINY
 from tests.megatron.common.launch import forked_run, run_scenarios
+from tests.megatron.common.settings import DELAYED
 from tests.megatron.model.test_training import SUMMATION_ORDER
 
 # a large eps makes steps proportional to gradients: else roundings of tiny ones become whole steps
@@ -22,6 +23,7 @@ FULL = {
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": {"kind": "moe"},
+    "delayed sites": {"mhc": DELAYED},
     "bf16": {"bf16": True, "optimizer": {**ADAM, "lr": 0.1, "min_lr": 0.1}},
     "full recompute": {"config": FULL},
     "hybrid": {"pattern": "*-M*-"},
@@ -93,6 +95,10 @@ def test_a_lost_mark_would_be_seen() -> None:
         (
             {"mhc": {"recompute": 2}, "fsdp": "optim_grads_params"},
             "runs the norms of a block again",
+        ),
+        (
+            {"mhc": {**DELAYED, "recompute": 2}, "fsdp": "optim_grads"},
+            "delayed sites .* under which no layer reads for the next: use no_shard",
         ),
         (
             {

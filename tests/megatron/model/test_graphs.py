@@ -20,6 +20,9 @@ OVERLAP = {
     "overlap_param_gather": True,
 }
 HEAD = {"convention": "deepseek_v4"}
+DELAYED = {"convention": "deepseek_v4_1"}
+COLUMNS = 3 * STREAMS
+"""Of H_pre behind bf16 streams, where sites are delayed."""
 CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "whole": ([], {}),
     "whole, learned head": ([], {"mhc": HEAD}),
@@ -28,6 +31,10 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "mlp": (["mlp"], {}),
     "attn mlp": (["attn", "mlp"], {}),
     "attn mlp, learned head": (["attn", "mlp"], {"mhc": HEAD}),
+    "whole, delayed": ([], {"mhc": DELAYED}),
+    "attn mlp, delayed": (["attn", "mlp"], {"mhc": DELAYED}),
+    "mlp, delayed": (["mlp"], {"mhc": DELAYED}),
+    "attn moe_router, delayed": (["attn", "moe_router"], {"kind": "moe", "mhc": DELAYED}),
     "attn, experts": (["attn"], {"kind": "moe"}),
     "attn moe_router": (["attn", "moe_router"], {"kind": "moe"}),
     "attn moe_router moe_preprocess": (
@@ -58,8 +65,9 @@ def holds_attention_alone(case: str) -> bool:
 def test_a_layer_is_captured_with_what_it_is_given_in_training(case: str) -> None:
     found = layers(case)
     width = WIDTH if "ordinary" in case or holds_attention_alone(case) else STREAMS * WIDTH
+    width += COLUMNS * ("delayed" in case)
     given = [layer["given"] for layer in found]
-    first = width if case == "mlp" else WIDTH  # attention has made streams of it
+    first = width if case.startswith("mlp") else WIDTH  # attention has made streams of it
     assert given == [(SEQUENCE, BATCH, first), *[(SEQUENCE, BATCH, width)] * 3]
     assert all(layer["learns"] for layer in found)
     if "moe_router" not in case:  # what a router leaves is no layer's input

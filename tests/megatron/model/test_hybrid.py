@@ -7,7 +7,7 @@ import pytest
 from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.compare import assert_same_training, relative_error
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.common.settings import HEAD
+from tests.megatron.common.settings import DELAYED, HEAD
 
 START: dict[str, Any] = {"perturb": False, "sinkhorn_iterations": 20}
 START |= {"steps": 8, "optimizer": {"lr": 3e-3}}
@@ -23,6 +23,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "mhc": {},
     "learned head": {"mhc": HEAD},
     "hc": {"mhc": {"variant": "hc"}},
+    "delayed sites": {"mhc": DELAYED},
     "experts": {"kind": "moe"},
     "dropout": {"config": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
     "bf16": {"bf16": True},

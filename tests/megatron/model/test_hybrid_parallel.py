@@ -8,6 +8,7 @@ from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import (
+    DELAYED,
     FULL_RECOMPUTE,
     HEAD,
     SGD,
@@ -61,6 +62,11 @@ CASES: dict[str, tuple[float | None, dict[str, Any], dict[str, Any]]] = {
     "learned head": (
         None,
         {**EXACT, "mhc": HEAD},
+        {"pattern": SPLIT, "parallel": stages(2)},
+    ),
+    "delayed sites": (
+        None,
+        {**EXACT, "mhc": DELAYED},
         {"pattern": SPLIT, "parallel": stages(2)},
     ),
     "full recompute": (

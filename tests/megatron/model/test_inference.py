@@ -12,6 +12,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mhc": {},
     "hc": {"mhc": {"variant": "hc"}},
     "deepseek_v4": {"mhc": {"convention": "deepseek_v4"}},
+    "deepseek_v4_1": {"mhc": {"convention": "deepseek_v4_1"}},
     "recompute": {"mhc": {"recompute": 1}},
     "one layer": {"config": {"num_layers": 1}},
     "moe": {"kind": "moe"},

@@ -10,7 +10,7 @@ from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.flags import ROPE, RUN, SOURCE, TINY, losses
 from tests.megatron.common.launch import forked_python, forked_run, run_scenarios
-from tests.megatron.common.settings import SGD, SUMMATION_ORDER, VIRTUAL, stages
+from tests.megatron.common.settings import DELAYED, SGD, SUMMATION_ORDER, VIRTUAL, stages
 
 pytestmark = pytest.mark.skipif(is_installed("<0.19"), reason="MTP is refused with Megatron 0.18")
 
@@ -40,6 +40,10 @@ SINGLE: dict[str, dict[str, Any]] = {
     "mhc, repeated": {**START, "steps": 2, "config": REPEATED},
     "repeated": {"config": REPEATED},
     "repeated, recomputed": {"config": REPEATED, "mhc": {"recompute": "auto"}},
+    "mhc, delayed": {**START, "steps": 2, "config": TWO, "mhc": DELAYED},
+    "delayed": {"config": TWO, "mhc": DELAYED},
+    "delayed, recomputed": {"config": TWO, "mhc": {**DELAYED, "recompute": "auto"}},
+    "delayed, pipelined": {**PIPELINED, "mhc": DELAYED},
     "pipelined": PIPELINED,
 }
 PAIR: dict[str, dict[str, Any]] = {
@@ -49,6 +53,7 @@ PAIR: dict[str, dict[str, Any]] = {
         "parallel": VIRTUAL,
     },
     "overlapped": {**PIPELINED, "parallel": stages(2), "mhc": {"overlap_p2p": True}},
+    "delayed": {**PIPELINED, "parallel": stages(2), "mhc": DELAYED},
     "tensor parallel": {
         **PIPELINED,
         "parallel": {"tensor_model_parallel_size": 2},
@@ -70,6 +75,8 @@ def single() -> dict[str, Any]:
         ("mhc, two", "ordinary, two"),
         ("mhc, repeated", "ordinary, repeated"),
         ("mhc MoE", "ordinary MoE"),
+        # each of its layers is a run of its own: it reads stream 0 first, ends by its last H_pre
+        ("mhc, delayed", "ordinary, two"),
     ],
 )
 def test_it_starts_as_the_ordinary_models(single: dict[str, Any], wide: str, ordinary: str) -> None:
@@ -86,7 +93,8 @@ def test_it_trains(single: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "depths"), [("mhc", 1), ("mhc, two", 2), ("mhc, repeated", 1), ("head", 2)]
+    ("kind", "depths"),
+    [("mhc", 1), ("mhc, two", 2), ("mhc, repeated", 1), ("head", 2), ("delayed", 2)],
 )
 def test_its_sites_get_gradients_from_the_second_step_on(
     single: dict[str, Any], kind: str, depths: int
@@ -103,6 +111,7 @@ def test_its_sites_get_gradients_from_the_second_step_on(
 def test_recompute_of_the_streams_is_exact(single: dict[str, Any]) -> None:
     assert_same_training(single["recomputed"], single["kept"], bound=None)
     assert_same_training(single["repeated, recomputed"], single["repeated"], bound=None)
+    assert_same_training(single["delayed, recomputed"], single["delayed"], bound=None)
 
 
 @pytest.mark.parametrize("kind", PAIR)
@@ -110,7 +119,8 @@ def test_it_stands_on_the_last_stage_and_under_tensor_parallelism(
     single: dict[str, Any], kind: str
 ) -> None:
     """The embedding's gradient is the sum of two stages': another order than one process's."""
-    got, want = run_scenarios(2, PAIR)[kind], single["pipelined"]
+    alone = single["delayed, pipelined" if kind == "delayed" else "pipelined"]
+    got, want = run_scenarios(2, PAIR)[kind], alone
     assert_same_training(got, want, bound=SUMMATION_ORDER)
     for mine, theirs in zip(got["mtp_losses"], want["mtp_losses"], strict=True):
         assert mine == pytest.approx(theirs, rel=SUMMATION_ORDER)

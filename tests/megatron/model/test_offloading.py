@@ -13,6 +13,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "own norm": {"kind": "own norm"},
     "experts": {"kind": "moe"},
     "learned head": {"mhc": {"convention": "deepseek_v4"}},
+    "delayed sites": {"mhc": {"convention": "deepseek_v4_1"}},
     "hc": {"mhc": {"variant": "hc"}},
     "ordinary": {"mhc": None},
 }

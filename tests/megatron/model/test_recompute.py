@@ -7,7 +7,7 @@ import pytest
 
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.common.settings import VIRTUAL, stages
+from tests.megatron.common.settings import DELAYED, VIRTUAL, stages
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
@@ -29,6 +29,8 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
     "mla": (1, 2, {"kind": "mla"}),
     "learned head": (1, 2, {"mhc": {"convention": "deepseek_v4"}}),
     "boundaries apart": (1, 2, {"fuse": "none"}),
+    "delayed sites": (1, 2, {"mhc": DELAYED}),
+    "delayed sites, moe, bf16": (1, 3, {"mhc": DELAYED, "kind": "moe", "bf16": True}),
     "RMSNorm": (1, 2, {"config": {"normalization": "RMSNorm", "add_bias_linear": False}}),
     "bf16": (1, 2, {"bf16": True}),
     "evaluation between": (1, 2, {"evaluate_between": True}),
@@ -46,6 +48,8 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
     "hybrid": (1, 3, {"pattern": "*-*-*"}),
     "hybrid, auto": (1, "auto", {"pattern": "*-ME*-", "kind": "moe", "config": DROPOUT}),
     "1F1B": (2, 1, {**LONG, "parallel": stages(2)}),
+    "1F1B, delayed sites": (2, 1, {**LONG, "parallel": stages(2), "mhc": DELAYED}),
+    "interleaved, delayed sites": (2, 1, {**LONG, "parallel": VIRTUAL, "mhc": DELAYED}),
     "1F1B, auto, ahead": (2, "auto", {**LONG, "parallel": stages(2), "rebuild_ahead": True}),
     "interleaved": (
         2,
@@ -68,6 +72,15 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
         {
             "config": {"sequence_parallel": True},
             "parallel": {"tensor_model_parallel_size": 2},
+        },
+    ),
+    "sequence parallel, delayed sites": (
+        2,
+        2,
+        {
+            "config": {"sequence_parallel": True},
+            "parallel": {"tensor_model_parallel_size": 2},
+            "mhc": DELAYED,
         },
     ),
     "distributed optimizer": (
@@ -159,6 +172,7 @@ N = 4
         ("moe", (2, 2), 2),
         ("boundaries apart", (2, 2), 2),
         ("hybrid", (3, 2), 2),
+        ("delayed sites", (2, 2), 2),
     ],
 )
 def test_the_bytes_are_gone(case: str, blocks: tuple[int, ...], last_layers: int) -> None:

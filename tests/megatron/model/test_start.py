@@ -28,6 +28,11 @@ def start_scenarios() -> dict[str, dict[str, Any]]:
         scenarios[kind] = {**START, **settings, "steps": 1, "mhc": None}
         scenarios[f"{kind} mhc"] = {**START, **settings}
     scenarios["dense deepseek_v4"] = {**START, "steps": 1, "mhc": {"convention": "deepseek_v4"}}
+    scenarios["dense deepseek_v4_1"] = {
+        **START,
+        "steps": 2,
+        "mhc": {"convention": "deepseek_v4_1"},
+    }
     scenarios["dense one stream"] = {**START, "steps": 1, "mhc": {"num_streams": 1}}
     scenarios["dense three streams"] = {**START, "steps": 1, "mhc": {"num_streams": 3}}
     scenarios["dense hc"] = {**START, "steps": 2, "mhc": {"variant": "hc"}}
@@ -58,11 +63,12 @@ def test_other_settings_start_as_the_ordinary_model(variant: str) -> None:
     assert results[f"dense {variant}"]["losses"][0] == pytest.approx(want, rel=SAME_START)
 
 
-def test_deepseek_v4_starts_within_its_eps() -> None:
+@pytest.mark.parametrize("convention", ["deepseek_v4", "deepseek_v4_1"])
+def test_deepseeks_conventions_start_within_their_eps(convention: str) -> None:
     results = run_scenarios(1, start_scenarios())
     want = results["dense"]["losses"][0]
     # 1e-6 on each H_pre and on Sinkhorn's sums: norms take most of it back, 2e-7 is seen
-    assert results["dense deepseek_v4"]["losses"][0] == pytest.approx(want, rel=1e-6)
+    assert results[f"dense {convention}"]["losses"][0] == pytest.approx(want, rel=1e-6)
 
 
 def test_the_start_of_zeros_is_another_function() -> None:
@@ -87,7 +93,7 @@ def test_mhc_moves_away_from_the_ordinary_model() -> None:
     assert not same, f"these parameters stayed as they were: {same}"
 
 
-@pytest.mark.parametrize("variant", ["mhc", "hc"])
+@pytest.mark.parametrize("variant", ["mhc", "hc", "deepseek_v4_1"])
 def test_every_parameter_gets_a_gradient_from_the_second_step_on(variant: str) -> None:
     gradients = run_scenarios(1, start_scenarios())[f"dense {variant}"]["gradients"][1]
     assert len(gradients) == 8 * 3

@@ -7,8 +7,17 @@ import torch
 
 from tests.megatron.common.compare import assert_same_training, relative_error
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.common.settings import FULL_RECOMPUTE, HEAD, SGD, SUMMATION_ORDER, UNCLIPPED
+from tests.megatron.common.settings import (
+    DELAYED,
+    FULL_RECOMPUTE,
+    HEAD,
+    SGD,
+    SUMMATION_ORDER,
+    UNCLIPPED,
+)
 
+DELAYED_HEAD = {"delayed": True, "end": "head"}
+"""No model's: single fields of a convention."""
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -29,8 +38,19 @@ def single_scenarios(folder: str) -> dict[str, dict[str, Any]]:
         "bf16": {"bf16": True},
         "decoding": {"decode": True},
         "decoding moe": {"decode": True, "kind": "moe", "mhc": HEAD},
+        "decoding delayed": {"decode": True, "mhc": DELAYED},
         "sgd apart": {"optimizer": SGD, "fuse": "none"},
         "sgd interrupted": {"optimizer": SGD, "interrupt": True},
+        "sgd delayed": {"optimizer": SGD, "mhc": DELAYED},
+        "sgd delayed apart": {"optimizer": SGD, "mhc": DELAYED, "fuse": "none"},
+        "sgd delayed head": {"optimizer": SGD, "mhc": DELAYED_HEAD},
+        "sgd delayed head apart": {"optimizer": SGD, "mhc": DELAYED_HEAD, "fuse": "none"},
+        "sgd dev": {"optimizer": SGD, "mhc": {"convention": "megatron_dev"}},
+        "sgd dev apart": {
+            "optimizer": SGD,
+            "mhc": {"convention": "megatron_dev"},
+            "fuse": "none",
+        },
         "sgd hc": {"optimizer": SGD, "mhc": {"variant": "hc"}},
         "sgd hc apart": {"optimizer": SGD, "mhc": {"variant": "hc"}, "fuse": "none"},
         "first half": {"optimizer": SGD, "mhc": HEAD, "steps": 2, "save": f"{folder}/one"},
@@ -63,6 +83,13 @@ def pair_scenarios(folder: str) -> dict[str, dict[str, Any]]:
         "tp": {"optimizer": SGD, "parallel": TENSOR_PARALLEL},
         "tp head": {"optimizer": SGD, "parallel": TENSOR_PARALLEL, "mhc": HEAD},
         "sp": {"optimizer": SGD, "parallel": TENSOR_PARALLEL, "config": sequence_parallel},
+        "tp delayed": {"optimizer": SGD, "parallel": TENSOR_PARALLEL, "mhc": DELAYED},
+        "sp delayed": {
+            "optimizer": SGD,
+            "parallel": TENSOR_PARALLEL,
+            "config": sequence_parallel,
+            "mhc": DELAYED,
+        },
         "sp head": {
             "optimizer": SGD,
             "parallel": TENSOR_PARALLEL,
@@ -125,6 +152,8 @@ def pair(folder: str, single: dict[str, Any]) -> dict[str, Any]:
         ("sp", "sgd"),
         ("tp head", "sgd head"),
         ("sp head", "sgd head"),
+        ("tp delayed", "sgd delayed"),
+        ("sp delayed", "sgd delayed"),
         ("ep", "sgd moe"),
         ("ep allgather", "sgd moe"),
     ],
@@ -181,7 +210,7 @@ def test_activation_recompute_is_exact(single: dict[str, Any], kind: str, withou
     assert_same_training(single[kind], single[without], bound=None)
 
 
-@pytest.mark.parametrize("variant", ["sgd", "sgd hc"])
+@pytest.mark.parametrize("variant", ["sgd", "sgd hc", "sgd delayed", "sgd delayed head", "sgd dev"])
 def test_fused_boundaries_train_as_separate_ones(single: dict[str, Any], variant: str) -> None:
     """The same operations; autograd adds a stream's gradients in another order."""
     assert_same_training(single[variant], single[f"{variant} apart"], bound=SUMMATION_ORDER)
@@ -206,7 +235,7 @@ def test_an_exception_in_mid_forward_leaves_the_next_step_right(single: dict[str
     assert_same_training(single["sgd interrupted"], single["sgd"], bound=None)
 
 
-@pytest.mark.parametrize("kind", ["decoding", "decoding moe"])
+@pytest.mark.parametrize("kind", ["decoding", "decoding moe", "decoding delayed"])
 def test_decoding_with_a_cache_gives_the_logits_of_a_whole_forward(
     single: dict[str, Any], kind: str
 ) -> None:

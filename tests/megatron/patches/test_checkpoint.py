@@ -26,6 +26,8 @@ STAGES = ["--pipeline-model-parallel-size", "2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "bf16": (1, []),
     "bf16 learned head": (1, ["--mhc-convention", "deepseek_v4"]),
+    "bf16 delayed sites": (1, ["--mhc-convention", "deepseek_v4_1", "--mhc-norm-eps", "1e-12"]),
+    "bf16 delayed sites in two stages": (2, [*STAGES, "--mhc-convention", "deepseek_v4_1"]),
     "bf16 asynchronous": (1, ASYNCHRONOUS),
     "bf16 distributed optimizer": (2, DISTRIBUTED),
     "bf16 distributed optimizer, asynchronous, fully reshardable": (

@@ -12,7 +12,7 @@ from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.pipeline import expert_overlap
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.common.settings import SGD
+from tests.megatron.common.settings import DELAYED, SGD
 
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 SHARED = {"moe_shared_expert_intermediate_size": 64}
@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dense layers between": {"config": MIXED},
     "multi-token prediction, shared experts": {"config": MTP | SHARED},
     "learned head, evaluated": {"mhc": {"convention": "deepseek_v4"}, "evaluate": True},
+    "delayed sites, shared experts": {"mhc": DELAYED, "config": SHARED},
+    "delayed sites, dense layers between": {"mhc": DELAYED, "config": MIXED},
     "hc, attention released early": {
         "mhc": {"variant": "hc"},
         "config": {"ep_overlap_early_attn_memory_release": True},

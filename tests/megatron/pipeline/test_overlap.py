@@ -11,7 +11,7 @@ import pytest
 from megatron_mhc.costs.recompute_plan import microbatches_in_flight
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.common.settings import FULL_RECOMPUTE, VIRTUAL, stages
+from tests.megatron.common.settings import DELAYED, FULL_RECOMPUTE, VIRTUAL, stages
 
 OVERLAP = {"overlap_p2p": True}
 EAGER = {"overlap_p2p": True, "overlap_in_flight": 2}
@@ -34,6 +34,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {**FOUR, "parallel": VIRTUAL, "mhc": {"recompute": 1}},
     ),
+    "delayed sites": (2, {**FOUR, "mhc": {**DELAYED, "recompute": 1}}),
+    "interleaved, delayed sites": (2, {**FOUR, "parallel": VIRTUAL, "mhc": DELAYED}),
     "no deallocation": (
         2,
         {**FOUR, "config": {"deallocate_pipeline_outputs": False, "num_layers": 2}},
@@ -68,6 +70,7 @@ EAGER_CASES = [
     "1 microbatch",
     "6 microbatches",
     "recompute of the streams",
+    "delayed sites",
     "four stages",
     "four stages, 3 microbatches",
 ]

@@ -11,12 +11,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.model.config_marks import mark_streams, streams_of
+from megatron_mhc.model.config_marks import mark_streams, message_width
 from megatron_mhc.patches import registry
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import (
+    DELAYED,
     FULL_RECOMPUTE,
     HEAD,
     SGD,
@@ -89,6 +90,18 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "four stages": (4, {"microbatches": 4}, {"parallel": stages(4)}),
+    # H_pre travels in columns behind the streams, in 16 bits in three of them: no bit is lost
+    "delayed sites": (2, {"microbatches": 4, "mhc": DELAYED}, {"parallel": stages(2)}),
+    "delayed sites, bf16, interleaved": (
+        2,
+        {"microbatches": 4, "bf16": True, "mhc": DELAYED},
+        {"parallel": VIRTUAL},
+    ),
+    "delayed sites, full recompute, variable lengths": (
+        2,
+        {**VARIABLE, "config": VARIABLE["config"] | FULL_RECOMPUTE, "mhc": DELAYED},
+        {"parallel": stages(2)},
+    ),
 }
 ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tied, fused": (
@@ -99,6 +112,14 @@ ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "TP=2 with sequence parallelism": (
         4,
         {"optimizer": SGD, "microbatches": 4, "batch": 8},
+        {
+            "parallel": stages(2, tensor_model_parallel_size=2),
+            "config": {"sequence_parallel": True},
+        },
+    ),
+    "TP=2 with sequence parallelism, delayed sites": (
+        4,
+        {"optimizer": SGD, "microbatches": 4, "batch": 8, "mhc": DELAYED},
         {
             "parallel": stages(2, tensor_model_parallel_size=2),
             "config": {"sequence_parallel": True},
@@ -183,7 +204,7 @@ def test_a_plain_send_of_another_width_is_refused(send: str) -> None:
     )
     mark_streams(config, MHCConfig(num_streams=4))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    registry.apply(pipeline_width_patch(streams_of))
+    registry.apply(pipeline_width_patch(message_width))
     try:
         plain_send = getattr(P2PCommunicator(dist.group.WORLD, config), send)
         with pytest.raises(ValueError, match=r"of shape \(16, 2, 8\).*expects \(16, 2, 32\)"):

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("model", "convention", "bound"),
     # one or two units of what is printed; the convention's eps is 1e-6, at four sites
-    [("dense", "paper", 1e-6), ("moe", "deepseek_v4", 1e-5)],
+    [("dense", "paper", 1e-6), ("moe", "deepseek_v4", 1e-5), ("moe", "deepseek_v4_1", 1e-5)],
 )
 def test_a_converted_model_starts_where_the_ordinary_one_is(
     model: str,
@@ -36,7 +36,7 @@ def test_a_converted_model_starts_where_the_ordinary_one_is(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source, start = ordinary(model, folder), folder / f"{model} with mHC"
+    source, start = ordinary(model, folder), folder / f"{model} {convention}"
     command(monkeypatch, source, start, "--mhc-convention", convention)
     printed = capsys.readouterr().out
     assert "convert: copied 0.00 of 0.00 GiB" in printed

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc.patches.supported_versions import is_installed
+from megatron_mhc.tools.convert import sites_of
 from megatron_mhc.tools.convert_hybrid import convert_to_hybrid
 from megatron_mhc.tools.new_checkpoint import ConvertError
 from tests.megatron.common.converting import ORDINARY, command, ordinary
@@ -137,12 +138,34 @@ def test_a_file_that_is_cut_is_named(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
 
 
-def test_an_ordinary_hybrid_checkpoint_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("convention", ["paper", "deepseek_v4"])
+def test_an_ordinary_hybrid_model_is_a_start_too(
+    convention: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = ["--save", str(folder / "ordinary hybrid"), "--save-interval", "1"]
-    flags = [*HYBRID_SPEC, "--hybrid-layer-pattern", "*-*-", *ROPE, "--train-iters", "1"]
-    status, printed = forked_run(1, HYBRID_SCRIPT, *ORDINARY, *flags, *save)
+    """Every layer gets the site of its one sublayer; the keys that were there stay."""
+    source, start = folder / f"ordinary hybrid {convention}", folder / f"start {convention}"
+    save = ["--save", str(source), "--save-interval", "3", "--exit-interval", "3"]
+    hybrid = [*HYBRID_SPEC, "--hybrid-layer-pattern", "*-E*", *EXPERTS, *ROPE]
+    status, printed = forked_run(1, HYBRID_SCRIPT, *ORDINARY, *hybrid, *save)
     assert status == 0, printed[-3000:]
-    with pytest.raises(SystemExit, match="has a HybridModel's layers, which convert does not know"):
-        command(monkeypatch, folder / "ordinary hybrid", folder / "refused")
+    command(monkeypatch, source, start, "--mhc-convention", convention)
+
+    def first_loss(*flags: str) -> float:
+        status, printed = forked_run(1, HYBRID_SCRIPT, *ORDINARY, *hybrid, *flags)
+        assert status == 0, printed[-3000:]
+        return float(losses(printed)[0])
+
+    wide = first_loss("--load", str(start), "--mhc", "--mhc-convention", convention)
+    # a unit or two of what is printed; the convention's eps is 1e-6, at four sites
+    assert wide == pytest.approx(first_loss("--load", str(source), "--finetune"), rel=1e-5)
+    assert wide != pytest.approx(first_loss(), rel=1e-2), "it loads nothing"
+
+
+def test_sites_are_called_after_the_sublayers_that_are_there() -> None:
+    keys = ["decoder.final_norm.weight", "decoder.layers.2.mlp.linear_fc1.weight"]
+    keys += ["decoder.layers.0.mixer.in_proj.weight", "decoder.layers.1.self_attention.x.weight"]
+    keys += ["decoder.layers.2.mlp.linear_fc2.weight", "decoder.layers.1.input_layernorm.weight"]
+    found = [(0, "mamba_connection"), (1, "attention_connection"), (2, "mlp_connection")]
+    assert sites_of(keys, 3) == found
+    halves = ["attention_connection", "mlp_connection"]
+    assert sites_of(keys[1:], 2) == [(layer, half) for layer in (0, 1) for half in halves]

@@ -65,6 +65,7 @@ def head(count: Counter, n: int, width: int) -> None:
         ({"num_streams": 2}, False, 1),
         ({"variant": "hc", "num_streams": 3}, False, 0),
         ({"convention": "deepseek_v4"}, True, 2),
+        ({"convention": "deepseek_v4_1"}, False, 1),
     ],
 )
 def test_forward_flops_are_those_of_the_equations(settings: dict, learned: bool, mtp: int) -> None:
@@ -74,6 +75,9 @@ def test_forward_flops_are_those_of_the_equations(settings: dict, learned: bool,
         site(count, mhc.num_streams, width, mhc.variant)
     for _ in range((1 + mtp) if learned else 0):
         head(count, mhc.num_streams, width)
+    if mhc.end == "last_pre":
+        for _ in range((1 + mtp) * width):
+            count.dot([0.25] * mhc.num_streams, [0.1] * mhc.num_streams)
     assert forward_flops_a_token(mhc, Sites(2 * layers, 2, 1, mtp), width) == count.flops
 
 
@@ -85,7 +89,10 @@ def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
     assert gib == pytest.approx(17.2 - 12.2, abs=0.1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"convention": "deepseek_v4"}, {"variant": "hc"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"convention": "deepseek_v4"}, {"convention": "deepseek_v4_1"}, {"variant": "hc"}],
+)
 def test_parameter_count_is_the_modules(settings: dict) -> None:
     mhc = MHCConfig(num_streams=3, **settings)
     modules = [HyperConnection(mhc, 10, site) for site in range(4)]

@@ -29,6 +29,8 @@ LARGEST = (
     ("A100", 4, "bf16", "combine_pre"),
     ("L40S", 4, "bf16", "combine_pre"),
     ("B200", 4, "bf16", "pre"),
+    # the same kernels with what a delayed site reads
+    ("L40S", 4, "bf16", "combine_read"),
 )
 
 FEW = (("L40S", 8, "bf16", "pre"), ("L40S", 8, "fp32", "pre"))

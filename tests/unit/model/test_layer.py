@@ -4,8 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_mhc.model import layer, regions
+from megatron_mhc.model import layer, regions, stack
 
 PLAIN = {
     "cuda_graph_impl": "none",
@@ -87,3 +88,10 @@ def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:
     never = SimpleNamespace(input_layernorm=site, pre_mlp_layernorm=site)
     layer._ask_the_norms_again(never)
     assert vars(never).keys() == {"input_layernorm", "pre_mlp_layernorm"}
+
+
+def test_a_stack_with_sites_on_some_layers_alone_is_refused() -> None:
+    ours, theirs = layer.MHCLayer.__new__(layer.MHCLayer), torch.nn.Identity()
+    with pytest.raises(ValueError, match="has layers with mHC and Identity without"):
+        stack.place(SimpleNamespace(layers=[ours, theirs]))
+    stack.place(SimpleNamespace(layers=[theirs, theirs]))  # an ordinary one stays as it is

@@ -21,6 +21,7 @@ from megatron_mhc.kernels.triton.launch import Launch
 from tests.kernel_cases import (
     DEEPSEEK,
     LARGE_EPS,
+    OTHER_FORMS,
     PAPER,
     check,
     inputs,
@@ -35,6 +36,7 @@ CASES = (
     (9, 2, 40, DEEPSEEK, 3),
     (3, 8, 40, PAPER, 1),
     (4, 4, 48, LARGE_EPS, 4),
+    (3, 4, 40, OTHER_FORMS, 3),
 )
 
 
