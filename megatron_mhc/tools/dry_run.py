@@ -252,7 +252,9 @@ def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> st
         f"the ordinary model's activations on stage 0: {ordinary / GIB:.1f} GiB by Megatron's"
         " formula (dense layers of this ffn width, nothing recomputed)"
     )
-    if mhc is not None and _is_served(mhc):
+    if mhc is not None and mhc.delayed:
+        lines.append("a step's time is not reckoned for delayed sites: their kernels are not timed")
+    elif mhc is not None and _is_served(mhc):
         try:
             lines += step_page.lines(
                 step_page.run_of(args, mhc, sublayers, tokens), given or step_page.Assumptions()
