@@ -197,6 +197,17 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     ]
 
 
+def _states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> str:
+    """How many parameters a rank has, and the bytes of what stays."""
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    ours = sum(p.numel() for p in parameters if is_hyper_connection(p))
+    size = bytes_of_states(args, chunks) / GIB
+    return (
+        f"{sum(p.numel() for p in parameters):,} parameters ({ours:,} of mHC), {size:.1f} GiB of"
+        " weights, gradients and optimizer"
+    )
+
+
 def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> str:
     """The page that `doctor --args` prints.
 
@@ -233,12 +244,8 @@ def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> st
                 chunks = build(args, groups)
             except (ValueError, AssertionError, RuntimeError, ImportError) as error:
                 raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
-            parameters = [p for chunk in chunks for p in chunk.parameters()]
             whole |= whole_sizes(chunks)
-            ours = sum(p.numel() for p in parameters if is_hyper_connection(p))
-            row = f"stage {stage}, a GPU: {sum(p.numel() for p in parameters):,} parameters"
-            row += f" ({ours:,} of mHC), {bytes_of_states(args, chunks) / GIB:.1f} GiB of weights,"
-            row += " gradients and optimizer"
+            row = f"stage {stage}, a GPU: {_states(args, chunks)}"
             sublayers.append([sum(map(sites_passed(args), _layers(chunk))) for chunk in chunks])
             if mhc is not None:
                 bytes_a_token, how = bytes_of_streams(args, mhc, chunks, stage)
