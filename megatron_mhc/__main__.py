@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 
-def check_flags(flags: list[str]) -> None:
+def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     """`doctor --args`: the page, or exit status 2 and what is wrong with the flags."""
     # before Megatron is imported: it decides what to compile at import
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -18,10 +18,12 @@ def check_flags(flags: list[str]) -> None:
         cpu.enter()
         from .start.activate import activate
         from .tools.dry_run import FlagsError, page
+        from .tools.step_page import Assumptions
 
         activate()
+    given = Assumptions(*(getattr(parsed, name) for name in Assumptions._fields))
     try:
-        print(page(flags))
+        print(page(flags, given))
     except FlagsError as error:
         print(f"doctor: {error}", file=sys.stderr)
         sys.exit(2)
@@ -41,9 +43,14 @@ def main() -> None:
         "--args",
         nargs=argparse.REMAINDER,
         metavar="FLAG",
-        help="a training script's flags instead: check them, and print parameters, FLOPs and memory"
-        " a GPU without training (WORLD_SIZE in the environment: how many GPUs)",
+        help="a training script's flags instead: check them, and print parameters, FLOPs, memory a"
+        " GPU and what mHC costs a step, without training (WORLD_SIZE in the environment: how many"
+        " GPUs)",
     )
+    if "doctor" in sys.argv[1:2]:
+        from .tools.step_page import add_assumptions
+
+        add_assumptions(doctor)
     plot = commands.add_parser(
         "plot", help="draw loss, gradient norm, gains and H_res of runs, and a page with them"
     )
@@ -64,7 +71,7 @@ def main() -> None:
         convert_command.add_arguments(convert)
     args = parser.parse_args()
     if args.command == "doctor" and args.args is not None:
-        check_flags(args.args)
+        check_flags(args.args, args)
     elif args.command == "doctor":
         from .tools.doctor import page
 

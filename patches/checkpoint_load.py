@@ -63,6 +63,33 @@ def checkpoint_load_patch(
     )
 
 
+def _note_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_checkpoint(ddp_model: list[Any], *rest: Any, **kwargs: Any) -> Any:
+        token = _model.set(ddp_model)
+        try:
+            return original(ddp_model, *rest, **kwargs)
+        finally:
+            _model.reset(token)
+
+    return load_checkpoint
+
+
+def _keep(kept: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def preprocess(args: Any, raw_state_dict: Any, *rest: Any, **kwargs: Any) -> Any:
+            model = raw_state_dict["model"]
+            ours = {key: value for key, value in model.items() if key.endswith(kept)}
+            state = original(args, raw_state_dict, *rest, **kwargs)
+            state["model"].update(ours)
+            return state
+
+        return preprocess
+
+    return keep
+
+
 def state_dict_load_patches(
     check: Callable[[Any, Mapping[str, Any], str], None], kept: str
 ) -> tuple[Patch, ...]:
@@ -77,17 +104,6 @@ def state_dict_load_patches(
             Megatron-FSDP's format what ends in `kept` alone) and where that is.
         kept: how the keys of a model's objects end that Megatron-FSDP's format is to have.
     """
-
-    def note(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def load_checkpoint(ddp_model: list[Any], *rest: Any, **kwargs: Any) -> Any:
-            token = _model.set(ddp_model)
-            try:
-                return original(ddp_model, *rest, **kwargs)
-            finally:
-                _model.reset(token)
-
-        return load_checkpoint
 
     def look(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -116,27 +132,21 @@ def state_dict_load_patches(
 
         return _load_base_checkpoint
 
-    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def preprocess(args: Any, raw_state_dict: Any, *rest: Any, **kwargs: Any) -> Any:
-            model = raw_state_dict["model"]
-            ours = {key: value for key, value in model.items() if key.endswith(kept)}
-            state = original(args, raw_state_dict, *rest, **kwargs)
-            state["model"].update(ours)
-            return state
-
-        return preprocess
-
     module = "megatron.training.checkpointing"
     why = "compares the mHC settings in a checkpoint of no distributed format with the model's"
     return (
         Patch("checkpoint-load-state", f"{module}:_load_base_checkpoint", look, why),
-        Patch("checkpoint-load-model", f"{module}:load_checkpoint", note, why),
-        Patch("checkpoint-load-training", "megatron.training.training:load_checkpoint", note, why),
+        Patch("checkpoint-load-model", f"{module}:load_checkpoint", _note_model, why),
+        Patch(
+            "checkpoint-load-training",
+            "megatron.training.training:load_checkpoint",
+            _note_model,
+            why,
+        ),
         Patch(
             "checkpoint-fsdp",
             f"{module}:preprocess_fsdp_dtensor_state_dict",
-            keep,
+            _keep(kept),
             "keeps the mHC settings in Megatron-FSDP's format, which leaves out all extra state",
         ),
     )

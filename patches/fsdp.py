@@ -14,6 +14,22 @@ _MEGATRONS = "megatron.core.distributed.fsdp.mcore_fsdp_adapter:FullyShardedData
 """The wrapper's class; from 0.20 on a function, which takes one of two classes by the version."""
 
 
+def _first(
+    look: Callable[[Any, Any], None],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`look(module, ddp_config)` in front of a wrapper's `__init__`."""
+
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(self: Any, config: Any, ddp_config: Any, module: Any, *a: Any, **k: Any) -> None:
+            look(module, ddp_config)
+            original(self, config, ddp_config, module, *a, **k)
+
+        return init
+
+    return replace
+
+
 def fsdp_patches(
     prepare: Callable[[Any, Any], None], refuse: Callable[[Any], None], mark: str
 ) -> tuple[Patch, ...]:
@@ -38,27 +54,11 @@ def fsdp_patches(
 
         return init
 
-    def torch(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def init(self: Any, config: Any, ddp_config: Any, module: Any, *a: Any, **k: Any) -> None:
-            refuse(module)
-            original(self, config, ddp_config, module, *a, **k)
-
-        return init
-
-    def megatron_2(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def init(self: Any, config: Any, ddp_config: Any, module: Any, *a: Any, **k: Any) -> None:
-            prepare(module, ddp_config)
-            original(self, config, ddp_config, module, *a, **k)
-
-        return init
-
     first = f"{_MEGATRONS}V1" if is_there(f"{_MEGATRONS}V1") else _MEGATRONS
     second = Patch(
         id="megatron-fsdp-2",
         target=f"{_MEGATRONS}V2.__init__",
-        replace=megatron_2,
+        replace=_first(prepare),
         why="the second version of Megatron-FSDP refuses a model with mHC",
     )
     return (
@@ -73,7 +73,7 @@ def fsdp_patches(
             id="torch-fsdp2",
             target="megatron.core.distributed.torch_fully_sharded_data_parallel:"
             "TorchFullyShardedDataParallel.__init__",
-            replace=torch,
+            replace=_first(lambda module, _: refuse(module)),
             why="torch's FSDP2 refuses a model with mHC",
         ),
     )

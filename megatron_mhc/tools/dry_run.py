@@ -11,7 +11,7 @@ import dataclasses
 import io
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.start.flags import config_from_arguments
 
+from . import step_page
 from .stage_model import build, pretended, whole_sizes
 
 GIB = 2**30
@@ -123,12 +124,10 @@ def bytes_of_streams(
     args: argparse.Namespace, mhc: MHCConfig, chunks: list[torch.nn.Module], stage: int
 ) -> tuple[float, str]:
     """What mHC adds to this rank's activations, in bytes a token, and how that was reckoned."""
-    from megatron_mhc.model.layer import MHCLayer
-
     plan = plan_of(chunks)
     if plan is not None:
         if args.transformer_impl == "transformer_engine":
-            layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MHCLayer)]
+            layers = [layer for chunk in chunks for layer in _layers(chunk)]
             layers = [layer for layer in layers if not layer.is_mtp]
             if hybrid_pattern(args) is None:
                 layers = layers[:1]  # whose plan it is
@@ -138,7 +137,7 @@ def bytes_of_streams(
     sizes = (args.hidden_size, args.params_dtype.itemsize)
     kept, rebuilt = 0, 0
     for chunk in chunks:
-        whole = [module for module in chunk.modules() if isinstance(module, MHCLayer)]
+        whole = _layers(chunk)
         if args.recompute_granularity == "full":
             decoder = sum(not layer.is_mtp for layer in whole)
             inputs, block = full_recompute_bytes_a_token(
@@ -152,12 +151,27 @@ def bytes_of_streams(
             kept, rebuilt = kept + inputs, max(rebuilt, block)
             # multi-token prediction starts from one stream, and "block" does not recompute it
             whole = [m for m in whole if m.is_mtp and args.recompute_method == "block"]
-        # a layer of multi-token prediction may run at several depths
-        depths = (args.mtp_num_layers or 0) // max(distinct_mtp_layers(args), 1)
-        passes = sum(len(m.sites) * (depths if m.is_mtp else 1) for m in whole)
-        kept += activation_bytes_a_token(mhc, passes, *sizes)
+        kept += activation_bytes_a_token(mhc, sum(map(sites_passed(args), whole)), *sizes)
     unit = "microbatch" if in_flight == 1 else "microbatches"
     return kept * in_flight / len(chunks) + rebuilt, f"{in_flight} {unit} in flight"
+
+
+def sites_passed(args: argparse.Namespace) -> Callable[[Any], int]:
+    """How many sites a token passes in a layer: one of multi-token prediction may run at several
+    depths."""
+    depths = (args.mtp_num_layers or 0) // max(distinct_mtp_layers(args), 1)
+    return lambda layer: len(layer.sites) * (depths if layer.is_mtp else 1)
+
+
+def _layers(chunk: torch.nn.Module) -> list[Any]:
+    from megatron_mhc.model.layer import MHCLayer
+
+    return [module for module in chunk.modules() if isinstance(module, MHCLayer)]
+
+
+def _is_served(mhc: MHCConfig) -> bool:
+    """Whether the Triton kernels serve it, whose bytes and times these are."""
+    return mhc.variant == "mhc" and mhc.backend != "torch" and mhc.num_streams in TRITON_STREAMS
 
 
 def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
@@ -170,10 +184,11 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     extra = training_flops_a_token(args, mhc)
     # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
     whole = num_floating_point_operations(args, 1) / args.seq_length
-    is_served = (
-        mhc.variant == "mhc" and mhc.backend != "torch" and mhc.num_streams in TRITON_STREAMS
+    lines = (
+        []
+        if _is_served(mhc)
+        else ["  activations: of the Triton kernels; the reference keeps more"]
     )
-    lines = [] if is_served else ["  activations: of the Triton kernels; the reference keeps more"]
     return [
         f"mHC: {sites.built} sites, {parameters:,} extra parameters (fp32)",
         f"  FLOPs a token: {forward:,} forward, {extra:,} a training step,"
@@ -182,8 +197,23 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     ]
 
 
-def page(flags: Sequence[str]) -> str:
+def _states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> str:
+    """How many parameters a rank has, and the bytes of what stays."""
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    ours = sum(p.numel() for p in parameters if is_hyper_connection(p))
+    size = bytes_of_states(args, chunks) / GIB
+    return (
+        f"{sum(p.numel() for p in parameters):,} parameters ({ours:,} of mHC), {size:.1f} GiB of"
+        " weights, gradients and optimizer"
+    )
+
+
+def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> str:
     """The page that `doctor --args` prints.
+
+    Args:
+        flags: of a training script.
+        given: what a step's time is reckoned with.
 
     Raises:
         FlagsError: the flags are refused, or Megatron-Core is 0.18.
@@ -207,18 +237,16 @@ def page(flags: Sequence[str]) -> str:
     if args.sequence_parallel:
         tokens //= args.tensor_model_parallel_size
     whole: dict[str, int] = {}
+    sublayers = []
     for stage in range(args.pipeline_model_parallel_size):
         with pretended(args, stage) as groups:
             try:
                 chunks = build(args, groups)
             except (ValueError, AssertionError, RuntimeError, ImportError) as error:
                 raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
-            parameters = [p for chunk in chunks for p in chunk.parameters()]
             whole |= whole_sizes(chunks)
-            ours = sum(p.numel() for p in parameters if is_hyper_connection(p))
-            row = f"stage {stage}, a GPU: {sum(p.numel() for p in parameters):,} parameters"
-            row += f" ({ours:,} of mHC), {bytes_of_states(args, chunks) / GIB:.1f} GiB of weights,"
-            row += " gradients and optimizer"
+            row = f"stage {stage}, a GPU: {_states(args, chunks)}"
+            sublayers.append([sum(map(sites_passed(args), _layers(chunk))) for chunk in chunks])
             if mhc is not None:
                 bytes_a_token, how = bytes_of_streams(args, mhc, chunks, stage)
                 row += f"; mHC's activations {bytes_a_token:,.0f} bytes a token,"
@@ -231,4 +259,13 @@ def page(flags: Sequence[str]) -> str:
         f"the ordinary model's activations on stage 0: {ordinary / GIB:.1f} GiB by Megatron's"
         " formula (dense layers of this ffn width, nothing recomputed)"
     )
+    if mhc is not None and mhc.delayed:
+        lines.append("a step's time is not reckoned for delayed sites: their kernels are not timed")
+    elif mhc is not None and _is_served(mhc):
+        try:
+            lines += step_page.lines(
+                step_page.run_of(args, mhc, sublayers, tokens), given or step_page.Assumptions()
+            )
+        except ValueError as error:
+            raise FlagsError(str(error)) from error
     return "\n".join(lines)

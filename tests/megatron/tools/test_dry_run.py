@@ -5,6 +5,7 @@ import re
 import pytest
 
 from megatron_mhc.costs.recompute_plan import Plan
+from megatron_mhc.costs.step_costs import HOST, HOST_OF_MHC, LATENCY, LEAST
 from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import HYBRID_SPEC, ROPE, TINY
 from tests.megatron.common.launch import forked_python
@@ -83,6 +84,32 @@ def page_of(*flags: str) -> str:
 
 
 LOCAL = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+
+
+@NEEDS_0_19
+def test_a_steps_time_is_reckoned_from_the_flags() -> None:
+    """Two stages of two layers, eight microbatches: what `estimate` says of the same sizes."""
+    stages = ["--pipeline-model-parallel-size", "2", "--untie-embeddings-and-output-weights"]
+    given = ["doctor", "--card", "A100", "--link", "1", "--args"]
+    flags = [*PLAIN, *ROPE, *stages, "--global-batch-size", "8", "--micro-batch-size", "1"]
+    page = forked_python("-m", "megatron_mhc", *given, *flags, "--mhc", WORLD_SIZE="2").stdout
+    least = sum(LEAST) * 1e3  # so few tokens
+    assert f"({least:.2f} ms a site and microbatch, both ways)" in page, page
+    found = re.search(r"ordinary (\S+) ms[\s\S]*with mHC (\S+) ms .*host (\S+),.*at 1 GB/s", page)
+    assert found, page
+    ordinary, mhc = (float(found[i].replace(",", "")) for i in (1, 2))
+    # bound by the host: four sublayers a stage, eight microbatches and one more of the bubble
+    assert ordinary == pytest.approx(4 * 9 * sum(HOST) * 1e3, abs=1 + 8 * 4 * LATENCY * 1e3)
+    assert mhc - ordinary == pytest.approx(4 * 9 * sum(HOST_OF_MHC) * 1e3, abs=3)
+    assert "with --mhc-overlap-in-flight 2" in page
+
+
+@NEEDS_0_19
+def test_a_measured_step_that_cannot_be_is_refused() -> None:
+    given = ["doctor", "--step-ms", "0.01", "--args"]
+    done = forked_python("-m", "megatron_mhc", *given, *PLAIN, *ROPE, "--mhc")
+    assert done.returncode == 2
+    assert "is faster than the model allows" in done.stdout
 
 
 @NEEDS_0_19
