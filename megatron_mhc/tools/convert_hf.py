@@ -31,7 +31,7 @@ from .safetensors_files import (
     Place,
     copy_folder,
     find_tensors,
-    put_tensor,
+    replace_tensors,
     write_file,
     write_index,
 )
@@ -166,9 +166,11 @@ def _write_into(
 ) -> list[str]:
     """Put the tensors into a copy of the checkpoint in `hf`, where these have their places."""
     rounded = 0.0
+    for file in sorted({place.file.name for place in places.values()}):
+        mine = {n: tensors[n] for n, place in places.items() if place.file.name == file}
+        replace_tensors(made / file, mine)
     for name, place in places.items():
         value = tensors[name]
-        put_tensor(place._replace(file=made / place.file.name), value)
         off = (value - value.to(DTYPES[place.dtype]).float()).abs().max()
         rounded = max(rounded, float(off))
     kinds = sorted({place.dtype for place in places.values()})

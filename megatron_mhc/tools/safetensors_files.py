@@ -1,12 +1,10 @@
 """Folders of safetensors, as Hugging Face's checkpoints are: what is in them, single tensors, new.
 
-A file is the length of its header (8 bytes, little-endian), the header as JSON (dtype, shape and
-place of each tensor by name), and the tensors' bytes. Read and written here without a package: the
-shards of a large model are looked at one header at a time, and a tensor is put in its place.
+Read and written by the `safetensors` library, which looks at a shard without reading its tensors.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,45 +17,45 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The formats that a parameter of a site may be in."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 * 2**20
 
 
 class Place(NamedTuple):
-    """Where a tensor is: bytes `begin` to `end` of a file."""
+    """Where a tensor is, and what it is there."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
+
+
+def _library() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ConvertError(
+            "Hugging Face's checkpoints want safetensors: pip install 'megatron_mhc[hf]'"
+        ) from None
+    return safetensors
+
+
+def _open(file: Path) -> Any:
+    library = _library()
+    try:
+        return library.safe_open(file, "pt")
+    except library.SafetensorError as error:
+        raise ConvertError(
+            f"{file} is no whole safetensors file ({error}): download or copy it again"
+        ) from error
 
 
 def _header(file: Path) -> dict[str, Place]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            if size < 8 or length > size - 8:
-                raise ValueError("it is too short")
-            entries = json.loads(stream.read(length))
-            found = {
-                name: Place(
-                    file,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    *(8 + length + at for at in entry["data_offsets"]),
-                )
-                for name, entry in entries.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConvertError(
-                f"{file} is no whole safetensors file ({error}): download or copy it again"
-            ) from error
-    if short := [name for name, place in found.items() if place.end > size]:
-        raise ConvertError(f"{file} ends before {short[0]} does: download or copy it again")
-    return found
+    with _open(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: Place(file, name, one.get_dtype(), tuple(one.get_shape()))
+            for name, one in slices.items()
+        }
 
 
 def _read_json(file: Path) -> Any:
@@ -113,48 +111,46 @@ def find_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Place
 
 
 def read_tensor(place: Place) -> Tensor:
-    """A tensor in its own dtype, one of DTYPES."""
-    with place.file.open("rb") as stream:
-        stream.seek(place.begin)
-        data = bytearray(stream.read(place.end - place.begin))
-    return torch.frombuffer(data, dtype=DTYPES[place.dtype]).view(place.shape)
+    """A tensor in its own dtype."""
+    with _open(place.file) as opened:
+        return opened.get_tensor(place.name)
 
 
-def _bytes(value: Tensor) -> bytes:
-    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def replace_tensors(file: Path, new: Mapping[str, Tensor]) -> None:
+    """Write a file again with these tensors in the place of its own, in the dtypes that they had.
+
+    All of the file is in memory meanwhile: a shard is some GB.
+    """
+    with _open(file) as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for name, value in new.items():
+        tensors[name] = value.to(tensors[name].dtype)
+    # not over what is mapped into memory
+    beside = file.with_suffix(".new")
+    write_file(beside, tensors, metadata)
+    beside.replace(file)
 
 
-def put_tensor(place: Place, value: Tensor) -> None:
-    """Write a tensor over the one in this place, in that one's dtype."""
-    with place.file.open("r+b") as stream:
-        stream.seek(place.begin)
-        stream.write(_bytes(value.to(DTYPES[place.dtype])))
-
-
-def write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_file(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """A new file with these tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, value in tensors.items():
-        end = at + value.numel() * value.element_size()
-        entry = {
-            "dtype": _NAMES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [at, end],
-        }
-        header[name], at = entry, end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors' bytes begin at a multiple of 8
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for value in tensors.values():
-            stream.write(_bytes(value))
+    alone = {name: value.contiguous() for name, value in tensors.items()}
+    kept = dict(metadata or {"format": "pt"})
+    _library().torch.save_file(alone, file, metadata=kept)
 
 
-def write_index(folder: Path, files: Iterable[str]) -> None:
+def _tensor_bytes(file: Path) -> int:
+    """A file without its header, whose length is its first 8 bytes."""
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+
+
+def write_index(folder: Path, files: Sequence[str]) -> None:
     """The index of these files."""
     found = {name: place for file in files for name, place in _header(folder / file).items()}
-    size = sum(place.end - place.begin for place in found.values())
+    size = sum(map(_tensor_bytes, (folder / file for file in files)))
     weight_map = {name: place.file.name for name, place in sorted(found.items())}
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
     (folder / INDEX).write_text(f"{text}\n")
