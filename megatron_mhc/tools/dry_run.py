@@ -208,6 +208,24 @@ def _states(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> str:
     )
 
 
+def _time(
+    args: argparse.Namespace,
+    mhc: MHCConfig,
+    sublayers: list[list[int]],
+    tokens: int,
+    given: step_page.Assumptions,
+) -> list[str]:
+    """The lines about a step's time, where it is known."""
+    if mhc.delayed:
+        return ["a step's time is not reckoned for delayed sites: their kernels are not timed"]
+    if not _is_served(mhc):
+        return []
+    try:
+        return step_page.lines(step_page.run_of(args, mhc, sublayers, tokens), given)
+    except ValueError as error:
+        raise FlagsError(str(error)) from error
+
+
 def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> str:
     """The page that `doctor --args` prints.
 
@@ -259,13 +277,6 @@ def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> st
         f"the ordinary model's activations on stage 0: {ordinary / GIB:.1f} GiB by Megatron's"
         " formula (dense layers of this ffn width, nothing recomputed)"
     )
-    if mhc is not None and mhc.delayed:
-        lines.append("a step's time is not reckoned for delayed sites: their kernels are not timed")
-    elif mhc is not None and _is_served(mhc):
-        try:
-            lines += step_page.lines(
-                step_page.run_of(args, mhc, sublayers, tokens), given or step_page.Assumptions()
-            )
-        except ValueError as error:
-            raise FlagsError(str(error)) from error
+    if mhc is not None:
+        lines += _time(args, mhc, sublayers, tokens, given or step_page.Assumptions())
     return "\n".join(lines)
