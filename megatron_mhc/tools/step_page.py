@@ -129,5 +129,6 @@ def _overlapped(found: Estimate) -> str:
     row += f" ({_more(found.overlap - found.ordinary, found.ordinary)})"
     if found.in_flight is not None:
         row += f", with --mhc-overlap-in-flight 2 {found.in_flight * 1e3:,.0f} ms"
-        row += f" ({_more(found.in_flight - found.ordinary, found.ordinary)})"
+        row += f" ({_more(found.in_flight - found.ordinary, found.ordinary)}; four GPUs were faster"
+        row += " than this model says: docs/step-costs.md)"
     return row

@@ -36,7 +36,12 @@ FOUR = (dense(4, 1, 16), "H200", 0.664)
         (*FOUR, "overlap", 0.659),
         pytest.param(
             *FOUR, "in_flight", 0.581,
-            marks=pytest.mark.xfail(strict=True, reason="19 % off: docs/step-costs.md says why"),
+            # strict: it fails on the day that the model knows these stalls
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="19 % too long, the page says so: in half of the ordinary step, as measured,"
+                " no kernel of the model runs: stalls at messages, which two in flight avoids",
+            ),
         ),
     ],
 )  # fmt: skip
@@ -49,6 +54,14 @@ def test_the_model_is_near_what_was_measured(
     # and near it as what mHC adds, not as a step of which it is a tenth
     if what == "messages":
         assert getattr(found, what) - ordinary == pytest.approx(measured - ordinary, rel=0.5)
+
+
+def test_over_slow_links_overlap_helps_and_two_in_flight_more() -> None:
+    found = estimate(dense(4, 2, 12), CARDS["H100"], 25.0, 0.5, None)
+    assert found.messages > found.launches >= found.kernels > found.ordinary
+    assert found.messages > 1.02 * found.overlap > 1.1 * found.in_flight
+    # of the three, the last alone leaves little of the messages
+    assert found.in_flight == pytest.approx(found.launches, rel=0.1)
 
 
 def test_a_site_takes_its_passes_and_never_less_than_the_least() -> None:
