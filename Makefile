@@ -15,9 +15,9 @@ lowest = $(shell sed -nE 's/^ *"$(1)>=([0-9.]+)[",;].*/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := megatron_mhc kernels patches examples benchmarks tests
+SOURCES := megatron_mhc kernels patches examples benchmarks tests docs
 
-.PHONY: help env train test test-all test-cards test-lowest test-main test-matrix lint style types wheel clean
+.PHONY: help env train test test-all test-cards test-lowest test-main test-matrix lint style types docs wheel dist clean
 
 help:  ## List the commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -84,6 +84,15 @@ types: env
 	$(PIP) install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy build/types/megatron_mhc
 
+# MkDocs and its friends, beside the rest; the site itself wants no network
+$(VENV)/.docs: $(STAMP) pyproject.toml
+	$(PIP) install --quiet --progress-bar off -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## Build the documentation into build/site and check every link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/tools/check_site.py build/site
+
 wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it holds
 	@rm -rf build/lib dist
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -91,6 +100,19 @@ wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it 
 	others="$$(echo "$$listed" | grep -vE '^megatron_mhc(-[^/]+\.dist-info)?/')"; \
 	if [ -n "$$others" ]; then echo "make: the wheel also holds: $$others" >&2; exit 1; fi
 	@ls dist/*.whl
+
+# What is uploaded is what is tried: the wheel alone in an environment made from nothing.
+dist: env  ## Build sdist and wheel into dist/, check them, and try the wheel in a bare environment
+	@rm -rf build/lib build/dist-try dist
+	$(PIP) install --quiet --progress-bar off build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/dist-try
+	build/dist-try/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off dist/*.whl
+	cd build/dist-try && bin/python -c 'import megatron_mhc; print(megatron_mhc.__version__)' && \
+		bin/python -m megatron_mhc --help >/dev/null && bin/python -m megatron_mhc.run --help >/dev/null && \
+		bin/python -m megatron_mhc doctor >doctor.txt || { cat doctor.txt; exit 1; }
+	@ls dist/*
 
 clean:  ## Remove what was built and trained, and the environment
 	rm -rf $(VENV) $(VENV)-lowest $(MATRIX:%=$(VENV)-%) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ from .config import MHCConfig  # noqa: E402
 if TYPE_CHECKING:
     from .spec import with_mhc
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MHCConfig", "with_mhc"]
 
 

@@ -1,9 +1,10 @@
 """Draws the pictures of README.md and docs/ from what the reports hold.
 
-    python docs/draw_pictures.py [--sites benchmarks/results/DATE-NAME.json]
+    python docs/tools/draw_pictures.py [--sites benchmarks/results/DATE-NAME.json]
 
-`site-and-gain.png`: a site beside its peers, from the newest report of `benchmarks/kernels/sites.py`
-under `benchmarks/results/`; and the composite gain, from the tables of `examples/stability/README.md`.
+`site-and-gain.png`: a site beside its peers, from the newest report of
+`benchmarks/kernels/sites.py`, and the composite gain, from the tables of
+`examples/stability/README.md`.
 `recompute-blocks.png`: memory over the length of a block, by `megatron_mhc.costs.recompute_plan`.
 `schedule.png`: the order of a stage's work with one and two microbatches in flight, by
 `megatron_mhc.costs.schedule_model`.
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common.plotting import pyplot  # noqa: E402
@@ -27,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 STABILITY = ROOT / "examples" / "stability" / "README.md"
 OURS, HC = "#1f77b4", "#ff7f0e"
 TOKENS = 8192
+LABEL: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8}
 
 
 def newest_sites() -> Path:
@@ -39,7 +41,7 @@ def newest_sites() -> Path:
 
 
 def site_times(report: dict[str, Any]) -> dict[str, dict[int, float]]:
-    """us forward and backward by name and width at T 8192; of Transformer Engine the better mode."""
+    """us both ways by name and width at T 8192; of Transformer Engine's modes the better one."""
     times: dict[str, dict[int, float]] = {}
     for row in report["sites"]:
         if row["tokens"] == TOKENS and "both_us" in row:
@@ -101,9 +103,7 @@ def draw_gain(pane: Any) -> None:
     pane.minorticks_off()
     pane.set_xlabel("peak learning rate")
     pane.set_ylabel("factor")
-    pane.set_title(
-        "Composite gain of 96 sites after 200 steps\nbackward; a point a seed", fontsize=11
-    )
+    pane.set_title("Composite gain of 96 sites after 200 steps\nbackward; a point a seed", size=11)
     pane.legend(frameon=False, fontsize=9, loc="center right")
 
 
