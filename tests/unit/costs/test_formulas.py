@@ -82,7 +82,7 @@ def test_forward_flops_are_those_of_the_equations(settings: dict, learned: bool,
 
 
 def test_activation_bytes_are_those_measured_on_a_gpu() -> None:
-    """`benchmarks/results/2026-11-24-memory.md`: 12.2 GiB ordinary, 17.2 with mHC, 8 layers."""
+    """`benchmarks/results/2026-11-26-projection.md`: 12.2 GiB ordinary, 17.2 with mHC, 8 layers."""
     a_token = activation_bytes_a_token(MHCConfig(), 16, 4096, 2)
     gib = a_token * 2 * 4096 / 2**30
     # both figures are rounded to 0.05
