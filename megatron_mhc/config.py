@@ -16,7 +16,8 @@ class Convention(NamedTuple):
     """What a model's hyper-connections compute, beside their number and their parameters.
 
     Attributes:
-        norm_eps, norm_form: of the streams' norm: 1 / sqrt(mean square + eps) with "inside_root",
+        norm_eps: eps in the streams' norm.
+        norm_form: where it stands: 1 / sqrt(mean square + eps) with "inside_root",
             1 / (root mean square + eps) with "outside_root".
         pre_eps: added to H_pre after the sigmoid.
         sinkhorn_eps: added to the sums that Sinkhorn divides by (`kernels.reference.sinkhorn`).
@@ -101,9 +102,10 @@ class MHCConfig:
         overlap_in_flight: with `overlap_p2p` and 1F1B, the microbatches that a stage starts ahead
             for each stage behind it. 1 is 1F1B; 2 also hides the way of a gradient back, for up to
             twice the activations.
-        norm_eps, norm_form, pre_eps, sinkhorn_eps, sinkhorn_order, end, delayed, head_eps: as in
-            `Convention`. None is the convention's; it is never None afterwards, but for `head_eps`.
-            (So `dataclasses.replace` with another convention alone keeps the fields of this one.)
+        norm_eps: this one and the seven behind it (norm_form, pre_eps, sinkhorn_eps,
+            sinkhorn_order, end, delayed, head_eps) are as in `Convention`. None is the
+            convention's; it is never None afterwards, but for `head_eps`. (So `dataclasses.replace`
+            with another convention alone keeps the fields of this one.)
 
     Raises:
         ValueError: a value of another type, unknown, out of range or at odds with another.

@@ -123,6 +123,7 @@ def page() -> str:
     """The whole page."""
     two, three = "| --- | --- |", "| --- | --- | --- |"
     lines = [
+        *("---", "hide: [toc]", "---"),
         "# Every flag and variable",
         "",
         "<!-- Written by docs/tools/settings_page.py; do not edit. -->",
