@@ -159,7 +159,8 @@ def _launch(
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none."""
-    tile = tiles.combine_and_project(n, width, dtype)
+    tile_of = tiles.combine_project_and_read if read else tiles.combine_and_project
+    tile = tile_of(n, width, dtype)
     terms = tiles.terms(dtype) if rows is not None else 1
     launch = Launch(
         combine_and_project_kernel,
