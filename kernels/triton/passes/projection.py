@@ -4,7 +4,7 @@
 registers, projects the result for the site that begins; each half can run alone, and a delayed site
 is read there too. `combine`, `pre`, `coefficients`, `combine_pre`, `combine_read` and `head` are
 this kernel with different flags, with `passes.coefficients` behind it, so their results agree to
-the bit.
+the bit; but `combine_read`'s coefficients, whose sums over channels its own tiles order.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
