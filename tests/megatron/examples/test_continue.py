@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.megatron.common.scripts import launch
 
 MODELS = ("deepseek_v4", "deepseek_v4_1")
 N, LAYERS = 4, 4
-SMALL = ["--seq-length", "64", "--max-position-embeddings", "64", "--eval-iters", "1"]
+SMALL = ["--seq-length", "64", "--max-position-embeddings", "64", "--eval-iters", "0"]
 # of the rest's run and of both pieces; a piece of one iteration moves nothing: its rate is 0
 PIECES = ["--exit-interval", "4"]
 SITES = {"hc_attn": "attention_connection", "hc_ffn": "mlp_connection"}
@@ -118,7 +119,9 @@ def test_the_loss_falls_and_the_output_says_what_was_done(run: tuple[Path, str])
     logged = [numbered_losses(part) for part in (ordinary, *trained.split("== resuming"))]
     steps = [[step for step, _ in lines] for lines in logged]
     assert steps == [[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]]
-    assert float(logged[2][-1][1]) < float(logged[1][0][1]) - 0.5
+    rest, first, last = ([float(loss) for _, loss in lines] for lines in logged)
+    # the weights of the rest are in it; then it falls by more than single batches differ
+    assert first[0] < rest[0] - 1 and fmean(last) < fmean(first) - 0.3
     name = folder.name.removesuffix("-mhc")
     assert "mHC is on" not in ordinary
     assert trained.count(f"mHC is on: 4 streams, variant mhc, convention {name},") == 2
