@@ -143,6 +143,7 @@ def test_flags_that_are_refused_are_named(flags: list[str], says: str) -> None:
 
 
 SCRIPTS = [
+    *(f"continue/{model}.sh" for model in ("deepseek_v4", "deepseek_v4_1")),
     *(f"gpt/{size}.sh" for size in ("cluster", "single_gpu", "tiny")),
     "hybrid/tiny.sh",
     *(f"moe/{size}.sh" for size in ("cluster", "single_gpu", "tiny")),
@@ -157,7 +158,7 @@ def test_every_script_is_executable() -> None:
 @NEEDS_0_19
 @pytest.mark.parametrize("kind", ["gpt", "hybrid", "moe"])
 def test_the_tiny_scripts_flags_are_accepted(kind: str) -> None:
-    """As those of the others are above: all seven know where they are (`launch`)."""
+    """As those of the others are above: all of them know where they are (`launch`)."""
     done = launch(f"{kind}/tiny.sh", CHECK="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^stage 0, a GPU: [\d,]+ parameters", done.stdout, re.M)

@@ -101,32 +101,74 @@ def test_the_presets_eps_are_those_of_the_models_configurations(name: str) -> No
     assert config.hc_sinkhorn_iters == mhc.sinkhorn_iterations
 
 
+def not_compiled(function: Any) -> Any:
+    """What `torch.compile` was given."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def native_code() -> Any:
+    """Megatron's module of hyper-connections."""
+    return pytest.importorskip(
+        "megatron.core.transformer.hyper_connection", reason="Megatron-Core has no mHC"
+    )
+
+
+def native_site(p: dict[str, Tensor]) -> SimpleNamespace:
+    """What a method of its HyperConnectionModule reads from `self`."""
+    alphas = zip(("alpha_pre", "alpha_post", "alpha_res"), p["alpha"].split(1), strict=True)
+    return SimpleNamespace(n=N, bias=p["bias"], compute_h_eps=1e-6, **dict(alphas))
+
+
 @pytest.mark.parametrize("scale", RMS)
 def test_megatrons_own_module_of_august(scale: float) -> None:
     """With the source of that time (`make test-main`): later ones compute something else."""
-    native = pytest.importorskip(
-        "megatron.core.transformer.hyper_connection", reason="Megatron-Core has no mHC"
-    )
+    native = native_code()
     if not hasattr(native.SinkhornKnopp, "_sinkhorn_normalize"):
         pytest.skip(
             "this Megatron-Core's mHC computes something else (the preset megatron_dev): the one of"
             " August 2026 is in no wheel, `make test-main MEGATRON_LM=` a checkout of d98e8a64dd"
         )
     p = site(scale)
-    module = SimpleNamespace(n=N, bias=p["bias"])
-    for group, value in zip(("pre", "post", "res"), p["alpha"], strict=True):
-        setattr(module, f"alpha_{group}", value.view(1))
     v = p["x"].flatten(-2)[:, None]
     inverse_norm = 1.0 / (v.norm(dim=-1, keepdim=True) / (N * WIDTH) ** 0.5 + 1e-6)
-    compute = native.HyperConnectionModule._compute_h
-    compute = getattr(compute, "_torchdynamo_orig_callable", compute)
-    h_pre, h_post, h_res = compute(module, v @ p["phi"].t(), inverse_norm)
+    compute = not_compiled(native.HyperConnectionModule._compute_h)
+    h_pre, h_post, h_res = compute(native_site(p), v @ p["phi"].t(), inverse_norm)
     h_res = native.SinkhornKnopp.apply(h_res.view(-1, 1, N, N), ITERATIONS)
     u, *mixing, _ = ours(MHCConfig(convention="megatron_main_2026_08"), p)
     # its own clamp acts on sums below 1e-6 alone
     torch.testing.assert_close(u, (h_pre.mT * p["x"]).sum(-2), **EXACT)
     for mine, other in zip(mixing, (h_post[:, 0], h_res[:, 0]), strict=True):
         torch.testing.assert_close(mine, other, **EXACT)
+
+
+@pytest.mark.parametrize("scale", RMS)
+def test_megatrons_own_module_of_dev(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the source of dev (`make test-main`), which has a learned head too."""
+    native = native_code()
+    if not hasattr(native, "learned_output_contract"):
+        pytest.skip(
+            "this Megatron-Core's mHC ends with the mean: dev's is in no wheel, `make test-main"
+            " MEGATRON_LM=` a checkout of d48bd6be0a"
+        )
+    p = site(scale)
+    theirs = {**p, **{k: reference.transpose_res_rows(p[k], N) for k in ("phi", "bias")}}
+    v = p["x"].flatten(-2)
+    projected, r = not_compiled(native.native_proj_rms)(v, theirs["phi"])
+    compute = not_compiled(native.HyperConnectionModule._compute_h)
+    h_pre, h_post, logits = compute(native_site(theirs), projected[:, None], r[:, None])
+    matrix = not_compiled(native._sinkhorn_iterations)(logits.view(-1, N, N), ITERATIONS, 1e-6)
+    x, f = p["x"][:, None], p["f"][:, None]
+    u = not_compiled(native.native_h_aggregate)(x, h_pre)
+    y = not_compiled(native.native_h_post_bda)(matrix, x, h_post, f, None)
+    mhc = MHCConfig(convention="megatron_dev")
+    wanted = (u[:, 0], h_post[:, 0], matrix.mT, y[:, 0])
+    for mine, other in zip(ours(mhc, p), wanted, strict=True):
+        torch.testing.assert_close(mine, other, **EXACT)
+    with monkeypatch.context() as inside:  # what casts to fp32 there casts to float64 here
+        inside.setattr(torch, "float32", torch.float64)
+        contract = not_compiled(native.learned_output_contract)
+        end = contract(v, p["phi"][:N], p["bias"][:N], p["alpha"][:1], N, 1e-5)
+    torch.testing.assert_close(head(mhc, p), end, **EXACT)
 
 
 @pytest.mark.parametrize("scale", RMS)
