@@ -72,8 +72,8 @@ def mhc_layer(base: type) -> type[MHCLayer]:
     kinds = [kind for kind in _SITES if isinstance(base, type) and issubclass(base, kind)]
     if not kinds:
         raise ValueError(
-            f"the spec's layer is {base!r}, and mHC knows TransformerLayer and its subclasses alone"
-            " (in a HybridStack MambaLayer too): give with_mhc the spec of such layers"
+            f"mHC needs a TransformerLayer and the spec has {base!r} (in a HybridStack it may be a"
+            " MambaLayer): give with_mhc the spec of such layers, or of subclasses"
         )
     if issubclass(base, MHCLayer):
         raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")
