@@ -36,7 +36,8 @@ def draw(runs: dict[str, Path], entropy: float | None = None) -> "Figure":
         train, validation = curves(folder, LOSS_TAG, VALIDATION_TAG).values()
         if not train.steps:
             raise SystemExit(
-                f"plot_loss: no {LOSS_TAG!r} in TensorBoard event files below {folder}"
+                f"plot_loss: no {LOSS_TAG!r} in TensorBoard event files below {folder}; train with"
+                " --tensorboard-dir, below this folder, or give another one"
             )
         colour = f"C{number}"
         axes.plot(*train, color=colour, alpha=0.4, linewidth=0.8, label=f"{label}, training")

@@ -14,7 +14,6 @@ so a model that has learned anything of Python is below it. `OUTPUT.json` keeps 
 import argparse
 import json
 import sysconfig
-import time
 import warnings
 from pathlib import Path
 
@@ -53,24 +52,25 @@ def build(
     with warnings.catch_warnings(action="ignore"):
         import torch
         from megatron.core.datasets import indexed_dataset
+    from megatron_mhc.tools.progress import progress
 
     files = [root / path for root in roots for path in source_files(root, with_tests)]
     if not files:
-        raise SystemExit(f"prepare_data: no Python files under {roots[0]}")
+        raise SystemExit(
+            f"prepare_data: no Python files under {roots[0]}: give another folder with --source"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     builder = indexed_dataset.IndexedDatasetBuilder(
         indexed_dataset.get_bin_path(str(output)), dtype=np.uint16
     )
     counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    last_report = time.monotonic()
-    for done, path in enumerate(files):
-        tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int64)
-        tokens = np.append(tokens, END_OF_DOCUMENT)
-        counts += np.bincount(tokens, minlength=VOCAB_SIZE)
-        builder.add_document(torch.from_numpy(tokens), [tokens.size])
-        if time.monotonic() - last_report > 2:
-            last_report = time.monotonic()
-            print(f"prepare_data: {done} of {len(files)} files", flush=True)
+    with progress("prepare_data: reading", len(files), "files") as bar:
+        for path in files:
+            tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int64)
+            tokens = np.append(tokens, END_OF_DOCUMENT)
+            counts += np.bincount(tokens, minlength=VOCAB_SIZE)
+            builder.add_document(torch.from_numpy(tokens), [tokens.size])
+            bar.update()
     builder.finalize(indexed_dataset.get_idx_path(str(output)))
     summary: dict[str, int | float | str] = {
         "source": ", ".join(str(root) for root in roots),
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="build even if it is there already")
     args = parser.parse_args()
     if not args.source.is_dir():
-        parser.error(f"--source {args.source} is not a folder")
+        parser.error(f"--source {args.source} is not a folder: give one with Python files")
     written = args.output.with_suffix(".json")
     if written.exists() and not args.force:
         summary = json.loads(written.read_text())

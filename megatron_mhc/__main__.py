@@ -6,6 +6,29 @@ import sys
 import warnings
 from pathlib import Path
 
+PAGE = """\
+megatron_mhc: DeepSeek's mHC (manifold-constrained hyper-connections, arXiv
+2512.24880) for NVIDIA Megatron-Core: a plugin, not a fork.
+
+Turn it on in one of three ways:
+  a flag     torchrun ... -m megatron_mhc.run pretrain_gpt.py FLAGS --mhc
+             (without a GPU: -m megatron_mhc.run --cpu pretrain_gpt.py ...)
+  a line     import megatron_mhc.auto      in your own script, before Megatron
+             parses its arguments; then the same flags
+  a spec     pretrain_gpt.py FLAGS --spec megatron_mhc.spec gpt_layer_spec
+             (settings: MHC_NUM_STREAMS=4 and the like in the environment)
+A training run then prints a line that begins with "> mHC is on".
+
+Tools, python -m megatron_mhc TOOL (with --help: what it takes):
+  doctor                  can mHC train here? and what to paste into an issue
+  doctor --args FLAGS     check a run's flags; its parameters, memory and cost
+  convert SOURCE TARGET   a start with mHC from an ordinary checkpoint; models
+                          of Megatron's own mHC and Hugging Face's in and out
+  plot RUN ...            loss, gains and H_res of runs: PNGs and a page
+
+Read on: python -m megatron_mhc.run --help lists every --mhc flag; README.md
+and docs/ stand in the project's repository."""
+
 
 def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     """`doctor --args`: the page, or exit status 2 and what is wrong with the flags."""
@@ -29,15 +52,17 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
         sys.exit(2)
 
 
-def main() -> None:
-    """Parse the command line and do what it names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_mhc",
-        description="Tools of megatron_mhc. To train, use python -m megatron_mhc.run.",
-    )
+def _parser() -> argparse.ArgumentParser:
+    """The commands; only what the asked-for one needs is imported."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_mhc", add_help=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser(
-        "doctor", help="print versions, hooks found or missing, and every patch with its state"
+        "doctor",
+        description="Says whether mHC can train here, then what to paste into an issue. Exit status"
+        " 1: it cannot.",
+    )
+    doctor.add_argument(
+        "--patches", action="store_true", help="list every hook and patch, those of --cpu too"
     )
     doctor.add_argument(
         "--args",
@@ -52,33 +77,46 @@ def main() -> None:
 
         add_assumptions(doctor)
     plot = commands.add_parser(
-        "plot", help="draw loss, gradient norm, gains and H_res of runs, and a page with them"
+        "plot",
+        description="Draws loss, gradient norm, gains and H_res of runs that were trained with"
+        " --tensorboard-dir (gains and H_res: with --mhc-log-interval too), as PNGs and one page.",
     )
     plot.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of training runs")
     plot.add_argument(
         "--output", type=Path, default=Path("mhc_plots"), help="a folder (default: mhc_plots)"
     )
-    convert = commands.add_parser(
-        "convert",
-        help="make a start for a model with mHC of an ordinary model's checkpoint, Megatron's own"
-        " mHC or of Hugging Face's, and the way back",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    convert = commands.add_parser("convert", formatter_class=argparse.RawDescriptionHelpFormatter)
     if "convert" in sys.argv[1:2]:
         from .tools import convert_command
 
         convert.description = convert_command.DESCRIPTION
         convert_command.add_arguments(convert)
-    args = parser.parse_args()
+    return parser
+
+
+def _diagnose(with_patches: bool) -> None:
+    """`doctor`: the page; exit status 1 where it says ERROR."""
+    with warnings.catch_warnings(action="ignore"):  # of what is not installed for training
+        from .tools.doctor import page
+
+        text, is_well = page(with_patches)
+    print(text)
+    sys.exit(0 if is_well else 1)
+
+
+def main() -> None:
+    """Parse the command line and do what it names."""
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        print(PAGE)
+        return
+    args = _parser().parse_args()
     if args.command == "doctor" and args.args is not None:
         check_flags(args.args, args)
     elif args.command == "doctor":
-        from .tools.doctor import page
-
-        text, is_well = page()
-        print(text)
-        sys.exit(0 if is_well else 1)
+        _diagnose(args.patches)
     elif args.command == "convert":
+        from .tools import convert_command
+
         convert_command.run(args)
     else:
         from .tools.plot_page import write_plots

@@ -146,9 +146,14 @@ class MHCConfig:
                     f" default, {default!r}"
                 )
         if self.variant == "hc" and (given := self.overrides):
-            raise ValueError(f"{', '.join(given)} given, which variant 'hc' has no use for")
+            raise ValueError(
+                f"{', '.join(given)} given, which variant 'hc' has no use for: leave them out"
+            )
         if self.variant == "hc" and self.backend == "triton":
-            raise ValueError("backend is 'triton', but variant 'hc' has the reference only")
+            raise ValueError(
+                "backend is 'triton', but variant 'hc' has the reference only: use 'torch' or"
+                " 'auto'"
+            )
         if not (self.recompute in (None, "auto") or _is_count(self.recompute)):
             raise ValueError(
                 f"recompute is {self.recompute!r}; expected None, 'auto' or a number of layers"
@@ -171,7 +176,10 @@ class MHCConfig:
         """Set the fields that were not given to the convention's, and check all of them."""
         preset = CONVENTIONS[self.convention]
         if self.head_eps is not None and (self.end or preset.end) != "head":
-            raise ValueError(f"head_eps is {self.head_eps!r}, but no learned head ends the model")
+            raise ValueError(
+                f"head_eps is {self.head_eps!r}, but no learned head ends the model: leave it out,"
+                " or set end to 'head'"
+            )
         for name, value in preset._asdict().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -130,7 +130,10 @@ def _base_layer_spec(model_config: Any, vp_stage: int | None) -> Any:
 def _imported(named: list[str]) -> Any:
     spec = import_module(named)
     if spec is None:
-        raise ValueError(f"--spec {' '.join(named)} could not be imported")
+        raise ValueError(
+            f"--spec {' '.join(named)} could not be imported (Megatron prints why, above): give a"
+            " module that Python finds and the name of a spec in it"
+        )
     return spec
 
 

@@ -55,5 +55,6 @@ def _check_sent(name: str, tensor: Any, wanted: Any, width: int) -> None:
     if tuple(tensor.shape) != wanted:
         raise ValueError(
             f"a pipeline stage is about to send {name} of shape {tuple(tensor.shape)} and the next"
-            f" one expects {wanted}: sequence, micro-batch, streams times hidden size"
+            f" one expects {wanted} (sequence, micro-batch, streams times hidden size): start all"
+            " stages with the same sizes and --mhc flags, and put with_mhc around all layers"
         )

@@ -123,7 +123,7 @@ class Registry:
         if not is_of(installed, patch.versions):
             raise PatchError(
                 f"patch {patch.id!r} ({patch.why}) knows Megatron-Core {patch.versions}; installed"
-                f" is {installed or 'none'}. Install a known version, or turn the patch off with"
+                f" is {installed or 'none'}. Install one of these, or turn the patch off with"
                 f" {ENVIRONMENT_VARIABLE}=-{patch.id}"
             )
         try:
@@ -133,7 +133,8 @@ class Registry:
                 return False
             raise PatchError(
                 f"patch {patch.id!r} ({patch.why}) did not find its target {patch.target} in"
-                f" Megatron-Core {installed} (it knows {patch.versions}): {error}"
+                f" Megatron-Core {installed} (it knows {patch.versions}): {error}. Install one of"
+                f" these anew, or turn the patch off with {ENVIRONMENT_VARIABLE}=-{patch.id}"
             ) from error
         self._put(patch, owner, name)
         return True

@@ -55,7 +55,10 @@ def megatron_core_version() -> str | None:
     file = folder / "package_info.py"
     parts = dict(_PART.findall(file.read_text())) if file.is_file() else {}
     if not {"MAJOR", "MINOR", "PATCH"} <= parts.keys():
-        raise UnsupportedMegatronError(f"Megatron-Core in {folder} says no version: {file}")
+        raise UnsupportedMegatronError(
+            f"Megatron-Core in {folder} does not say its version ({file} has no MAJOR, MINOR and"
+            f" PATCH): install it anew, pip install 'megatron-core{SUPPORTED}'"
+        )
     return "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format(**{"PRE_RELEASE": "", **parts})
 
 

@@ -53,7 +53,7 @@ def train_tokenizer(documents: list[text.Document], vocab_size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),  # on standard error, as ours
     )
     tokenizer.train_from_iterator((d.text for d in documents[::every]), trainer)
     return tokenizer
@@ -64,20 +64,20 @@ def write(documents: list[text.Document], tokenizer: Any, vocab_size: int, prefi
     with warnings.catch_warnings(action="ignore"):
         import torch
         from megatron.core.datasets import indexed_dataset
+    from megatron_mhc.tools.progress import progress
 
     builder = indexed_dataset.IndexedDatasetBuilder(
         indexed_dataset.get_bin_path(str(prefix)), dtype=np.uint16
     )
-    total, last = 0, time.monotonic()
-    for first in range(0, len(documents), BATCH):
-        batch = [document.text for document in documents[first : first + BATCH]]
-        for encoding in tokenizer.encode_batch_fast(batch):
-            tokens = np.append(np.array(encoding.ids, dtype=np.int64), vocab_size - 1)
-            builder.add_document(torch.from_numpy(tokens), [tokens.size])
-            total += tokens.size
-        if time.monotonic() - last > 2:
-            last = time.monotonic()
-            say(f"{prefix.name}: {first} of {len(documents)} documents, {total:,} tokens")
+    total = 0
+    with progress(f"prepare_text: {prefix.name}", len(documents), "documents") as bar:
+        for first in range(0, len(documents), BATCH):
+            batch = [document.text for document in documents[first : first + BATCH]]
+            for encoding in tokenizer.encode_batch_fast(batch):
+                tokens = np.append(np.array(encoding.ids, dtype=np.int64), vocab_size - 1)
+                builder.add_document(torch.from_numpy(tokens), [tokens.size])
+                total += tokens.size
+            bar.update(len(batch))
     builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
     return total
 

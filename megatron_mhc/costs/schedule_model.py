@@ -98,8 +98,9 @@ def step_seconds(
                 free[stage] = end + message * (sent and not overlapped)
         if sum(map(len, left)) == before:
             raise ValueError(
-                f"{microbatches} microbatches in groups of {group or stages} end in a deadlock;"
-                " Megatron wants a multiple of the stages with virtual stages"
+                f"{microbatches} microbatches in groups of {group or stages} end in a deadlock"
+                " with virtual stages: choose --global-batch-size so that a step's microbatches"
+                " are a multiple of the stages"
             )
     return max(free)
 

@@ -173,7 +173,8 @@ def rate_of(at: Callable[[float], float], ordinary: float, card: Card) -> float:
     if at(fast) > ordinary:
         raise ValueError(
             f"a step of {ordinary * 1e3:.0f} ms is faster than the model allows: at the card's full"
-            f" rate it takes {at(fast) * 1e3:.0f} ms; is the card or the link another one?"
+            f" rate it takes {at(fast) * 1e3:.0f} ms. Give the card and link of that measurement"
+            " (--card, --link), or another --step-ms"
         )
     for _ in range(60):
         middle = (slow + fast) / 2

@@ -102,7 +102,11 @@ class Recorder:
         """
         missing = [site for site in self.connections if site not in self.h_res]
         if missing or not self.connections:
-            raise RuntimeError(f"mHC's metrics saw no forward of the sites {missing or 'at all'}")
+            raise RuntimeError(
+                f"--mhc-log-interval: no forward of the sites {missing or '(there are none)'} ran"
+                " in this step, so there is nothing to log of them: if the script drops layers or"
+                " runs them outside the training step, turn the metrics off"
+            )
         mhc = next(iter(self.connections.values())).mhc
         squares, total = gradient_squares(self.chunks, self.connections, optimizer)
         own = list(self.connections)

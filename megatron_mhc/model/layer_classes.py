@@ -73,7 +73,7 @@ def mhc_layer(base: type) -> type[MHCLayer]:
     if not kinds:
         raise ValueError(
             f"mHC needs a TransformerLayer and the spec has {base!r} (in a HybridStack it may be a"
-            " MambaLayer)"
+            " MambaLayer): give with_mhc the spec of such layers, or of subclasses"
         )
     if issubclass(base, MHCLayer):
         raise ValueError(f"{base.__name__} has mHC already: call with_mhc once")

@@ -163,7 +163,7 @@ class Site:
         if not isinstance(normed, Tensor):
             raise RuntimeError(
                 f"the norm of a site returned {type(normed).__name__}, not a tensor: a norm that"
-                " returns a residual of its own cannot stand in front of a sublayer with mHC"
+                " returns a residual too cannot stand here, give the spec one that returns a tensor"
             )
         if h_pre is None:
             return normed, Residual(streams, h_post, h_res, (), later)
@@ -201,7 +201,7 @@ class Site:
                 raise RuntimeError(STREAMS_ALONE)
             raise ValueError(
                 f"a site got hidden states of width {hidden_states.shape[-1]}; expected {what}"
-                " channels"
+                " channels: give with_mhc the spec of all layers, and change no stream between two"
             )
         return hidden_states.repeat(1, 1, n) if self.is_entry else hidden_states
 
@@ -227,7 +227,7 @@ class Site:
             raise RuntimeError(
                 f"a residual slot got {type(residual).__name__}, not what its norm slot returned:"
                 " something between the two (a norm that returns its own residual, offloading)"
-                " replaced it"
+                " replaced it; turn that off"
             )
         has_graph = residual.h_post.requires_grad
         if f.requires_grad and not has_graph:

@@ -47,7 +47,10 @@ def replace_residuals[
     if isinstance(spec, HybridStackSubmodules):
         names = [f.name for f in dataclasses.fields(spec) if _is_layer(getattr(spec, f.name))]
         if not names:
-            raise ValueError("the spec of a HybridStack has no layer to give mHC to")
+            raise ValueError(
+                "the spec of a HybridStack has no layer to give mHC to: none of its slots holds a"
+                " ModuleSpec; fill those of the kinds of layers that the model has"
+            )
         replaced = copy.copy(spec)
         for name in names:
             layer = _layer_with_mhc(getattr(spec, name), config, in_stack=True)
@@ -129,11 +132,15 @@ def _layer_with_mhc(spec: ModuleSpec, config: MHCConfig, in_stack: bool = False)
     for slot, filler in fillers.items():
         if filler is not get_bias_dropout_add:
             raise ValueError(
-                f"the spec's residual slot {slot} holds {filler!r}; mHC replaces"
-                " get_bias_dropout_add and nothing else"
+                f"the spec's residual slot {slot} holds {filler!r}, and mHC"
+                " replaces get_bias_dropout_add alone: put that there (its import from"
+                " megatron.core.fusions.fused_bias_dropout), or keep this layer without mHC"
             )
     if getattr(spec.submodules, "cross_attention", IdentityOp) is not IdentityOp:
-        raise ValueError("the spec has cross attention, for which mHC has no site")
+        raise ValueError(
+            "the spec has cross attention, for which mHC has no site: give with_mhc the spec of"
+            " layers without (a GPT's, not a T5's)"
+        )
     replaced = copy.copy(spec)
     replaced.module = layer_class
     # build_module hands the params of a spec to the class

@@ -29,7 +29,10 @@ def interleaved(original: Callable[..., Any], **arguments: Any) -> Any:
     chunks = arguments["model"]
     config = get_model_config(chunks[0])
     if arguments.pop("p2p_communicator", None) is not None:
-        raise ValueError("--mhc-overlap-p2p makes the interleaved schedule's communicator itself")
+        raise ValueError(
+            "the script hands the schedule a p2p_communicator, and --mhc-overlap-p2p makes the"
+            " interleaved schedule's communicator itself: hand none, or drop the flag"
+        )
     if arguments.get("pg_collection") is None:
         arguments["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
     side_streams = state_of(chunks[0]).side_streams_of(chunks, 1)

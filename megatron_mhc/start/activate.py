@@ -1,6 +1,7 @@
 """Turning mHC on in a training script: the plugin's patches, composed and applied."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -207,14 +208,16 @@ def check_turned_off() -> None:
     Not the registry's to do: it gets the patches a few at a time, and knows only those that came.
 
     Raises:
-        PatchError: names each such id, and all that exist with this release of Megatron.
+        PatchError: names each such id, those that are spelled much alike, and where all are listed.
     """
     known = {patch.id for patch in (*plugin_patches(), *CPU_PATCHES)}
     if unknown := turned_off() - known:
+        near = [n for name in sorted(unknown) for n in difflib.get_close_matches(name, known)]
+        meant = f"; near are {', '.join(near)}" if near else ""
         raise PatchError(
             f"{ENVIRONMENT_VARIABLE} turns off {', '.join(sorted(unknown))}, and with Megatron-Core"
-            f" {megatron_core_version()} there is no such patch; known are"
-            f" {', '.join(sorted(known))}"
+            f" {megatron_core_version()} there is no such patch{meant}. With"
+            f" {ENVIRONMENT_VARIABLE} unset, `python -m megatron_mhc doctor --patches` lists all"
         )
 
 

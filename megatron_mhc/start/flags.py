@@ -144,7 +144,10 @@ def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfi
     values = {}
     for variable in sorted(v for v in environ if v.startswith("MHC_")):
         if variable not in VARIABLES:
-            raise ValueError(f"{variable} is set; known are {', '.join(sorted(VARIABLES))}")
+            raise ValueError(
+                f"{variable} is set; known are {', '.join(sorted(VARIABLES))}: unset it, or set the"
+                " one that is meant (metrics and guard have flags alone)"
+            )
         name = VARIABLES[variable]
         try:
             values[name] = SETTINGS[name].parse(environ[variable])

@@ -7,7 +7,6 @@ optimizer's buckets every parameter would move), and Megatron starts a release w
 
 import pickle
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -131,9 +130,15 @@ def check_ordinary(folder: Path, keys: Mapping[str, Any]) -> None:
     """
     is_gpt = any(key.startswith(LAYERS) and "self_attention." in key for key in keys)
     if "embedding.word_embeddings.weight" not in keys or not (is_gpt or is_hybrid(keys)):
-        raise ConvertError(f"{folder} has no weights of a GPT model ({LAYERS}self_attention...)")
+        raise ConvertError(
+            f"{folder} has no weights of a GPT model or HybridModel (embedding.word_embeddings and"
+            f" {LAYERS}...): convert knows no other; give the checkpoint of one"
+        )
     if any(SETTINGS_KEY in key for key in keys):
-        raise ConvertError(f"{folder} is of a model with mHC already")
+        raise ConvertError(
+            f"{folder} is of a model with mHC already: --load it as it is (--finetune begins anew),"
+            " or give --to for another model's"
+        )
     if any("hyper_connection." in key for key in keys):
         raise ConvertError(f"{folder} is of a model with Megatron's own mHC: give --from megatron")
     for part, what in (
@@ -141,7 +146,10 @@ def check_ordinary(folder: Path, keys: Mapping[str, Any]) -> None:
         ("mtp.", "layers for multi-token prediction"),
     ):
         if any(part in key for key in keys):
-            raise ConvertError(f"{folder} has {what}, which convert does not know")
+            raise ConvertError(
+                f"{folder} has {what}, which convert does not know: give a model without, or train"
+                " with --mhc from the beginning"
+            )
 
 
 def without_past(common: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,19 +174,6 @@ def start_of(common: Mapping[str, Any], mhc: MHCConfig, spec: list[str] = SPEC) 
             setattr(args, f"mhc_{name}", value)
         args.mhc_base_spec, args.spec = getattr(args, "spec", None), list(spec)
     return start
-
-
-def print_progress() -> Callable[[int, int], None]:
-    """A function that is told the bytes done and to do, and prints a line now and then."""
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 2:
-            last = time.monotonic()
-            print(f"convert: copied {done / 2**30:.2f} of {total / 2**30:.2f} GiB", flush=True)
-
-    return progress
 
 
 def write_common(folder: Path, made: Path, writer: Writer, common: Mapping[str, Any]) -> None:
@@ -212,7 +207,7 @@ def write_checkpoint(
     new = replace(old, state_dict_metadata={}, storage_data={})
     is_wanted = lambda key: not key.startswith(PAST) and wanted(key)  # noqa: E731
     try:
-        copy_items(folder, made, old, new, is_wanted, print_progress())
+        copy_items(folder, made, old, new, is_wanted)
     except (FileNotFoundError, ValueError) as error:  # they name the file
         raise ConvertError(f"{error}: {_ANOTHER}") from error
     with Writer(made, new) as writer:

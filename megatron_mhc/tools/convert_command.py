@@ -98,7 +98,9 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
             )
         if given:
             flags = ", ".join(map(flag_of, given))
-            raise ValueError(f"{flags} beside --hybrid-layer-pattern: the checkpoint has settings")
+            raise ValueError(
+                f"{flags} beside --hybrid-layer-pattern: the checkpoint has the settings, drop them"
+            )
     if args.hf is not None and "hf" not in (args.origin, args.goal):
         raise ValueError("--hf is for --from hf and --to hf: give one of them, or drop it")
     if args.origin == "hf" and args.hf is None:

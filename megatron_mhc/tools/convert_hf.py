@@ -15,7 +15,6 @@ from megatron_mhc.model.stored_settings import function_settings
 from .convert import (
     check_ordinary,
     find_checkpoint,
-    print_progress,
     read_common,
     read_metadata,
     start_of,
@@ -24,6 +23,7 @@ from .convert import (
 from .hf_sites import NAMES, HFModel, as_hf, find_places, model_of, read_model
 from .hf_sites import read_sites as read_hf_sites
 from .new_checkpoint import RELEASE, ConvertError, new_checkpoint, new_folder
+from .progress import progress
 from .safetensors_files import (
     DTYPES,
     INDEX,
@@ -60,14 +60,14 @@ def from_hf(source: Path, target: Path, hf: Path) -> tuple[Path, MHCConfig, list
         keys = read_metadata(folder).state_dict_metadata
         check_ordinary(folder, keys)
         if is_hybrid(keys):
-            raise ConvertError(f"{folder} is of a HybridModel: --from hf takes GPT models")
+            raise ConvertError(f"{folder} is of a HybridModel: --from hf takes a GPT, give one's")
         layout = Layout(keys)
         width = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
         model, sites, report = read_hf_sites(hf)
         if (layout.layers, width) != (model.layers, model.width):
             raise ConvertError(
                 f"{folder} has {layout.layers} layers of width {width}, and {hf} {model.layers} of"
-                f" width {model.width}: they are of two models"
+                f" width {model.width}: they are of two models, give both of one"
             )
         write_checkpoint(
             folder,
@@ -104,7 +104,7 @@ def to_hf(source: Path, target: Path, hf: Path | None = None) -> tuple[Path, lis
                 f"{folder} has no mHC of ours in it: --to takes a checkpoint that has"
             )
         if is_hybrid(keys):
-            raise ConvertError(f"{folder} is of a HybridModel: --to hf takes GPT models")
+            raise ConvertError(f"{folder} is of a HybridModel: --to hf takes a GPT, give one's")
         layout = Layout(keys)
         mhc, sites = read_sites(folder, metadata, layout)
         width = keys["embedding.word_embeddings.weight"].size[-1]  # type: ignore[union-attr]
@@ -125,7 +125,7 @@ def to_hf(source: Path, target: Path, hf: Path | None = None) -> tuple[Path, lis
             _check_same(model, read_model(hf), hf)
             places, names, others = find_places(hf, model, NAMES[model.kind])
             tensors = as_hf(model, sites, names)
-            copy_folder(hf, made, print_progress())
+            copy_folder(hf, made)
             report += _write_into(made, tensors, places, hf)
             report += [f"left as they are in {hf}: {', '.join(others)}"] if others else []
     return target, report
@@ -146,7 +146,7 @@ def _check_same(ours: HFModel, theirs: HFModel, folder: Path) -> None:
     if (ours.layers, ours.width) != (theirs.layers, theirs.width):
         raise ConvertError(
             f"{folder} has {theirs.layers} layers of width {theirs.width}, and the checkpoint"
-            f" {ours.layers} of width {ours.width}: they are of two models"
+            f" {ours.layers} of width {ours.width}: they are of two models, give both of one"
         )
     stored, given = function_settings(theirs.mhc), function_settings(ours.mhc)
     wrong = [
@@ -166,9 +166,12 @@ def _write_into(
 ) -> list[str]:
     """Put the tensors into a copy of the checkpoint in `hf`, where these have their places."""
     rounded = 0.0
-    for file in sorted({place.file.name for place in places.values()}):
-        mine = {n: tensors[n] for n, place in places.items() if place.file.name == file}
-        replace_tensors(made / file, mine)
+    files = sorted({place.file.name for place in places.values()})
+    with progress("convert: writing the hyper-connections", len(files), "files") as bar:
+        for file in files:
+            mine = {n: tensors[n] for n, place in places.items() if place.file.name == file}
+            replace_tensors(made / file, mine)
+            bar.update()
     for name, place in places.items():
         value = tensors[name]
         off = (value - value.to(DTYPES[place.dtype]).float()).abs().max()

@@ -32,6 +32,7 @@ from .convert import (
     write_common,
 )
 from .new_checkpoint import RELEASE, ConvertError, new_checkpoint
+from .progress import progress
 from .torch_dist import Writer
 
 _ATTENTION = ("input_layernorm.", "self_attention.", "attention_connection.")
@@ -54,7 +55,10 @@ def _halves(name: str) -> tuple[int, ...]:
         return (1,)
     if name.startswith(SETTINGS_KEY):
         return (0, 1)
-    raise ConvertError(f"{name} of a GPT's layer has no place in a HybridModel's")
+    raise ConvertError(
+        f"{name} of a GPT's layer has no place in a HybridModel's: no HybridModel computes this"
+        " GPT's function, go on with it as it is"
+    )
 
 
 def _renamed(key: str, layer: int | None) -> Iterator[str]:
@@ -91,20 +95,28 @@ class _Items:
         self._places = metadata.storage_data
 
     def of_model(self) -> Iterator[tuple[str, Size, Tensor | bytes]]:
-        """Key, offset and value of every item but the optimizer's; an object's are its bytes."""
-        for index, place in self._places.items():
-            if index.fqn.startswith(PAST):
-                continue
-            file = self._folder / place.relative_path
-            with file.open("rb") as stream:
-                stream.seek(place.offset)
-                data = stream.read(place.length)
-            if len(data) < place.length:
-                raise ConvertError(f"{file} ends in the middle of {index.fqn}: copy it again")
-            if isinstance(self.keys[index.fqn], TensorStorageMetadata):
-                yield index.fqn, index.offset, torch.load(io.BytesIO(data), weights_only=True)
-            else:
-                yield index.fqn, Size(), data
+        """Key, offset and value of every item but the optimizer's; an object's are its bytes.
+
+        Shows its progress.
+        """
+        places = [(i, place) for i, place in self._places.items() if not i.fqn.startswith(PAST)]
+        with progress("convert: copying", sum(p.length for _, p in places), "B") as bar:
+            for index, place in places:
+                data = self._bytes(index.fqn, place)
+                if isinstance(self.keys[index.fqn], TensorStorageMetadata):
+                    yield index.fqn, index.offset, torch.load(io.BytesIO(data), weights_only=True)
+                else:
+                    yield index.fqn, Size(), data
+                bar.update(place.length)
+
+    def _bytes(self, key: str, place: Any) -> bytes:
+        file = self._folder / place.relative_path
+        with file.open("rb") as stream:
+            stream.seek(place.offset)
+            data = stream.read(place.length)
+        if len(data) < place.length:
+            raise ConvertError(f"{file} ends in the middle of {key}: copy it again")
+        return data
 
 
 def _check(folder: Path, keys: Any, args: Any, pattern: str) -> None:
@@ -114,7 +126,7 @@ def _check(folder: Path, keys: Any, args: Any, pattern: str) -> None:
             " --hybrid-layer-pattern"
         )
     if any(key.startswith("decoder.final_norm.") for key in keys):
-        raise ConvertError(f"{folder} is of a HybridModel already")
+        raise ConvertError(f"{folder} is of a HybridModel already: --load it as it is")
     if not _PAIRS.fullmatch(pattern):
         raise ConvertError(
             f"--hybrid-layer-pattern {pattern}: a layer of a GPT becomes attention and an MLP, so"
@@ -127,7 +139,7 @@ def _check(folder: Path, keys: Any, args: Any, pattern: str) -> None:
         raise ConvertError(
             f"--hybrid-layer-pattern {pattern} has {sum(layers)} layers and {depths} depths of"
             f" multi-token prediction; the checkpoint's {wanted[0]} layers are {2 * wanted[0]} of a"
-            f" HybridModel, and it has {wanted[1]} depths"
+            f" HybridModel, and it has {wanted[1]} depths: give a pattern of as many"
         )
 
 

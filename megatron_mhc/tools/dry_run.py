@@ -28,10 +28,11 @@ from megatron_mhc.costs.recompute_plan import most_in_flight, plan_of
 from megatron_mhc.costs.sites import Sites, distinct_mtp_layers, hybrid_pattern
 from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.model.parameters import is_hyper_connection
-from megatron_mhc.patches.supported_versions import is_installed
+from megatron_mhc.patches.supported_versions import is_installed, megatron_core_version
 from megatron_mhc.start.flags import config_from_arguments
 
 from . import step_page
+from .progress import progress
 from .stage_model import build, pretended, whole_sizes
 
 GIB = 2**30
@@ -77,7 +78,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
         sys.argv = before
     if args.padded_vocab_size is None:  # in a training run the tokenizer sets it
         if args.vocab_size is None:
-            raise FlagsError("--vocab-size is missing: no tokenizer is read here")
+            raise FlagsError("--vocab-size is missing, and no tokenizer is read here: add it")
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size,
             args.make_vocab_size_divisible_by,
@@ -226,6 +227,27 @@ def _time(
         raise FlagsError(str(error)) from error
 
 
+def _stage(
+    args: argparse.Namespace, mhc: MHCConfig | None, stage: int, tokens: int, whole: dict[str, int]
+) -> tuple[str, list[int]]:
+    """Build a stage; its line, and the sites that a token passes in each of its chunks.
+
+    Adds the sizes of its parameters to `whole`.
+    """
+    with pretended(args, stage) as groups:
+        try:
+            chunks = build(args, groups)
+        except (ValueError, AssertionError, RuntimeError, ImportError) as error:
+            raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
+        whole |= whole_sizes(chunks)
+        row = f"stage {stage}, a GPU: {_states(args, chunks)}"
+        if mhc is not None:
+            bytes_a_token, how = bytes_of_streams(args, mhc, chunks, stage)
+            row += f"; mHC's activations {bytes_a_token:,.0f} bytes a token,"
+            row += f" {bytes_a_token * tokens / GIB:.1f} GiB ({how})"
+        return row, [sum(map(sites_passed(args), _layers(chunk))) for chunk in chunks]
+
+
 def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> str:
     """The page that `doctor --args` prints.
 
@@ -237,7 +259,10 @@ def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> st
         FlagsError: the flags are refused, or Megatron-Core is 0.18.
     """
     if is_installed("<0.19"):
-        raise FlagsError("--args builds the model as Megatron-Core 0.19 does: install 0.19")
+        raise FlagsError(
+            "--args builds the model as Megatron-Core 0.19 does, and this is"
+            f" {megatron_core_version()}: install 0.19"
+        )
     from megatron.training.global_vars import set_args
     from megatron.training.theoretical_memory_usage import compute_activation_memory
 
@@ -256,20 +281,13 @@ def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> st
         tokens //= args.tensor_model_parallel_size
     whole: dict[str, int] = {}
     sublayers = []
-    for stage in range(args.pipeline_model_parallel_size):
-        with pretended(args, stage) as groups:
-            try:
-                chunks = build(args, groups)
-            except (ValueError, AssertionError, RuntimeError, ImportError) as error:
-                raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
-            whole |= whole_sizes(chunks)
-            row = f"stage {stage}, a GPU: {_states(args, chunks)}"
-            sublayers.append([sum(map(sites_passed(args), _layers(chunk))) for chunk in chunks])
-            if mhc is not None:
-                bytes_a_token, how = bytes_of_streams(args, mhc, chunks, stage)
-                row += f"; mHC's activations {bytes_a_token:,.0f} bytes a token,"
-                row += f" {bytes_a_token * tokens / GIB:.1f} GiB ({how})"
+    stages = range(args.pipeline_model_parallel_size)
+    with progress("doctor: building", len(stages), "stages") as bar:
+        for stage in stages:
+            row, passed = _stage(args, mhc, stage, tokens, whole)
             lines.append(row)
+            sublayers.append(passed)
+            bar.update()
     lines.append(f"the whole model: {sum(whole.values()):,} parameters")
     with contextlib.redirect_stdout(io.StringIO()):
         ordinary = compute_activation_memory(args, num_microbatches=None)

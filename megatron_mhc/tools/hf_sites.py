@@ -87,7 +87,8 @@ def read_model(folder: Path) -> HFModel:
     if kind not in CONVENTIONS_OF:
         raise ConvertError(
             f"{folder / 'config.json'} has model_type {named}; known are"
-            f" {', '.join(CONVENTIONS_OF)}"
+            f" {', '.join(CONVENTIONS_OF)}: give one of these (a model without hyper-connections"
+            " is converted without --from)"
         )
     names = ("hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "num_hidden_layers")
     if missing := [name for name in (*names, "hidden_size") if name not in config]:
@@ -97,7 +98,7 @@ def read_model(folder: Path) -> HFModel:
     if config.get("mhc_post_mult_value", 2.0) != 2.0:
         raise ConvertError(
             f"{folder / 'config.json'} has mhc_post_mult_value {config['mhc_post_mult_value']};"
-            " ours is always 2"
+            " ours is always 2, so no setting of ours computes this model"
         )
     mhc = MHCConfig(
         num_streams=config["hc_mult"],
@@ -270,7 +271,8 @@ def model_of(mhc: MHCConfig, layers: int, width: int) -> HFModel:
         f"the checkpoint has variant {mhc.variant}, convention {mhc.convention_in_words}; of the"
         " models of Hugging Face, deepseek_v4 ends with a learned head, deepseek_v41 with the last"
         " H_pre of delayed sites, glm5_next with the mean, and all have one hc_eps above 0 for"
-        " H_pre and Sinkhorn, the norm's eps inside the root, and columns first"
+        " H_pre and Sinkhorn, the norm's eps inside the root, and columns first. A model trained"
+        " with --mhc-convention deepseek_v4, deepseek_v4_1 or glm_5_3 can be written"
     )
 
 

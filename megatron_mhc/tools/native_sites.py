@@ -67,7 +67,7 @@ def check_native(folder: Any, keys: Mapping[str, Any], args: Any) -> None:
     if getattr(args, "mhc_single_pass", False):
         raise ConvertError(
             f"{folder} was trained with --mhc-single-pass, which no released Megatron had when this"
-            " was written: what it computes is not known here"
+            " was written: what it computes is not known here, so it cannot be converted"
         )
 
 

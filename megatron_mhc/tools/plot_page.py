@@ -4,8 +4,9 @@ import base64
 import html
 from pathlib import Path
 
-from .plot_pictures import pictures
+from .plot_pictures import Picture, pictures
 from .plot_runs import Run, largest, read_run
+from .progress import progress
 
 
 def _table(runs: list[Run]) -> str:
@@ -52,8 +53,34 @@ th:first-child, td:first-child {{ text-align: left; }}
 """
 
 
+def _drawn(pictures: list[Picture], output: Path) -> tuple[list[Path], list[str]]:
+    """Write a PNG a picture; their files, and for each a figure of the page."""
+    written, figures = [], []
+    names: set[str] = set()
+    with progress("plot: drawing", len(pictures), "pictures") as bar:
+        for picture in pictures:
+            # labels that differ in punctuation alone share a file name
+            name = picture.name
+            while name in names:
+                name += "_"
+            names.add(name)
+            file = output / f"{name}.png"
+            picture.figure.savefig(file, dpi=120)
+            written.append(file)
+            encoded = base64.b64encode(file.read_bytes()).decode()
+            figures.append(
+                f'<figure><img alt="{html.escape(picture.name)}"'
+                f' src="data:image/png;base64,{encoded}">'
+                f"<figcaption>{html.escape(picture.explanation)}</figcaption></figure>"
+            )
+            bar.update()
+    return written, figures
+
+
 def write_plots(texts: list[str], output: Path) -> list[Path]:
     """Read runs, write one PNG a picture and `index.html`, which holds them all.
+
+    Shows its progress.
 
     Args:
         texts: `FOLDER` or `LABEL=FOLDER`, one a run.
@@ -72,7 +99,11 @@ def write_plots(texts: list[str], output: Path) -> list[Path]:
         raise SystemExit(
             f"plot: {error.name} is not installed; pip install 'megatron_mhc[plot]' brings it"
         ) from error
-    runs = [read_run(text, f"C{number}") for number, text in enumerate(texts)]
+    runs = []
+    with progress("plot: reading", len(texts), "runs") as bar:
+        for number, text in enumerate(texts):
+            runs.append(read_run(text, f"C{number}"))
+            bar.update()
     labels = [run.label for run in runs]
     if doubled := {label for label in labels if labels.count(label) > 1}:
         raise SystemExit(
@@ -80,23 +111,7 @@ def write_plots(texts: list[str], output: Path) -> list[Path]:
             " LABEL=FOLDER"
         )
     output.mkdir(parents=True, exist_ok=True)
-    written, figures = [], []
-    names: set[str] = set()
-    for picture in pictures(runs):
-        # labels that differ in punctuation alone share a file name
-        name = picture.name
-        while name in names:
-            name += "_"
-        names.add(name)
-        file = output / f"{name}.png"
-        picture.figure.savefig(file, dpi=120)
-        written.append(file)
-        encoded = base64.b64encode(file.read_bytes()).decode()
-        text = html.escape(picture.explanation)
-        figures.append(
-            f'<figure><img alt="{html.escape(picture.name)}" src="data:image/png;base64,{encoded}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
+    written, figures = _drawn(pictures(runs), output)
     page = output / "index.html"
     page.write_text(PAGE.format(table=_table(runs), figures="\n".join(figures)))
     return [*written, page]

@@ -82,7 +82,7 @@ def labelled(text: str) -> tuple[str, Path]:
     label, separator, path = text.partition("=")
     folder = Path(path if separator else text)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise ValueError(f"{folder} is not a folder: give a run's, FOLDER or LABEL=FOLDER")
     return label, folder
 
 
@@ -100,7 +100,7 @@ def read_run(text: str, color: str = "C0") -> Run:
     if not read[LOSS_TAG].steps:
         raise SystemExit(
             f"plot: no {LOSS_TAG!r} in TensorBoard event files below {folder}; train with"
-            " --tensorboard-dir"
+            " --tensorboard-dir, below this folder, or give another one"
         )
     by_step = {}
     for file in sorted(folder.rglob(METRICS_FILE), key=lambda f: f.stat().st_mtime):
@@ -109,7 +109,11 @@ def read_run(text: str, color: str = "C0") -> Run:
                 metrics = strict_json.read(line)
                 by_step[metrics["step"]] = metrics
             except (json.JSONDecodeError, TypeError, KeyError) as error:
-                raise SystemExit(f"plot: {file}, line {number}: {error!r}") from error
+                raise SystemExit(
+                    f"plot: {file}, line {number} is no line of mHC's metrics"
+                    f" ({type(error).__name__}: {error}): a run that was killed cuts its last line"
+                    " off; remove it"
+                ) from error
     return Run(
         label,
         color,

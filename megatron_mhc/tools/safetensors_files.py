@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .new_checkpoint import ConvertError
+from .progress import progress
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -156,10 +157,10 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
     (folder / INDEX).write_text(f"{text}\n")
 
 
-def copy_folder(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:
+def copy_folder(source: Path, target: Path) -> None:
     """Copy what is in a folder into one that is there, but for what has a name with a dot in front.
 
-    That is where git and Hugging Face's downloads keep second copies.
+    That is where git and Hugging Face's downloads keep second copies. Shows its progress.
     """
     inside = [(file, file.relative_to(source)) for file in sorted(source.rglob("*"))]
     files = [
@@ -168,11 +169,10 @@ def copy_folder(source: Path, target: Path, progress: Callable[[int, int], None]
         if file.is_file() and not any(part.startswith(".") for part in name.parts)
     ]
     total = sum(file.stat().st_size for file, _ in files)
-    done = 0
-    for file, name in files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as read, (target / name).open("wb") as write:
-            while data := read.read(_CHUNK):
-                write.write(data)
-                done += len(data)
-                progress(done, total)
+    with progress("convert: copying", total, "B") as bar:
+        for file, name in files:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as read, (target / name).open("wb") as write:
+                while data := read.read(_CHUNK):
+                    write.write(data)
+                    bar.update(len(data))

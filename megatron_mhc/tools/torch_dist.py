@@ -7,9 +7,9 @@ other, and `.metadata`, which says where each one lies (torch.distributed.checkp
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from .progress import progress
 
 NEW_FILE = "__mhc_0.distcp"
 _CHUNK = 16 * 2**20
@@ -89,15 +91,15 @@ def copy_items(
     old: Metadata,
     new: Metadata,
     wanted: Callable[[str], bool],
-    progress: Callable[[int, int], None],
 ) -> None:
     """Copy items, file by file, each into the file of the same name, and note them in `new`.
+
+    Shows its progress.
 
     Args:
         source, target: folders of a checkpoint.
         old, new: their metadata.
         wanted: of an item's key, whether to copy it.
-        progress: is told the bytes copied and those to copy.
 
     Raises:
         ValueError: a file is shorter than its metadata says.
@@ -108,22 +110,30 @@ def copy_items(
             items.setdefault(place.relative_path, []).append((index, place))
             new.state_dict_metadata[index.fqn] = old.state_dict_metadata[index.fqn]
     total = sum(place.length for places in items.values() for _, place in places)
-    done = 0
-    for name, places in items.items():
-        with (source / name).open("rb") as read, (target / name).open("wb") as write:
-            for index, place in sorted(places, key=lambda item: item[1].offset):
-                transforms = getattr(place, "transform_descriptors", None)
-                new.storage_data[index] = _StorageInfo(name, write.tell(), place.length, transforms)
-                read.seek(place.offset)
-                left = place.length
-                while left:
-                    data = read.read(min(_CHUNK, left))
-                    if not data:
-                        raise ValueError(f"{source / name} ends in the middle of {index.fqn}")
-                    write.write(data)
-                    left, done = left - len(data), done + len(data)
-                    progress(done, total)
-            _flush(write)
+    with progress("convert: copying", total, "B") as bar:
+        for name, places in items.items():
+            with (source / name).open("rb") as read, (target / name).open("wb") as write:
+                for index, place in sorted(places, key=lambda item: item[1].offset):
+                    start = write.tell()
+                    for data in _parts(read, place, index.fqn):
+                        write.write(data)
+                        bar.update(len(data))
+                    transforms = getattr(place, "transform_descriptors", None)
+                    length = place.length
+                    new.storage_data[index] = _StorageInfo(name, start, length, transforms)
+                _flush(write)
+
+
+def _parts(read: BinaryIO, place: Any, key: str) -> Iterator[bytes]:
+    """The bytes of an item, some MiB at a time."""
+    read.seek(place.offset)
+    left = place.length
+    while left:
+        data = read.read(min(_CHUNK, left))
+        if not data:
+            raise ValueError(f"{read.name} ends in the middle of {key}")
+        yield data
+        left -= len(data)
 
 
 def _flush(stream: Any) -> None:

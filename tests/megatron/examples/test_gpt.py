@@ -172,7 +172,9 @@ def test_data_are_whole_files_in_order_and_a_second_run_skips(tmp_path: Path) ->
     output = tmp_path / "data" / "small"
     script = str(EXAMPLE / "prepare_data.py")
     command = [forking_python(), script, "--output", str(output), "--source", str(source)]
-    first = subprocess.run(command, env=quiet(), capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, env=quiet(), capture_output=True, text=True, check=True)
+    assert "prepare_data: reading: 2 of 2 files [" in done.stderr and "reading" not in done.stdout
+    first = done.stdout
     tokens = np.fromfile(output.with_suffix(".bin"), dtype=np.uint16).tolist()
     assert tokens == [0xFF, 0x00, 256, *b"aabb", 256]
     # two bytes of six, twice; one of six, twice

@@ -1,5 +1,10 @@
 """`convert`: an ordinary checkpoint goes on as a model with mHC."""
 
+import os
+import pty
+import re
+import subprocess
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.tools.convert import convert
 from tests.megatron.common.converting import MODELS, ORDINARY, command, go_on, ordinary
 from tests.megatron.common.flags import SCRIPT
-from tests.megatron.common.launch import forked_python, forked_run
+from tests.megatron.common.launch import forked_python, forked_run, forking_python, quiet
 
 HEAD: dict[str, Any] = {"convention": "deepseek_v4"}
 
@@ -38,8 +43,10 @@ def test_a_converted_model_starts_where_the_ordinary_one_is(
 ) -> None:
     source, start = ordinary(model, folder), folder / f"{model} {convention}"
     command(monkeypatch, source, start, "--mhc-convention", convention)
-    printed = capsys.readouterr().out
-    assert "convert: copied 0.00 of 0.00 GiB" in printed
+    printed, shown = capsys.readouterr()
+    lines = re.findall(r"^convert: copying: (\S+) of (\S+)B \[.*B/s\]$", shown, re.M)
+    assert lines[0][0] == "0.00" and lines[-1][0] == lines[-1][1] == lines[0][1] != "0.00"
+    assert "copying" not in printed and "\r" not in shown
     flags = printed.split("train with ")[1].split(" --load")[0].split()
     assert flags == ["--mhc", *(["--mhc-convention", convention] if model == "moe" else [])]
     wide = go_on(model, start, *flags)
@@ -78,6 +85,30 @@ def test_the_new_parameters_are_those_of_a_new_model(model: str, folder: Path) -
     assert got.keys() == want.keys() and len(got) == (9 if model == "dense" else 15)
     for name, value in want.items():
         assert torch.equal(got[name], value), name
+
+
+def test_progress_is_a_line_that_rewrites_itself_on_a_terminal(folder: Path) -> None:
+    """And standard output, which may go into a file, has none of it."""
+    ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    command = [forking_python(), "-m", "megatron_mhc", "convert"]
+    arguments = [ordinary("dense", folder), folder / "on a terminal"]
+    with open(ours, "rb", buffering=0) as screen:
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            env=quiet(),
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            text=True,
+            check=True,
+        )
+        os.close(terminal)
+        shown = screen.read(65536).decode()
+    states = shown.split("\r")
+    assert states[0] == "" and "convert: copying:   0%|" in states[1], shown
+    assert "convert: copying: 100%|" in shown and shown.count("\n") == 1
+    assert max(map(len, states)) <= 80
+    assert done.stdout.startswith("convert: wrote ") and done.stdout.count("\n") == 1
 
 
 def test_converts_help_teaches() -> None:

@@ -1,10 +1,14 @@
 """What is refused before anything runs, and what `doctor` says: releases, hooks, ids of patches."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import megatron_mhc
 from megatron_mhc import with_mhc
+from megatron_mhc.patches.cpu import CPU_PATCHES
 from megatron_mhc.patches.supported_versions import (
     REFUSED,
     SUPPORTED,
@@ -14,7 +18,7 @@ from megatron_mhc.patches.supported_versions import (
 )
 from tests.megatron.common.altered_megatron import altered, with_flag, with_release
 from tests.megatron.common.flags import RUN, SOURCE, TINY
-from tests.megatron.common.launch import RUNNER, cold_python, forked_python
+from tests.megatron.common.launch import ROOT, RUNNER, cold_python, forked_python
 from tests.megatron.model.test_specs import specs
 
 REFUSALS = [
@@ -75,25 +79,48 @@ def test_the_found_release_decides_and_not_the_one_on_record(tmp_path: Path) -> 
         assert result.stdout.splitlines()[-1] == f"{is_old} {is_old}", result.stdout
 
 
-def test_doctor_knows_every_hook_and_patch() -> None:
-    """As a user starts it."""
+def test_doctor_says_its_verdict_and_what_to_paste_into_an_issue() -> None:
+    """As a user starts it: in a screen, without the names of patches that are as they should be."""
     result = cold_python("-m", "megatron_mhc", "doctor", MEGATRON_MHC_PATCHES="-parameter-groups")
     assert result.returncode == 0, result.stdout
+    page = result.stdout[result.stdout.index("doctor: ") :]  # torch logs that there is no CUDA
+    verdict, *issue = page.splitlines()
+    found = megatron_core_version()
+    assert verdict.startswith(f"doctor: all is well, Megatron-Core {found} can train")
+    assert issue[:2] == ["", "What to paste into an issue:"] and len(issue) < 22
+    assert "UserWarning" not in result.stdout
+    rows = dict(line.strip().split(maxsplit=1) for line in issue[2:-2])
+    assert rows["megatron_mhc"] == f"{megatron_mhc.__version__} in {ROOT / 'megatron_mhc'}"
+    assert rows["megatron-core"] == f"{found} in {megatron_core_folder()}"
+    assert rows["torch"] == torch.__version__.split("+")[0] and rows["GPU"] == "none"
+    assert rows["environment"] == "MEGATRON_MHC_PATCHES=-parameter-groups"
+    assert rows["hooks"] == "7 of 7 found"
+    assert rows["patches"].endswith(" applied; parameter-groups off by MEGATRON_MHC_PATCHES")
+    for built in ("Megatron's parser, with --mhc", "a layer's spec with mHC", "a HybridModel's"):
+        assert built in rows["built"]
+    assert "validation" not in page and "cpu-" not in page
+
+
+def test_doctor_lists_every_patch_when_asked() -> None:
+    result = forked_python(
+        "-m", "megatron_mhc", "doctor", "--patches", MEGATRON_MHC_PATCHES="-parameter-groups"
+    )
+    assert result.returncode == 0, result.stdout
     assert "MISSING" not in result.stdout and "ERROR" not in result.stdout
-    found = f"{megatron_core_version()} in {megatron_core_folder()}"
-    assert f"  megatron-core              {found}" in result.stdout
-    for built in ("Megatron's parser, with --mhc", "a layer's spec with mHC"):
-        assert f"  built                      {built}" in result.stdout
     assert "parameter-groups           off (by MEGATRON_MHC_PATCHES)" in result.stdout
     for applied in ("arguments", "validation", "built-model"):
         assert f"  {applied:26} applied" in result.stdout
+    listed = re.findall(r"^  (cpu-\S+) ", result.stdout, re.M)
+    assert {patch.id for patch in CPU_PATCHES} - {"shipped-dataset-helpers"} == {*listed}
 
 
 def test_doctor_fails_with_a_release_that_is_refused(tmp_path: Path) -> None:
     environment = altered(tmp_path, **with_release("0.99.0"))
     result = forked_python("-m", "megatron_mhc", "doctor", **environment)
     assert result.returncode == 1, result.stdout
-    assert "  ERROR Megatron-Core 0.99.0 is not supported. " in result.stdout
+    assert "doctor: ERROR: Megatron-Core 0.99.0 is not supported. It is in " in result.stdout
+    assert result.stdout.count("not supported") == 1, "a patch would say it again"
+    assert "What to paste into an issue:" in result.stdout
     assert "Traceback" not in result.stdout
 
 
@@ -115,7 +142,7 @@ def test_doctor_fails_where_no_command_line_could_work(tmp_path: Path) -> None:
     environment = altered(tmp_path, **with_flag("--mhc-num-streams", "type=float"))
     result = forked_python("-m", "megatron_mhc", "doctor", **environment)
     assert result.returncode == 1, result.stdout
-    assert "  ERROR Megatron's parser, with --mhc: PatchError: Megatron-Core " in result.stdout
+    assert "doctor: ERROR: Megatron's parser, with --mhc: PatchError: Megatron-C" in result.stdout
     assert "conflicting option string: --mhc-num-streams" in result.stdout
     assert result.stdout.count("ERROR") == 1 and "MISSING" not in result.stdout
 
@@ -124,9 +151,13 @@ def test_doctor_fails_where_a_hook_is_missing(monkeypatch: pytest.MonkeyPatch) -
     from megatron_mhc.tools import doctor
 
     assert doctor.page()[1]
-    monkeypatch.setattr(doctor, "HOOKS", (("megatron.core:no_such_hook", "of this test"),))
+    missing = [(f"megatron.core:no_such_{name}", "of this test") for name in ("hook", "other")]
+    monkeypatch.setattr(doctor, "HOOKS", missing)
     page, is_well = doctor.page()
-    assert "  MISSING (" in page and not is_well
+    assert page.startswith("doctor: ERROR (1 more below): Megatron-Core ") and not is_well
+    assert "has no megatron.core:no_such_hook (of this test): " in page.splitlines()[0]
+    assert re.search("^  ERROR .*no_such_other", page, re.M)
+    assert "  hooks                      0 of 2 found" in page
 
 
 @pytest.mark.parametrize(
@@ -156,7 +187,9 @@ def test_ids_of_patches_that_do_not_exist_are_refused(
     known = "-muon-layout,-cpu-rng-get,-arguments"
     try:
         monkeypatch.setenv("MEGATRON_MHC_PATCHES", f"{known},-muon_layout")
-        with pytest.raises(PatchError, match=r"off muon_layout, .* known are .*, muon-layout, "):
+        with pytest.raises(
+            PatchError, match=r"off muon_layout, .* near are muon-layout,.* doctor --patches"
+        ):
             turn_on()
         monkeypatch.setenv("MEGATRON_MHC_PATCHES", known)
         turn_on()

@@ -72,6 +72,10 @@ def test_the_dry_run_drops_the_norms_that_transformer_engine_keeps_apart(
     done = launch(f"{kind}/cluster.sh", CHECK="1")
     assert done.returncode == 0, done.stdout + done.stderr
     bytes_a_token = Plan(4, width, (layers,), 3, norms, "auto").bytes_a_token
+    stages = done.stdout.count("\nstage ")
+    assert f"doctor: building: 0 of {stages} stages [" in done.stderr
+    assert f"doctor: building: {stages} of {stages} stages [" in done.stderr
+    assert "doctor: building" not in done.stdout
     wanted = f"{sum(bytes_a_token.values()):,.0f}"
     assert re.search(rf"^stage 1.*activations {wanted} bytes a token", done.stdout, re.M)
 

@@ -2,7 +2,9 @@
 
 import base64
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_mhc.__main__ import main
 from megatron_mhc.metrics import strict_json
 from megatron_mhc.metrics.formulas import residual_metrics
 from megatron_mhc.metrics.monitor import METRICS_FILE
@@ -120,6 +123,21 @@ def test_the_page_holds_every_picture_and_nothing_from_elsewhere(
     assert "<td>the &lt;plain&gt;</td>" in text and f"<td>{1.5**40:.4g}</td>" in text
 
 
+def test_the_command_shows_progress_on_standard_error(
+    three: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "plot", three[0], "--output", str(tmp_path / "out")])
+    main()
+    printed, shown = capsys.readouterr()
+    files = [line.removeprefix("plot: wrote ") for line in printed.splitlines()]
+    assert files[-1] == f"{tmp_path}/out/index.html" and all(map(os.path.isfile, files))
+    for line in ("reading: 0 of 1 runs", "reading: 1 of 1 runs", "drawing: 2 of 2 pictures"):
+        assert f"plot: {line} [" in shown
+
+
 def test_a_resumed_run_overwrites_the_steps_that_it_repeats(tmp_path: Path) -> None:
     write_run(tmp_path, [logged(1), logged(5), logged(5, scale=2.0)])
     run = read_run(str(tmp_path))
@@ -135,10 +153,16 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["{}/none"], "none is not a folder"),
-        (["{}/empty"], "no 'lm loss' in TensorBoard event files below .*; train with"),
+        (["{}/none"], "none is not a folder: give a run's, FOLDER or LABEL=FOLDER"),
+        (
+            ["{}/empty"],
+            "no 'lm loss' in TensorBoard event files below .*; train with .*, or give another one",
+        ),
         (["{}/mhc", "{}/mhc"], "several runs are called mhc: give them names, LABEL=FOLDER"),
-        (["{}/broken"], r"mhc_metrics.jsonl, line 2: JSONDecodeError"),
+        (
+            ["{}/broken"],
+            r"mhc_metrics.jsonl, line 2 is no line of mHC's metrics \(JSON.* remove it",
+        ),
     ],
 )
 def test_runs_that_cannot_be_drawn(texts: list[str], message: str, tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""`python -m megatron_mhc` alone: a screen that teaches."""
+
+import pytest
+
+from tests.megatron.common.launch import forked_python
+
+
+@pytest.mark.parametrize("asked", [[], ["-h"], ["--help"]], ids=str)
+def test_alone_it_fills_a_screen(asked: list[str]) -> None:
+    result = forked_python("-m", "megatron_mhc", *asked)
+    assert result.returncode == 0, result.stdout
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    for way in ("-m megatron_mhc.run", "import megatron_mhc.auto", "--spec megatron_mhc.spec"):
+        assert way in result.stdout
+    for tool in ("doctor", "doctor --args", "convert SOURCE TARGET", "plot RUN"):
+        assert f"\n  {tool} " in result.stdout
+    assert "megatron_mhc.run --help" in result.stdout and "README.md" in result.stdout
+
+
+def test_a_tool_that_does_not_exist_is_refused_with_the_names_of_all() -> None:
+    result = forked_python("-m", "megatron_mhc", "heal")
+    assert result.returncode == 2
+    assert "invalid choice: 'heal'" in result.stdout
+    assert all(tool in result.stdout for tool in ("doctor", "plot", "convert"))
