@@ -33,7 +33,7 @@ LARGEST = (
     ("L40S", 4, "bf16", "combine_read"),
 )
 
-FEW = (("L40S", 8, "bf16", "pre"), ("L40S", 8, "fp32", "pre"))
+FEW = (("L40S", 8, "fp32", "pre"),)
 
 
 @pytest.fixture
@@ -87,13 +87,14 @@ def test_fits(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
-def test_the_operations_have_all_kernels(
-    compiled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_operations_have_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what is compiled above, of all operations, are all of them."""
+    names = set()
+    monkeypatch.setattr(launch, "through_triton", lambda kernel, *_: names.add(kernel.__name__))
     use_card("L40S", monkeypatch.setattr)
     for operation in (*OPERATIONS, "rebuild"):
         call(operation, 1, torch.bfloat16)
     of_modules = {
         name for module in modules().values() for name in vars(module) if name.endswith("_kernel")
     }
-    assert set(compiled) == of_modules
+    assert names == of_modules
