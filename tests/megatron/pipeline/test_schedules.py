@@ -128,7 +128,6 @@ ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 THOROUGH = (
-    "block spec, interleaved",
     "variable lengths, streams recomputed",
     "delayed sites, full recompute, variable lengths",
     "TP=2 with sequence parallelism, delayed sites",

@@ -56,7 +56,7 @@ def test_the_runner_without_the_flag_trains_as_megatron_alone(tmp_path: Path) ->
     status, alone = forked(1, str(script), *TINY, stage="torch")
     assert status == 0 and "plugin False" in alone, alone[-3000:]
     assert len(training_log(alone)) == 3
-    assert training_log(forked_python(*RUN).stdout) == training_log(alone)
+    assert training_log(forked_python(*RUN, stage="torch").stdout) == training_log(alone)
 
 
 if is_installed("<0.19"):  # whose script builds no such layer

@@ -17,7 +17,7 @@ def wide() -> str:
 
 
 def test_the_runner_trains_with_one_banner_line(wide: str) -> None:
-    ordinary = forked_python(*RUN)
+    ordinary = forked_python(*RUN, stage="torch")
     assert wide.count("mHC is on") == 1 and BANNER in wide
     assert ordinary.returncode == 0 and "mHC is on" not in ordinary.stdout
     assert len(losses(wide)) == len(losses(ordinary.stdout)) == 3
@@ -26,8 +26,8 @@ def test_the_runner_trains_with_one_banner_line(wide: str) -> None:
 
 
 def test_a_fork_of_the_tests_trains_as_what_a_user_starts(wide: str) -> None:
-    """Most tests take one: it saves the start and the imports."""
-    result = forked_python(*RUN, "--mhc")
+    """Most tests take one: it saves the start and the imports. This one imports Megatron."""
+    result = forked_python(*RUN, "--mhc", stage="torch")
     assert BANNER in result.stdout and losses(result.stdout) == losses(wide)
 
 

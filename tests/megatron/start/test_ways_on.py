@@ -16,7 +16,7 @@ ALONE["MASTER_PORT"] = "0"
 @pytest.fixture(scope="module")
 def wide() -> str:
     """What the runner prints with --mhc."""
-    return forked_python(*RUN, "--mhc").stdout
+    return forked_python(*RUN, "--mhc", stage="torch").stdout
 
 
 def test_auto_is_one_line_in_ones_own_script(wide: str, tmp_path: Path) -> None:
