@@ -192,12 +192,37 @@ def liger(shapes: Shapes) -> Site:
     return Site(function, leaves, (shapes.streams(),))
 
 
+def megatron_dev(shapes: Shapes) -> Site:
+    """`--use-fused-mhc` of Megatron's branch dev, whose source stands on the path; [s, b, n, C].
+
+    On Hopper Sinkhorn, aggregation and post/res are in Triton, the projection in PyTorch, in fp32.
+    The coefficients are rounded to bf16.
+    """
+    fused = importlib.import_module("megatron.core.fusions.fused_mhc_kernels")
+    phi, _, bias = shapes.parameters()
+    alphas = [torch.full((1,), 0.5, device="cuda") for _ in range(3)]
+    x, phi, bias, *alphas = leaves = _ready(shapes.streams()[:, None], phi, bias, *alphas)
+    n = shapes.n
+
+    def function() -> tuple[Tensor]:
+        h_pre, h_post, h_res, _ = fused.fused_proj_rms_compute_h(
+            x.view(shapes.tokens, -1), phi, *alphas, bias, n
+        )
+        h_res = fused.fused_sinkhorn(h_res.view(-1, 1, n, n), 20)
+        h_pre, h_post, h_res = (h.to(x.dtype) for h in (h_pre, h_post, h_res))
+        u = fused.fused_h_aggregate(x, h_pre.view(-1, 1, n))
+        return (fused.fused_h_post_bda(h_res, x, h_post.view(-1, 1, n), u, None),)
+
+    return Site(function, leaves, (shapes.streams()[:, None],))
+
+
 PEERS: dict[str, Callable[[Shapes], Site]] = {
     "ours": ours,
     "ours, deepseek_v4_1": single_pass,
     "TileKernels": tile_kernels,
     "Transformer Engine": transformer_engine,
     "Transformer Engine, no weight": lambda shapes: transformer_engine(shapes, norm_weight=False),
+    "Megatron dev": megatron_dev,
     "Liger-Kernel": liger,
     "torch.compile": compiled,
     "eager": eager,

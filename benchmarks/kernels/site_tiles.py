@@ -12,24 +12,29 @@ from megatron_mhc.kernels.triton.passes.aggregate import make_u
 from megatron_mhc.kernels.triton.passes.coefficient_gradients import coefficient_gradients
 from megatron_mhc.kernels.triton.passes.coefficients import coefficients_and_u
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
-from megatron_mhc.kernels.triton.passes.projection import combine_and_project
+from megatron_mhc.kernels.triton.passes.projection import (
+    combine_and_project,
+    combine_project_and_read,
+)
 from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 
 FLOORS = {
     "combine_and_project": 9,
+    "combine_project_and_read": 10,
     "coefficients": 0,
     "aggregate": 5,
     "coefficient_gradients": 5,
-    "stream_gradients": 19,
+    "stream_gradients": 15,
     "read_gradients": 15,
     "phi_gradient": 4,
 }
 """Passes that each kernel must move at n = 4, partial sums left out."""
-NOT_IN_SINGLE_PASS = ("aggregate", "stream_gradients")
-NOT_IN_TWO = ("read_gradients",)
+NOT_IN_SINGLE_PASS = ("combine_and_project", "aggregate", "stream_gradients")
+NOT_IN_TWO = ("combine_project_and_read", "read_gradients")
 """Kernels that a site of delayed sites does not have, and that any other does not."""
 KERNELS = {
     "combine_and_project": "combine_and_project_kernel",
+    "combine_project_and_read": "combine_and_project_kernel",
     "coefficients": "coefficients_kernel",
     "aggregate": "aggregate_kernel",
     "coefficient_gradients": "coefficient_gradients_kernel",
@@ -42,6 +47,11 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     "combine_and_project": [
         *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
         *itertools.product((32, 64), (64,), (2, 4, 8), (4,), (3,)),
+    ],
+    "combine_project_and_read": [
+        *itertools.product((16, 32, 64), (64,), (4,), (4, 8), (2, 3, 4)),
+        *itertools.product((32,), (128,), (4,), (4, 8), (2, 3)),
+        *itertools.product((32,), (32,), (4, 8), (2, 4), (3,)),
     ],
     "coefficients": [(tokens, 1, 1, warps, 2) for tokens in (4, 8, 16) for warps in (1, 2, 4)],
     "aggregate": [
@@ -123,6 +133,9 @@ def subjects(
 
     return {
         "combine_and_project": lambda: combine_and_project(sizes, x, phi, mixing),
+        "combine_project_and_read": lambda: combine_project_and_read(
+            sizes, x, phi, mixing, done.h_pre
+        ),
         "coefficients": lambda: coefficients_and_u(*coefficients_args, aggregate=False),
         "aggregate": lambda: make_u(sizes, y, done.h_pre),
         "coefficient_gradients": lambda: coefficient_gradients(*token_args, du=du, **small),

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FunctionType
 
 import torch
-import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.training.global_vars import destroy_global_vars
@@ -105,7 +104,7 @@ def main() -> None:
                 *("--profile", "--use-pytorch-profiler", "--tensorboard-dir", str(folder / "logs")),
                 *("--profile-step-start", str(TRACED_STEP)),
                 *("--profile-step-end", str(TRACED_STEP + 1)),
-                *("--profile-ranks", *map(str, range(dist.get_world_size()))),
+                *("--profile-ranks", *map(str, range(int(os.environ["WORLD_SIZE"])))),
                 *("--train-iters", str(TRACED_STEP + 2)),
             ]
             train("traced", name, [*common, *flags.split(), *profiler])

@@ -165,18 +165,31 @@ def combine_and_project(n: int, width: int, dtype: torch.dtype) -> Tile:
     loads phi first, so all of them run at once where that fills 0.8 of the multiprocessors.
     128 channels, as wide pieces of a token are read faster (docs/measured-facts.md).
     """
+    return _projecting(n, width, dtype, 128)
+
+
+@tunable
+def combine_project_and_read(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """The same kernel where it makes u too: with bf16 and n = 4 half as many channels, and two
+    programs a multiprocessor, as u takes registers (docs/measured-facts.md)."""
+    return _projecting(n, width, dtype, 64)
+
+
+def _projecting(n: int, width: int, dtype: torch.dtype, most: int) -> Tile:
+    """With at most so many channels."""
     roomy = shared_memory() >= 200_000
     stages = 1 if n == 8 and not roomy else 3
     if n == 8:
         channels = 32 if dtype == torch.bfloat16 and roomy else 16
     elif dtype == torch.bfloat16:
-        channels = 128 if roomy else 64
+        channels = most if roomy else 64
     else:
         channels = 32
+    resident = multiprocessors() * (2 if roomy and channels == 64 else 1)
     blocks = -(-width // channels)
-    splits = multiprocessors() // blocks
-    if splits * blocks < 0.8 * multiprocessors():  # more waves, better filled
-        splits = shares(blocks, multiprocessors())
+    splits = resident // blocks
+    if splits * blocks < 0.8 * resident:  # more waves, better filled
+        splits = shares(blocks, resident)
     return Tile(32, channels, splits, warps=4, stages=stages)
 
 
@@ -210,8 +223,8 @@ def stream_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def read_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`stream_gradients_kernel` where `combine_read` asks: it reads no y and mixes it again. As
-    `stream_gradients`, a file's too, unless a file names its own."""
+    """`stream_gradients_kernel` where `combine_read` asks. As `stream_gradients`, a file's too,
+    unless a file names its own."""
     return TUNABLE["stream_gradients"].__wrapped__(n, width, dtype)  # type: ignore[attr-defined]
 
 

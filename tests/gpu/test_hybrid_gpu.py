@@ -133,20 +133,19 @@ def move_from_the_start(core: Any) -> None:
 
 
 def trained(model: Any, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of steps of SGD on one batch, and the last gradients."""
+    """Losses of steps of Adam on one batch, and the last gradients."""
     torch.manual_seed(3)
     tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1)).cuda()
     positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, -1)
     losses, gradients = [], {}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(steps):
         model.zero_grad()
         loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).float().mean()
         loss.backward()
         losses.append(loss.item())
         gradients = {k: p.grad.clone() for k, p in model.module.named_parameters()}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 0.5 * parameter.grad
+        optimizer.step()
     return losses, gradients
 
 

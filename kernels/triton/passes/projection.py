@@ -4,7 +4,7 @@
 registers, projects the result for the site that begins; each half can run alone, and a delayed site
 is read there too. `combine`, `pre`, `coefficients`, `combine_pre`, `combine_read` and `head` are
 this kernel with different flags, with `passes.coefficients` behind it, so their results agree to
-the bit.
+the bit; but `combine_read`'s coefficients, whose sums over channels its own tiles order.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -159,7 +159,8 @@ def _launch(
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none."""
-    tile = tiles.combine_and_project(n, width, dtype)
+    tile_of = tiles.combine_project_and_read if read else tiles.combine_and_project
+    tile = tile_of(n, width, dtype)
     terms = tiles.terms(dtype) if rows is not None else 1
     launch = Launch(
         combine_and_project_kernel,

@@ -3,8 +3,8 @@
 `stream_gradients_kernel` builds the whole gradient of the projected streams y on chip,
     dY = dy + h_pre^T du + d_z phi + k y,
 and, where y came from a combine, goes through it at once: df = H_post dY, dx = H_res^T dY, written
-once. A delayed site's boundary has the gradient of h_pre there too, and makes y again from x and f,
-which are read anyway. Sums over tokens or channels are partial sums, added up behind it.
+once; y itself it mixes again from x and f, which it reads anyway. A delayed site's boundary has the
+gradient of h_pre there too. Sums over tokens or channels are partial sums, added up behind it.
 """
 
 from typing import NamedTuple
@@ -63,7 +63,7 @@ def _launch(
         COMBINE=has[2],
         HAS_BIAS=f_bias is not None,
         READ=has[3],
-        AGAIN=has[3],  # of the others no GPU has timed it: has[2] and rows is not None, to try
+        AGAIN=has[2] and rows is not None,
         MIXING_WIDTH=triton.next_power_of_2(n + n * n + n * has[3]),
         BT=tile.tokens,
         BC=tile.channels,
