@@ -18,6 +18,7 @@ from benchmarks.common import spans
 from benchmarks.kernels import site_tiles
 from benchmarks.kernels.by_kernel import medians
 from benchmarks.pipeline import timeline
+from tests.megatron.common.launch import forked_python
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -104,9 +105,8 @@ def test_documents_name_the_scripts_that_there_are() -> None:
     ],
 )
 def test_a_tile_that_is_none_is_refused(arguments: list[str], status: int, says: str) -> None:
-    command = [sys.executable, str(PROFILE), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == status and says in done.stdout + done.stderr
+    done = forked_python(str(PROFILE), *arguments, stage="torch")
+    assert done.returncode == status and says in done.stdout
 
 
 def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
@@ -158,8 +158,8 @@ def test_a_timeline_tells_messages_that_nothing_runs_beside(tmp_path: Path) -> N
 
 def interpreted(program: str) -> None:
     """Run a program whose kernels Triton's interpreter runs."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+    done = forked_python("-c", program, stage="torch", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_kernels_that_are_tuned_run_alone() -> None:

@@ -40,6 +40,8 @@ MEGATRON = (
     "megatron.training.arguments",
     "megatron.training.training",
     "megatron.core.datasets.gpt_dataset",
+    # every tokenizer there is, and with them transformers: longer than a run of a few steps
+    "megatron.core.tokenizers.text.models",
     "megatron_mhc.spec",
     "megatron_mhc.start.activate",
     "tests.megatron.common.train",
@@ -224,8 +226,9 @@ class Server:
             connection.close()
 
         def unwanted() -> None:
-            self.ready.unregister(connection)
-            end(process)
+            if process in self.jobs:  # it has not ended in the same moment
+                self.ready.unregister(connection)
+                end(process)
 
         self.ready.register(handle, selectors.EVENT_READ, ended)
         self.ready.register(connection, selectors.EVENT_READ, unwanted)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.megatron.common.fork_client import Fork
 from tests.megatron.common.launch import (
     TIMED_OUT,
+    _forks,
     cold_python,
     forked,
     forked_python,
@@ -73,6 +75,25 @@ def test_a_rank_that_fails_ends_the_others() -> None:
     status, printed = forked(2, "-c", program, stage="torch", seconds=60)
     assert status == 1 and "ValueError: rank 1" in printed
     assert time.monotonic() - began < 30
+
+
+def test_one_that_is_killed_as_it_ends_ends_no_other() -> None:
+    """Who forks hears of both at once."""
+    server, folder = _forks()
+    (stdin, ours), (printed, stdout) = os.pipe(), os.pipe()
+    program = ["-c", "import os; print(os.getpid(), flush=True); input()"]
+    fork = Fork(folder, "torch", program, quiet(), os.getcwd(), (stdin, stdout, stdout))
+    os.close(stdin)
+    os.close(stdout)
+    process = int(os.read(printed, 20))
+    os.kill(server.pid, signal.SIGSTOP)
+    os.close(ours)
+    assert gone(process)
+    fork.kill()
+    os.kill(server.pid, signal.SIGCONT)
+    assert fork.wait() == 1
+    os.close(printed)
+    assert forked_python("-c", "print('the next')", stage="torch").stdout == "the next\n"
 
 
 def test_a_script_gets_a_python_that_forks(tmp_path: Path) -> None:

@@ -232,7 +232,8 @@ def train(s: Scenario) -> dict[str, Any]:
     """`worker.run`, but for what is counted there."""
     if s.silent and dist.get_rank() == 1:
         fall_silent(s.silent)
-    parallel_state.initialize_model_parallel(**s.parallel)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(**s.parallel)
     training = Training(s)
     core = training.cores[0]
     left = 0
@@ -260,13 +261,15 @@ def train(s: Scenario) -> dict[str, Any]:
         "decoded": decoded(core) if s.decode else None,
         "generated": generated(core) if s.generate else None,
     }
-    parallel_state.destroy_model_parallel()
+    # a process alone has the same groups in every scenario: to make them takes as long as a step
+    if dist.get_world_size() > 1 or s.parallel:
+        parallel_state.destroy_model_parallel()
     return result
 
 
 def end_groups() -> None:
-    """End every process group but the first: their threads would poll for ever."""
+    """End every process group that is not kept but the first: their threads would poll for ever."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group is not dist.group.WORLD and not parallel_state.model_parallel_is_initialized():
             dist.destroy_process_group(group)
     gc.collect()  # what still holds one

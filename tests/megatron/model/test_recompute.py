@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.megatron.common.cases import beside, parameters
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import DELAYED, VIRTUAL, stages
@@ -101,6 +102,12 @@ CASES: dict[str, tuple[int, int | str, dict[str, Any]]] = {
         {"kind": "moe", "parallel": {"expert_model_parallel_size": 2}},
     ),
 }
+THOROUGH = (
+    "delayed sites, moe, bf16",
+    "1F1B, delayed sites",
+    "interleaved, two layers a chunk",
+    "sequence parallel, delayed sites",
+)
 
 
 def whole(settings: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +120,8 @@ def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a case trains with recompute and without; all of a size in one torchrun."""
     size = CASES[case][0]
     scenarios: dict[str, dict[str, Any]] = {}
-    for name, (processes, recompute, settings) in CASES.items():
+    for name in beside(case, CASES, THOROUGH):
+        processes, recompute, settings = CASES[name]
         if processes == size:
             common = {**whole(settings), "hold": size == 1}
             mhc = {**settings.get("mhc", {}), "recompute": recompute}
@@ -125,7 +133,7 @@ def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return done[case], done[f"whole {json.dumps(alone, sort_keys=True)}"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_trains_as_without_bit_for_bit(case: str) -> None:
     got, want = results(case)
     assert_same_training(got, want, bound=None)
@@ -151,8 +159,8 @@ def test_a_forward_that_an_exception_ends_leaves_no_graph(case: str) -> None:
 
 def test_no_streams_are_read_twice() -> None:
     """The sites' operations run once: what the backward does is a rebuild."""
-    for name, (size, _, _) in CASES.items():
-        if size == 1:
+    for name in beside("one layer", CASES, THOROUGH):
+        if CASES[name][0] == 1:
             evaluated = name == "evaluation between"
             assert set(results(name)[0]["calls"].values()) == {2.0 if evaluated else 1.0}, name
 

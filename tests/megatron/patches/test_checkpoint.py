@@ -78,26 +78,33 @@ def resume(processes: int, folder: Path, flags: list[str]) -> list[str]:
     return [got[0], *got[2:]]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
+@functools.cache
+def saved_run(case: str) -> tuple[Path, list[str], list[str]]:
+    """A run of seven iterations with a checkpoint after three: its folder, flags and losses."""
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     processes, flags = CASES[case]
-    flags = [*flags, "--save", str(tmp_path), "--save-interval", "3"]
+    flags = [*flags, "--save", str(folder), "--save-interval", "3"]
     whole, printed = train(processes, flags)
     assert len(whole) == 7, printed[-3000:]
-    assert resume(processes, tmp_path, flags) == [whole[3], *whole[5:]]
+    return folder, flags, whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_is_exact(case: str) -> None:
+    folder, flags, whole = saved_run(case)
+    assert resume(CASES[case][0], folder, flags) == [whole[3], *whole[5:]]
     assert float(whole[-1]) < float(whole[0]) - 0.1, "it does not train"
 
 
-def test_a_model_built_on_the_meta_device_resumes_exactly(tmp_path: Path) -> None:
+def test_a_model_built_on_the_meta_device_resumes_exactly() -> None:
     """Megatron's weights have no values there but the checkpoint's; ours keep their marks too.
 
     Without them mHC's parameters would be in the optimizer's groups of others, and be decayed.
     """
-    save = ["--save", str(tmp_path), "--save-interval", "3"]
-    whole, printed = train(1, save)
-    assert len(whole) == 7, printed[-3000:]
+    folder, save, whole = saved_run("bf16")
     meta = [*save, "--init-model-with-meta-device"]
-    assert resume(1, tmp_path, meta) == [whole[3], *whole[5:]]
+    assert resume(1, folder, meta) == [whole[3], *whole[5:]]
 
 
 RESHARD = [

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc.patches.supported_versions import is_installed
+from tests.megatron.common.cases import parameters
 from tests.megatron.common.converting import command
 from tests.megatron.common.flags import MOE, RESUMED, SCRIPT, SOURCE, SPEC, STAND_IN, losses
 from tests.megatron.common.launch import forked_run
@@ -42,15 +43,12 @@ def train(processes: int, flags: list[str]) -> tuple[list[str], str]:
 
 
 THOROUGH = (
-    *("fp32", "optimizer alone", "nothing sharded", "recompute", "experts"),
+    *("bf16", "fp32", "optimizer alone", "nothing sharded", "recompute", "experts"),
     "tensor parallel",  # four processes
 )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.thorough if c in THOROUGH else ()) for c in CASES],
-)
+@pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
     processes, strategy, flags = CASES[case]
     flags = ["--mhc", *flags, "--data-parallel-sharding-strategy", strategy]

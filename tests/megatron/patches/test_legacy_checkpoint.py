@@ -1,11 +1,10 @@
 """Checkpoints of one file a rank (`--ckpt-format torch`): they resume, and settings are checked."""
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.megatron.common.cases import parameters
 from tests.megatron.common.flags import DISTRIBUTED as OVERLAPPED
 from tests.megatron.common.flags import MOE, RESUMED, SCRIPT, SOURCE, SPEC, STAND_IN, losses
 from tests.megatron.common.launch import forked_run
@@ -40,6 +39,7 @@ CONVERSIONS: dict[str, tuple[list[str], str]] = {
     "fully reshardable to torch": ([*FP16, RESHARDABLE], "torch"),
     "torch to torch_dist": ([*FP16, *LEGACY], "torch_dist"),
 }
+THOROUGH_CONVERSIONS = ("torch_dist to torch", "fully reshardable to torch")
 
 
 def train(processes: int, flags: list[str]) -> tuple[list[str], str]:
@@ -66,22 +66,14 @@ def assert_resumes(processes: int, flags: list[str], folder: Path, losses: list[
     assert [got[0], *got[2:]] == [losses[3], *losses[5:]]
 
 
-def cases(names: Iterable[str], *thorough: str) -> list[Any]:
-    """Parameters of these names; those of `thorough` run with all tests alone."""
-    marks = {name: (pytest.mark.thorough,) if name in thorough else () for name in names}
-    return [pytest.param(name, marks=marks[name]) for name in names]
-
-
-@pytest.mark.parametrize("case", cases(CASES, *THOROUGH))
+@pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_resuming_is_exact(case: str, tmp_path: Path) -> None:
     processes, flags = CASES[case]
     losses = whole(processes, flags, tmp_path)
     assert_resumes(processes, flags, tmp_path, losses)
 
 
-@pytest.mark.parametrize(
-    "conversion", cases(CONVERSIONS, "torch_dist to torch", "fully reshardable to torch")
-)
+@pytest.mark.parametrize("conversion", parameters(CONVERSIONS, THOROUGH_CONVERSIONS))
 def test_a_converted_checkpoint_resumes(conversion: str, tmp_path: Path) -> None:
     flags, after = CONVERSIONS[conversion]
     flags = [*DISTRIBUTED, *flags]

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron_mhc.model.site import INLINE
 from megatron_mhc.patches.supported_versions import is_installed
 from megatron_mhc.pipeline import expert_overlap
+from tests.megatron.common.cases import beside, parameters
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import DELAYED, SGD
@@ -25,8 +26,9 @@ BASE = {
     "steps": 2,
     "optimizer": SGD,  # Adam makes whole steps of roundings where a gradient is almost zero
     "fuse": "layer",
-    "microbatches": 4,
-    "batch": 8,
+    # the first forward and the last backward are alone; one runs beside one in between
+    "microbatches": 3,
+    "batch": 6,
     "parallel": {"expert_model_parallel_size": 2},
 }
 VIRTUAL = {
@@ -49,17 +51,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 if is_installed("<0.19"):  # where mHC refuses multi-token prediction
     del CASES["multi-token prediction, shared experts"]
+STAGES = {"parallel": VIRTUAL, "microbatches": 4, "batch": 8}
 FOUR: dict[str, dict[str, Any]] = {
-    "virtual stages": {"parallel": VIRTUAL},
-    "virtual stages, shared experts": {"parallel": VIRTUAL, "config": SHARED},
+    "virtual stages": STAGES,
+    "virtual stages, shared experts": STAGES | {"config": SHARED},
 }
+THOROUGH = ("shared experts", "delayed sites, dense layers between", "virtual stages")
 
 
-def both(cases: dict[str, dict[str, Any]], processes: int) -> dict[str, Any]:
-    """Every case in stock order, and overlapped."""
+def both(case: str, cases: dict[str, dict[str, Any]], processes: int) -> dict[str, Any]:
+    """A case and those beside it in stock order, and overlapped."""
     scenarios: dict[str, dict[str, Any]] = {}
-    for name, case in cases.items():
-        whole = BASE | case
+    for name in beside(case, cases, THOROUGH):
+        whole = BASE | cases[name]
         config = whole.get("config", {})
         early = {k: v for k, v in config.items() if not k.startswith("ep_overlap")}
         scenarios[f"{name}, stock"] = whole | {"config": early}
@@ -67,16 +71,16 @@ def both(cases: dict[str, dict[str, Any]], processes: int) -> dict[str, Any]:
     return run_scenarios(processes, scenarios)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_nodes_train_as_whole_layers(case: str) -> None:
-    results = both(CASES, 2)
+    results = both(case, CASES, 2)
     assert_same_training(results[case], results[f"{case}, stock"], bound=SUMMATION_ORDER)
     assert results[case]["losses"][-1] != results[case]["losses"][0]
 
 
-@pytest.mark.parametrize("case", FOUR)
+@pytest.mark.parametrize("case", parameters(FOUR, THOROUGH))
 def test_nodes_of_virtual_stages_train_as_whole_layers(case: str) -> None:
-    results = both(FOUR, 4)
+    results = both(case, FOUR, 4)
     assert_same_training(results[case], results[f"{case}, stock"], bound=SUMMATION_ORDER)
 
 

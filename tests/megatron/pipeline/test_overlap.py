@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_mhc.costs.recompute_plan import microbatches_in_flight
+from tests.megatron.common.cases import beside, parameters
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import DELAYED, FULL_RECOMPUTE, VIRTUAL, stages
@@ -23,9 +24,9 @@ SHORT: dict[str, Any] = {"config": {"num_layers": 2}}
 # fewer, as many and more microbatches than stages; name: processes, settings of both runs
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "1 microbatch": (2, {"microbatches": 1}),
-    "2 microbatches": (2, {"microbatches": 2}),
+    "2 microbatches": (2, {**SHORT, "microbatches": 2}),
     "6 microbatches": (2, {"microbatches": 6}),
-    "MoE": (2, {**FOUR, "kind": "moe"}),
+    "MoE": (2, {**FOUR, **SHORT, "kind": "moe"}),
     "dropout": (2, {**FOUR, "config": {"hidden_dropout": 0.1, "num_layers": 2}}),
     "full recompute": (2, {**FOUR, "config": FULL_RECOMPUTE}),
     # what is rebuilt ahead of a gradient is rebuilt while it is on its way
@@ -74,6 +75,7 @@ EAGER_CASES = [
     "four stages",
     "four stages, 3 microbatches",
 ]
+THOROUGH = ("interleaved, delayed sites", "four stages, 3 microbatches")
 ORDINARY = "z ordinary"
 
 
@@ -81,7 +83,8 @@ def results(case: str) -> dict[str, dict[str, Any]]:
     """What a case trains in stock order, with overlap and (where tried) with two in flight."""
     size = CASES[case][0]
     scenarios: dict[str, dict[str, Any]] = {}
-    for name, (processes, settings) in CASES.items():
+    for name in beside(case, CASES, THOROUGH):
+        processes, settings = CASES[name]
         if processes == size:
             modes = {"off": {}, "on": OVERLAP} | ({"eager": EAGER} if name in EAGER_CASES else {})
             for mode, mhc in modes.items():
@@ -95,7 +98,7 @@ def results(case: str) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_overlap_trains_bit_for_bit_as_stock_order_does(case: str) -> None:
     result = results(case)
     assert_same_training(result["on"], result["off"], bound=None)
@@ -107,15 +110,16 @@ def test_a_model_that_has_been_trained_is_let_go(case: str) -> None:
     assert [results(case)[mode]["models"] for mode in ("off", "on")] == [0, 0]
 
 
-@pytest.mark.parametrize("case", EAGER_CASES)
+@pytest.mark.parametrize("case", parameters(EAGER_CASES, THOROUGH))
 def test_two_in_flight_train_bit_for_bit_too(case: str) -> None:
     result = results(case)
     assert_same_training(result["eager"], result["off"], bound=None)
 
 
-@pytest.mark.parametrize(
-    "case", ["6 microbatches", "four stages", "four stages, 3 microbatches", "interleaved"]
-)
+MEASURED = ("6 microbatches", "four stages", "four stages, 3 microbatches")
+
+
+@pytest.mark.parametrize("case", parameters((*MEASURED, "interleaved"), THOROUGH))
 def test_as_many_microbatches_are_in_flight_as_memory_is_planned_for(case: str) -> None:
     processes, settings = CASES[case]
     chunks = settings.get("parallel", {}).get("virtual_pipeline_model_parallel_size", 1)
@@ -129,7 +133,7 @@ def test_as_many_microbatches_are_in_flight_as_memory_is_planned_for(case: str) 
             assert trained["in_flight"] == [min(number, most) for number in planned]
 
 
-@pytest.mark.parametrize("case", ["6 microbatches", "four stages", "four stages, 3 microbatches"])
+@pytest.mark.parametrize("case", parameters(MEASURED, THOROUGH))
 def test_the_schedule_with_overlap_is_the_one_that_runs(case: str) -> None:
     """The first stage's messages: each schedule has its own."""
     result = results(case)

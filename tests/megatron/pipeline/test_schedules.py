@@ -14,6 +14,7 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.model.config_marks import mark_streams, message_width
 from megatron_mhc.patches import registry
 from megatron_mhc.patches.pipeline_width import pipeline_width_patch
+from tests.megatron.common.cases import beside, parameters
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
 from tests.megatron.common.settings import (
@@ -126,6 +127,11 @@ ROUNDED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+THOROUGH = (
+    "variable lengths, streams recomputed",
+    "delayed sites, full recompute, variable lengths",
+    "TP=2 with sequence parallelism, delayed sites",
+)
 
 
 def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,7 +141,8 @@ def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
     alone: dict[str, dict[str, Any]] = {}
     alone_of: dict[str, str] = {}
     for table, common in ((CASES, EXACT), (ROUNDED, {})):
-        for name, (size, both, apart) in table.items():
+        for name in beside(case, table, THOROUGH):
+            size, both, apart = table[name]
             alone_of[name] = json.dumps({**common, **both}, sort_keys=True)
             alone[alone_of[name]] = {**common, **both}
             split[size][name] = {**common, **both, **apart}
@@ -143,14 +150,14 @@ def results(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return run_scenarios(size, split[size])[case], run_scenarios(1, alone)[alone_of[case]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_stages_train_as_one_process_bit_for_bit(case: str) -> None:
     split, alone = results(case)
     assert_same_training(split, alone, bound=None)
     assert alone["losses"][-1] != alone["losses"][0]
 
 
-@pytest.mark.parametrize("case", ROUNDED)
+@pytest.mark.parametrize("case", parameters(ROUNDED, THOROUGH))
 def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
     split, alone = results(case)
     assert_same_training(split, alone, bound=SUMMATION_ORDER)

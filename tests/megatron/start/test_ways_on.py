@@ -7,7 +7,7 @@ import pytest
 from megatron_mhc import MHCConfig, with_mhc
 from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import BANNER, RUN, SOURCE, SPEC, STAND_IN, TINY, losses
-from tests.megatron.common.launch import RUNNER, cold_python, forked_python, forked_run
+from tests.megatron.common.launch import RUNNER, forked_python, forked_run
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
 ALONE["MASTER_PORT"] = "0"
@@ -20,10 +20,10 @@ def wide() -> str:
 
 
 def test_auto_is_one_line_in_ones_own_script(wide: str, tmp_path: Path) -> None:
-    """As a user starts it."""
+    """In a process that imports Megatron itself, as one that a user starts."""
     script = tmp_path / "train.py"
     script.write_text(f"{STAND_IN}import megatron_mhc.auto\n{SOURCE}")
-    result = cold_python(str(script), *TINY, "--mhc", **ALONE)
+    result = forked_python(str(script), *TINY, "--mhc", stage="torch", **ALONE)
     assert result.returncode == 0, result.stdout[-3000:]
     assert BANNER in result.stdout and losses(result.stdout) == losses(wide)
 
@@ -36,9 +36,9 @@ def spec_script(folder: Path) -> str:
 
 
 def test_spec_is_megatrons_own_way(wide: str, tmp_path: Path) -> None:
-    """Settings come from the environment. As a user starts it."""
+    """Settings come from the environment, in a process that imports Megatron itself."""
     command = [spec_script(tmp_path), *TINY, *SPEC]
-    result = cold_python(*command, **ALONE, MHC_NUM_STREAMS="2")
+    result = forked_python(*command, stage="torch", **ALONE, MHC_NUM_STREAMS="2")
     assert result.returncode == 0, result.stdout[-3000:]
     assert "mHC is on: 2 streams" in result.stdout
     assert "(settings from environment)" in result.stdout

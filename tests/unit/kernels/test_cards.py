@@ -33,7 +33,7 @@ LARGEST = (
     ("L40S", 4, "bf16", "combine_read"),
 )
 
-FEW = (("L40S", 8, "bf16", "pre"), ("L40S", 8, "fp32", "pre"))
+FEW = (("L40S", 8, "fp32", "pre"),)
 
 
 @pytest.fixture
@@ -90,6 +90,13 @@ def test_fits(
 def test_the_operations_have_all_kernels(
     compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each is compiled once here, as the first operation launches it."""
+    compile_one = launch.through_triton
+
+    def compile_once(kernel: Any, *arguments: Any) -> Any:
+        return None if kernel.__name__ in compiled else compile_one(kernel, *arguments)
+
+    monkeypatch.setattr(launch, "through_triton", compile_once)
     use_card("L40S", monkeypatch.setattr)
     for operation in (*OPERATIONS, "rebuild"):
         call(operation, 1, torch.bfloat16)

@@ -8,8 +8,6 @@ among its tests, set that variable yourself:
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.megatron.common.launch import end_forks, forked
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 class Process(pytest.Item):
@@ -28,24 +27,13 @@ class Process(pytest.Item):
         """Run them, and fail with what they print."""
         pytest.importorskip("triton")
         chosen = ["-m", expression] if (expression := self.config.option.markexpr) else []
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                *chosen,
-                str(self.path),
-            ],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            pytest.fail(done.stdout[-5000:] + done.stderr[-2000:], pytrace=False)
-        print(*done.stdout.splitlines()[-1:])  # how many there were, for -rA
+        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(self.path))
+        # a fork of a process that has PyTorch, and not triton
+        environment = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "0"}
+        status, printed = forked(0, *command, stage="torch", seconds=600, **environment)
+        if status != 0:
+            pytest.fail(printed[-7000:], pytrace=False)
+        print(*printed.splitlines()[-1:])  # how many there were, for -rA
 
     def reportinfo(self) -> tuple[Path, int, str]:
         """As pytest names it where it fails."""
@@ -91,3 +79,7 @@ else:
     def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> File:
         """A process in place of the module."""
         return File.from_parent(parent, path=module_path)
+
+    def pytest_unconfigure() -> None:
+        """No process outlives the run."""
+        end_forks()

@@ -41,11 +41,9 @@ CASES = (
 
 
 def dtype_and_case(dtype: torch.dtype, case: tuple) -> Any:
-    """Every case in bf16, the first one and the one of eight streams in the others; the rest too,
-    where thorough: a dtype and a shape have nothing to do with each other."""
-    often = (
-        dtype == torch.bfloat16 or case is CASES[0] or (dtype, case) == (torch.float32, CASES[3])
-    )
+    """Every case in bf16, the first one in the others (`test_tiles` has eight streams in fp32); the
+    rest too, where thorough: a dtype and a shape have nothing to do with each other."""
+    often = dtype == torch.bfloat16 or case is CASES[0]
     marks = () if often else (pytest.mark.thorough,)
     return pytest.param(dtype, case, marks=marks, id=f"{dtype}-T{case[0]}-n{case[1]}-C{case[2]}")
 

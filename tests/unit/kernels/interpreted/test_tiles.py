@@ -21,7 +21,12 @@ def other_tiles() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("dtype", "coefficients_tokens", "splits"),
-    [(torch.bfloat16, 8, 1), (torch.float32, 8, 2), (torch.bfloat16, 64, 2)],
+    [
+        (torch.bfloat16, 64, 1),
+        (torch.float32, 8, 2),
+        pytest.param(torch.bfloat16, 8, 1, marks=pytest.mark.thorough),
+        pytest.param(torch.bfloat16, 64, 2, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_program_goes_through_several_tiles(
     dtype: torch.dtype, coefficients_tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch
