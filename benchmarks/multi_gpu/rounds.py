@@ -49,8 +49,10 @@ def empty_hooks() -> None:
 def free_large_tensors() -> None:
     """Free large tensors of a run that something still holds: nothing will read them again.
 
-    What expert-parallel overlap leaves is not all of it reached: some 20 GiB of the paper's layers,
-    ordinary or mHC, which no object of Python's holds.
+    Smaller ones stay: main parameters and moments of single experts, some 20 GiB of the paper's
+    layers. A model with mHC on a last stage, and any model after expert-parallel overlap, is still
+    whole in the process when its training has ended, optimizer and all; Python's collector does not
+    see by what it is held.
     """
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.is_cuda:
