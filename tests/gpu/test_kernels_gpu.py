@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 BF16 = torch.bfloat16
+BOUNDARIES = ["combine_pre", "combine_read"]
 
 
 @pytest.mark.parametrize("width", [1280, 2560, 4096, 5120, 7168, 1111])
@@ -57,11 +58,13 @@ def test_whole_numbers_as_eps(operation: str) -> None:
     check(operation, 66, 4, 520, BF16, "cuda", dict.fromkeys(PAPER, 1), iterations=4)
 
 
-def test_torch_func_differentiates() -> None:
-    given = {k: v.detach() for k, v in inputs("combine_pre", 66, 4, 520, BF16, "cuda").items()}
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_torch_func_differentiates(boundary: str) -> None:
+    given = {k: v.detach() for k, v in inputs(boundary, 66, 4, 520, BF16, "cuda").items()}
+    operation = getattr(kernels, boundary)
 
     def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum(t.float().sum() for t in kernels.combine_pre(**tensors, backend="triton"))
+        return sum(t.float().sum() for t in operation(**tensors, backend="triton"))
 
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
     loss(leaves).backward()
@@ -141,7 +144,7 @@ def test_large_logits() -> None:
     assert bool(torch.isfinite(logits.grad).all())
 
 
-@pytest.mark.parametrize("boundary", ["combine_pre", "combine_read"])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_a_cuda_graph_replays_the_site(boundary: str) -> None:
     arguments = inputs(boundary, 500, 4, 1280, BF16, "cuda")
 
@@ -165,12 +168,15 @@ def test_a_cuda_graph_replays_the_site(boundary: str) -> None:
         assert torch.equal(got, expected)
 
 
-def test_compiles_as_one_graph() -> None:
-    arguments = inputs("combine_pre", 300, 4, 1280, BF16, "cuda")
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_compiles_as_one_graph(boundary: str) -> None:
+    arguments = inputs(boundary, 300, 4, 1280, BF16, "cuda")
+    operation = getattr(kernels, boundary)
 
     def site(**tensors: torch.Tensor) -> torch.Tensor:
-        y, u, h_post, h_res = kernels.combine_pre(**tensors)
-        return (y * 2).float().sum() + u.float().sum() + h_post.sum() + h_res.square().sum()
+        y, u, *rest, h_res = operation(**tensors)
+        others = u.float().sum() + sum(t.sum() for t in rest)
+        return (y * 2).float().sum() + others + h_res.square().sum()
 
     site(**arguments).backward()
     wanted = {name: argument.grad for name, argument in arguments.items()}
@@ -213,7 +219,8 @@ def test_more_elements_than_32_bits_address(tokens: int, width: int) -> None:
         assert relative(many[name].grad, times * arguments[name].grad.double()) < bound, name
 
 
-def test_new_token_counts_compile_nothing() -> None:
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_new_token_counts_compile_nothing(boundary: str) -> None:
     import triton
 
     compiled = []
@@ -221,8 +228,8 @@ def test_new_token_counts_compile_nothing() -> None:
     for tokens in (1, 16, 77, 1024, 1025):
         if tokens == 16:
             triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event)
-        arguments = inputs("combine_pre", tokens, 4, 1280, BF16, "cuda")
-        out = run(kernels.combine_pre, arguments, backend="triton")
+        arguments = inputs(boundary, tokens, 4, 1280, BF16, "cuda")
+        out = run(getattr(kernels, boundary), arguments, backend="triton")
         torch.autograd.backward(out, [torch.ones_like(result) for result in out])
     triton.knobs.runtime.jit_post_compile_hook = previous
     assert not compiled
