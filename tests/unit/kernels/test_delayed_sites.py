@@ -105,7 +105,7 @@ def test_it_is_a_combine_a_read_and_coefficients_of_the_rounded_streams() -> Non
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_every_gradient(n: int) -> None:
-    # from n = 4 on along random directions: one by one, the entries of phi take ten seconds and more
+    # from n = 4 on along random directions: one by one the entries of phi take ten seconds
     check = functools.partial(gradcheck, fast_mode=n >= 4)
     p, following = site_inputs(n, width=3, tokens=2), site_inputs(n, width=3, tokens=2, seed=1)
     own = [p[name] for name in ("phi", "alpha", "bias")]
