@@ -73,7 +73,7 @@ def shares(flags: list[str], options: Any, stages: int, micro_batch: int) -> Any
     mhc = config_from_arguments(args)
     run = step_page.run_of(args, mhc, shared_out(2 * args.num_layers, stages), tokens)
     card = CARDS[options.card]
-    found = [estimate(run, card, link, options.mfu, None) for link in options.links]
+    found = [estimate(run, card, link, options.mfu) for link in options.links]
     return [(e.messages / e.ordinary - 1, e.overlap / e.ordinary - 1) for e in found]
 
 

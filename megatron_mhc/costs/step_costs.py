@@ -78,6 +78,7 @@ class Estimate(NamedTuple):
     too; then with overlap, and with two microbatches in flight (None with virtual stages).
 
     message: seconds of a message of the ordinary model and of mHC's.
+    mfu: the share of the card's rate at which a stage does the ordinary model's FLOPs.
     """
 
     ordinary: float
@@ -87,6 +88,7 @@ class Estimate(NamedTuple):
     overlap: float
     in_flight: float | None
     message: tuple[float, float]
+    mfu: float
 
 
 def site(card: Card, tokens: int, width: int, element: int = 2) -> Work:
@@ -113,7 +115,9 @@ def _work(run: Run, rate: float, kernels: Work, host: Work) -> list[list[Work]]:
     return found
 
 
-def estimate(run: Run, card: Card, link: float, mfu: float, ordinary: float | None) -> Estimate:
+def estimate(
+    run: Run, card: Card, link: float, mfu: float | None, ordinary: float | None = None
+) -> Estimate:
     """The time of a step.
 
     Args:
@@ -121,62 +125,94 @@ def estimate(run: Run, card: Card, link: float, mfu: float, ordinary: float | No
         card: of each GPU.
         link: GB/s between neighbouring stages.
         mfu: the share of the card's rate at which the ordinary model's FLOPs are done, its own
-            bubbles and messages left out.
-        ordinary: the ordinary model's step as measured, in seconds, or None. Then `mfu` follows
-            from it.
+            bubbles and messages left out; None where it is to follow from `ordinary`.
+        ordinary: the ordinary model's step as measured, in seconds, or None. Beside an `mfu`, what
+            it takes longer than the model says is what it stops for at its messages, in equal
+            parts, whatever their bytes.
+
+    Raises:
+        ValueError: neither mfu nor ordinary is given, or nothing explains a step of that length.
     """
     none = Work(0.0, 0.0)
     host = HOST if run.hosted else none
     both = Work(*(a + b for a, b in zip(host, HOST_OF_MHC, strict=True))) if run.hosted else none
     size = run.tokens * run.width * run.element / (link * GIGA)
-    message = LATENCY + size, LATENCY + run.n * size
-    if len(run.sublayers) == 1 and len(run.sublayers[0]) == 1:
-        message = 0.0, 0.0
+    has_messages = len(run.sublayers) > 1 or len(run.sublayers[0]) > 1
     kernels = site(card, run.tokens, run.width, run.element)
 
-    def seconds(rate: float, own: Work, launches: Work, messages: float, ahead: int = 0) -> float:
-        """`ahead`: 0 for stock order, else the microbatches in flight of the overlap."""
+    def seconds(
+        rate: float, own: Work, launches: Work, message: float, ahead: int | None = None
+    ) -> float:
+        """`ahead`: the microbatches in flight of the overlap; None for stock order."""
         return step_seconds(
             _work(run, rate, own, launches),
             run.microbatches,
-            messages,
-            overlapped=ahead > 0,
+            message if has_messages else 0.0,
+            overlapped=ahead is not None,
             group=run.group,
-            ahead=max(ahead, 1),
+            ahead=ahead or 1,
         )
 
-    def at(rate: float) -> float:
-        return seconds(rate, none, host, message[0])
+    def at(share: float, stop: float = LATENCY) -> float:
+        return seconds(share * card.tflops * 1e12, none, host, stop + size)
 
+    stop = LATENCY
+    if mfu is None:
+        if ordinary is None:
+            raise ValueError("give an MFU, or the ordinary model's step as measured")
+        mfu = mfu_of(at, ordinary)
+    elif ordinary is not None:
+        stop = stop_of(lambda stop: at(mfu, stop), ordinary, mfu)
     rate = mfu * card.tflops * 1e12
-    if ordinary is not None:
-        rate = rate_of(at, ordinary, card)
-    chunks = len(run.sublayers[0])
+    message = (stop + size, stop + run.n * size) if has_messages else (0.0, 0.0)
+    has_two_in_flight = len(run.sublayers[0]) == 1
     return Estimate(
-        at(rate),
+        at(mfu, stop),
         seconds(rate, kernels, host, message[0]),
         seconds(rate, kernels, both, message[0]),
         seconds(rate, kernels, both, message[1]),
         seconds(rate, kernels, both, message[1], 1),
-        seconds(rate, kernels, both, message[1], 2) if chunks == 1 else None,
+        seconds(rate, kernels, both, message[1], 2) if has_two_in_flight else None,
         message,
+        mfu,
     )
 
 
-def rate_of(at: Callable[[float], float], ordinary: float, card: Card) -> float:
-    """The rate, in FLOP/s, with which `at(rate)` is the ordinary step as measured.
+def _bisected(of: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Where `of`, which grows from low to high, is `wanted`."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if of(middle) > wanted else (middle, high)
+    return low
+
+
+def mfu_of(at: Callable[[float], float], ordinary: float) -> float:
+    """The share of the card's rate with which `at(share)` is the ordinary step as measured.
 
     Raises:
-        ValueError: no rate up to the card's is slow or fast enough.
+        ValueError: at the card's full rate it takes longer.
     """
-    slow, fast = 1e9, card.tflops * 1e12
-    if at(fast) > ordinary:
+    if at(1.0) > ordinary:
         raise ValueError(
             f"a step of {ordinary * 1e3:.0f} ms is faster than the model allows: at the card's full"
-            f" rate it takes {at(fast) * 1e3:.0f} ms. Give the card and link of that measurement"
+            f" rate it takes {at(1.0) * 1e3:.0f} ms. Give the card and link of that measurement"
             " (--card, --link), or another --step-ms"
         )
-    for _ in range(60):
-        middle = (slow + fast) / 2
-        slow, fast = (middle, fast) if at(middle) > ordinary else (slow, middle)
-    return slow
+    return 1 / _bisected(lambda inverse: at(1 / inverse), ordinary, 1.0, 1e6)
+
+
+def stop_of(at: Callable[[float], float], ordinary: float, mfu: float) -> float:
+    """The seconds at each message, beside its bytes, with which `at(stop)` is the ordinary step as
+    measured.
+
+    Raises:
+        ValueError: without any it takes longer; or no message is sent.
+    """
+    if not at(0.0) <= ordinary <= at(ordinary):
+        raise ValueError(
+            f"at {mfu:.1%} of the card's rate the ordinary step takes at least {at(0.0) * 1e3:.0f}"
+            f" ms, and --step-ms says {ordinary * 1e3:.0f}. What a step takes longer can be its"
+            " messages', if it has any; nothing makes it shorter. Give --step-ms without --mfu, or"
+            " the --mfu of one stage alone"
+        )
+    return _bisected(at, ordinary, 0.0, ordinary)

@@ -8,6 +8,9 @@ from megatron_mhc.costs.formulas import training_flops_a_token
 from megatron_mhc.costs.sites import Sites
 from megatron_mhc.costs.step_costs import CARDS, Estimate, Run, estimate, site
 
+MFU = 0.4
+"""Where nothing is known."""
+
 
 class Assumptions(NamedTuple):
     """What a run's flags do not say.
@@ -16,13 +19,14 @@ class Assumptions(NamedTuple):
         card: in `CARDS`.
         link: GB/s between neighbouring pipeline stages.
         mfu: the share of the card's rate at which the ordinary model's FLOPs are done while a stage
-            works.
-        step_ms: the ordinary model's step where it is known; `mfu` follows from it then.
+            works; by default `MFU`, or what follows from step_ms.
+        step_ms: the ordinary model's step where it is known. Beside an mfu, what it takes longer is
+            what it stops for at its messages.
     """
 
     card: str = "H100"
     link: float = 50.0
-    mfu: float = 0.4
+    mfu: float | None = None
     step_ms: float | None = None
 
 
@@ -36,12 +40,14 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
         help="between neighbouring pipeline stages (default: 50, one 400 Gb/s port a GPU)",
     )  # fmt: skip
     of.add_argument(
-        "--mfu", type=float, default=default.mfu,
-        help="share of the card's bf16 rate that the ordinary model's layers reach (default: 0.4)",
+        "--mfu", type=float,
+        help="share of the card's bf16 rate that the ordinary model's layers reach while a stage"
+        f" works (default: {MFU}, or what follows from --step-ms)",
     )  # fmt: skip
     of.add_argument(
         "--step-ms", type=float, metavar="MS",
-        help="the ordinary model's step, where you know it: --mfu follows from it",
+        help="the ordinary model's step, where you know it: --mfu follows from it. Of a pipeline"
+        " give both: what the step takes longer than --mfu says, it stops for at its messages",
     )  # fmt: skip
 
 
@@ -88,13 +94,13 @@ def lines(run: Run, given: Assumptions) -> list[str]:
     """
     card = CARDS[given.card]
     step_ms = given.step_ms
-    found = estimate(run, card, given.link, given.mfu, None if step_ms is None else step_ms / 1e3)
-    how = (
-        f"every stage at {given.mfu:.0%} of an {given.card}'s {card.tflops:,.0f} TFLOP/s (--mfu, or"
-        " --step-ms with your own)"
-        if step_ms is None
-        else "as you measured it (--step-ms)"
-    )
+    mfu = MFU if given.mfu is None and step_ms is None else given.mfu
+    found = estimate(run, card, given.link, mfu, None if step_ms is None else step_ms / 1e3)
+    how = f"every stage at {found.mfu:.1%} of an {given.card}'s {card.tflops:,.0f} TFLOP/s"
+    if step_ms is None:
+        how += " (--mfu, or --step-ms with your own)"
+    else:
+        how = f"as you measured it (--step-ms): {how}"
     rows = [
         "a step's time, by a small model of the pipeline (docs/step-costs.md), not measured:",
         f"  ordinary {found.ordinary * 1e3:,.0f} ms, {how}",
@@ -129,6 +135,5 @@ def _overlapped(found: Estimate) -> str:
     row += f" ({_more(found.overlap - found.ordinary, found.ordinary)})"
     if found.in_flight is not None:
         row += f", with --mhc-overlap-in-flight 2 {found.in_flight * 1e3:,.0f} ms"
-        row += f" ({_more(found.in_flight - found.ordinary, found.ordinary)}; four GPUs were faster"
-        row += " than this model says: docs/step-costs.md)"
+        row += f" ({_more(found.in_flight - found.ordinary, found.ordinary)})"
     return row

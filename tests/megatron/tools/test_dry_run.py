@@ -109,6 +109,32 @@ def test_a_steps_time_is_reckoned_from_the_flags() -> None:
 
 
 @NEEDS_0_19
+def test_what_a_pipelines_step_takes_longer_than_its_rate_says_is_its_messages() -> None:
+    """Eight microbatches and the one of the bubble take 90 ms at the host's pace, and the step 200:
+    each of the nine waits for a message."""
+    stages = ["--pipeline-model-parallel-size", "2", "--untie-embeddings-and-output-weights"]
+    flags = [*PLAIN, *ROPE, *stages, "--global-batch-size", "8", "--micro-batch-size", "1"]
+    given = ["doctor", "--mfu", "0.4", "--step-ms", "200", "--args"]
+    page = forked_python("-m", "megatron_mhc", *given, *flags, "--mhc", WORLD_SIZE="2").stdout
+    assert "ordinary 200 ms, as you measured it (--step-ms): every stage at 40.0%" in page, page
+    found = re.search(r"([\d.]+) ms for ([\d.]+) at 50 GB/s", page)
+    stop = (200 - 4 * 9 * sum(HOST) * 1e3) / 9
+    assert found and [float(one) for one in found.groups()] == pytest.approx([stop] * 2, abs=0.01)
+    alone = forked_python(
+        "-m",
+        "megatron_mhc",
+        "doctor",
+        "--step-ms",
+        "200",
+        "--args",
+        *flags,
+        "--mhc",
+        WORLD_SIZE="2",
+    ).stdout
+    assert "0.02 ms for 0.02 at 50 GB/s" in alone, alone
+
+
+@NEEDS_0_19
 def test_a_measured_step_that_cannot_be_is_refused() -> None:
     given = ["doctor", "--step-ms", "0.01", "--args"]
     done = forked_python("-m", "megatron_mhc", *given, *PLAIN, *ROPE, "--mhc")
