@@ -20,7 +20,7 @@ from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 
 FLOORS = {
     "combine_and_project": 9,
-    "combine_project_and_read": 10,
+    "project_delayed": 10,
     "coefficients": 0,
     "aggregate": 5,
     "coefficient_gradients": 5,
@@ -30,11 +30,11 @@ FLOORS = {
 }
 """Passes that each kernel must move at n = 4, partial sums left out."""
 NOT_IN_SINGLE_PASS = ("combine_and_project", "aggregate", "stream_gradients")
-NOT_IN_TWO = ("combine_project_and_read", "read_gradients")
+NOT_IN_TWO = ("project_delayed", "read_gradients")
 """Kernels that a site of delayed sites does not have, and that any other does not."""
 KERNELS = {
     "combine_and_project": "combine_and_project_kernel",
-    "combine_project_and_read": "combine_and_project_kernel",
+    "project_delayed": "combine_and_project_kernel",
     "coefficients": "coefficients_kernel",
     "aggregate": "aggregate_kernel",
     "coefficient_gradients": "coefficient_gradients_kernel",
@@ -48,7 +48,7 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
         *itertools.product((32, 64), (64,), (2, 4, 8), (4,), (3,)),
     ],
-    "combine_project_and_read": [
+    "project_delayed": [
         *itertools.product((16, 32, 64), (64,), (4,), (4, 8), (2, 3, 4)),
         *itertools.product((32,), (128,), (4,), (4, 8), (2, 3)),
         *itertools.product((32,), (32,), (4, 8), (2, 4), (3,)),
@@ -133,9 +133,7 @@ def subjects(
 
     return {
         "combine_and_project": lambda: combine_and_project(sizes, x, phi, mixing),
-        "combine_project_and_read": lambda: combine_project_and_read(
-            sizes, x, phi, mixing, done.h_pre
-        ),
+        "project_delayed": lambda: combine_project_and_read(sizes, x, phi, mixing, done.h_pre),
         "coefficients": lambda: coefficients_and_u(*coefficients_args, aggregate=False),
         "aggregate": lambda: make_u(sizes, y, done.h_pre),
         "coefficient_gradients": lambda: coefficient_gradients(*token_args, du=du, **small),

@@ -1,4 +1,8 @@
-"""`pre` in Triton, and `coefficients`, which is `pre` without u = H_pre x."""
+"""`pre` in Triton, and `coefficients`, which is `pre` without u = H_pre x.
+
+`coefficients` serves delayed sites, which read with another H_pre, and has the bits of their fused
+boundary, `combine_read`.
+"""
 
 from torch import Tensor
 
@@ -14,7 +18,7 @@ def _forward(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, options: Options, *, aggregate: bool
 ) -> Coefficients:
     sizes = Sizes.of(x)
-    _, partial = combine_and_project(sizes, x, phi, None)
+    _, partial = combine_and_project(sizes, x, phi, None, delayed=not aggregate)
     leading = x.shape[:-2]
     return coefficients_and_u(sizes, leading, x, partial, alpha, bias, options, aggregate=aggregate)
 

@@ -169,9 +169,10 @@ def combine_and_project(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 
 @tunable
-def combine_project_and_read(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """The same kernel where it makes u too: with bf16 and n = 4 half as many channels, and two
-    programs a multiprocessor, as u takes registers (docs/measured-facts.md)."""
+def project_delayed(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """The same kernel for delayed sites, whose u it mostly makes too: with bf16 and n = 4 half as
+    many channels, and two programs a multiprocessor, as u takes registers (docs/measured-facts.md).
+    """
     return _projecting(n, width, dtype, 64)
 
 

@@ -4,7 +4,8 @@
 registers, projects the result for the site that begins; each half can run alone, and a delayed site
 is read there too. `combine`, `pre`, `coefficients`, `combine_pre`, `combine_read` and `head` are
 this kernel with different flags, with `passes.coefficients` behind it, so their results agree to
-the bit; but `combine_read`'s coefficients, whose sums over channels its own tiles order.
+the bit: those of `combine_read` with `coefficients`, which have tiles of their own, the others with
+each other.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -155,11 +156,12 @@ def _launch(
     rows: int | None,
     combine: bool,
     read: bool,
+    delayed: bool,
     f_bias: torch.dtype | None,
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none."""
-    tile_of = tiles.combine_project_and_read if read else tiles.combine_and_project
+    tile_of = tiles.project_delayed if delayed else tiles.combine_and_project
     tile = tile_of(n, width, dtype)
     terms = tiles.terms(dtype) if rows is not None else 1
     launch = Launch(
@@ -185,14 +187,19 @@ def _launch(
 
 
 def _run(
-    sizes: Sizes, x: Tensor, phi: Tensor | None, mixing: Mixing | None, h_pre: Tensor | None
+    sizes: Sizes,
+    x: Tensor,
+    phi: Tensor | None,
+    mixing: Mixing | None,
+    h_pre: Tensor | None,
+    delayed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Launch `combine_and_project_kernel`: the streams, u and the partial projections."""
     tokens, n, width = sizes
     f, h_post, h_res, f_bias = mixing or (None,) * 4
     rows = None if phi is None else phi.shape[0]
     bias_dtype = None if f_bias is None else f_bias.dtype
-    kind = (n, width, rows, f is not None, h_pre is not None, bias_dtype)
+    kind = (n, width, rows, f is not None, h_pre is not None, delayed, bias_dtype)
     launch, tile, blocks = _launch(x.device, x.dtype, *kind)
     count = tiles.cdiv(tokens, tile.tokens)
     y = x if mixing is None else x.new_empty(x.shape)
@@ -206,20 +213,21 @@ def _run(
 
 
 def combine_and_project(
-    sizes: Sizes, x: Tensor, phi: Tensor | None, mixing: Mixing | None
+    sizes: Sizes, x: Tensor, phi: Tensor | None, mixing: Mixing | None, delayed: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Launch `combine_and_project_kernel` on streams x.
 
     Args:
         phi: [rows, n*C], or None to combine alone.
         mixing: of the site that ends, or None to project x itself.
+        delayed: with the tiles of `combine_project_and_read`, so with the bits of its projections.
 
     Returns:
         The streams that were projected (in the shape of x; x itself without mixing), and the
         partial projections [tiles, channel blocks, rows + 1, tokens of a tile]: z of each row of
         phi, then the sum of squares.
     """
-    y, _, partial = _run(sizes, x, phi, mixing, None)
+    y, _, partial = _run(sizes, x, phi, mixing, None, delayed)
     return y, partial
 
 
@@ -231,4 +239,4 @@ def combine_project_and_read(
     Returns:
         y, u, and the partial projections.
     """
-    return _run(sizes, x, phi, mixing, h_pre)
+    return _run(sizes, x, phi, mixing, h_pre, True)

@@ -59,7 +59,7 @@ def test_the_projection_runs_as_one_wave(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_projection_that_reads_runs_as_one_wave_of_two_programs(width: int) -> None:
     """At C 4096 two programs of 64 channels a multiprocessor take 261 us, one of 128 takes 360."""
-    tile = tiles.combine_project_and_read(4, width, BF16)
+    tile = tiles.project_delayed(4, width, BF16)
     assert 2 * projections_need(4, BF16, tile) <= tiles.shared_memory()
     blocks = -(-width // tile.channels)
     assert blocks * tile.splits <= 264 < blocks * (tile.splits + 1)
@@ -141,13 +141,13 @@ def test_the_tiles_of_every_card_fit_it(
             shape = (tile.tokens, tile.channels, tile.warps, tile.stages)
             chosen.setdefault(kernel, set()).add(shape)
             assert tile.splits >= 1
-        for projection in (tiles.combine_and_project, tiles.combine_project_and_read):
+        for projection in (tiles.combine_and_project, tiles.project_delayed):
             assert projections_need(n, dtype, projection(n, width, dtype)) <= shared_memory
         if n == 8:  # compiled: 155,648 bytes with 128 rows at once, 93,184 with 16, in fp32
             all_at_once = tiles.rows_at_a_time(rows) == 128
             assert (155_648 if all_at_once else 93_184) <= shared_memory
     different = {kernel for kernel, shapes in chosen.items() if len(shapes) > 1}
-    assert different <= {"combine_and_project", "combine_project_and_read"}
+    assert different <= {"combine_and_project", "project_delayed"}
 
 
 def test_a_projections_need_is_the_compilers() -> None:
@@ -192,7 +192,7 @@ def test_a_file_of_tiles_takes_the_place_of_its_cases_alone(
     [
         (
             {"projct sm_90 n4 C64 bfloat16": [16, 64]},
-            "names none of the kernels combine_and_project, combine_project_and_read, coefficients",
+            "names none of the kernels combine_and_project, project_delayed, coefficients",
         ),
         ({"combine_and_project sm_90 n4 C64 bfloat16": [16]}, "is no tile"),
         ({"combine_and_project sm_90 n4 C64 bfloat16": [16, 48]}, "powers of two"),
