@@ -37,7 +37,10 @@ TIMED_GRAPHS = {
     "ordinary-attn": ATTENTION_GRAPHS,
     "attn": f"--mhc {ATTENTION_GRAPHS}",
 }
+VARIANTS = tuple(dict.fromkeys([*TIMED, *TIMED_EXPERTS, *TIMED_GRAPHS]))
+"""What `--variants` names."""
 TRACED = ("dense-pp", "paper-ep")
+"""Layouts that a profiler watches in a round of their own, unless `--trace` says which."""
 
 
 def step_times(bench: Bench, gpus: int) -> None:
@@ -69,10 +72,12 @@ def step_times(bench: Bench, gpus: int) -> None:
             continue
         if bench.cpu and name.endswith("graphs"):
             continue  # there is nothing to capture
+        if wanted := bench.options.variants:
+            variants = {key: flags_ for key, flags_ in variants.items() if key in wanted}
         bench.rounds(
             name, gpus, flags, variants,
             number=bench.options.rounds, iterations=5 if bench.cpu else 9,
-            trace=not bench.cpu and name in TRACED,
+            trace=name in bench.options.trace,
             # what runs use that want speed; the comparisons of digits go without
             NVTE_ALLOW_NONDETERMINISTIC_ALGO="1",
         )  # fmt: skip
