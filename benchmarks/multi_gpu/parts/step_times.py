@@ -1,5 +1,7 @@
 """Step times of larger models, all variants of a layout in one launch."""
 
+from pathlib import Path
+
 from benchmarks.common.spans import exposed
 from benchmarks.multi_gpu.launches import Bench
 from benchmarks.multi_gpu.models import (
@@ -83,9 +85,18 @@ def step_times(bench: Bench, gpus: int) -> None:
         )  # fmt: skip
         traces = bench.out / "traces" / name
         for variant in variants if traces.exists() else ():
-            ranks = sorted((traces / variant).rglob("*.json*"))
-            if ranks:
-                alone = [exposed(trace) for trace in ranks]
-                bench.runs[f"{name}: {variant}"].remark += "; " + ", ".join(
-                    f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
-                )
+            bench.runs[f"{name}: {variant}"].remark += messages(traces / variant)
+
+
+def messages(folder: Path) -> str:
+    """What the traces of all ranks say of a variant's messages; empty without traces."""
+    ranks = sorted(folder.rglob("*.json*"))
+    if not ranks:
+        return ""
+    try:
+        alone = [exposed(trace) for trace in ranks]
+    except EOFError:
+        return "; its traces are cut short"
+    return "; " + ", ".join(
+        f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
+    )
