@@ -49,7 +49,8 @@ class Setting:
     @property
     def metavar(self) -> str:
         """What stands for a value in `--help`, where no choices do."""
-        return {_whole: "N", _number: "X", _recompute: "N|auto|off"}.get(self.parse, "VALUE")
+        names: dict[Any, str] = {_whole: "N", _number: "X", _recompute: "N|auto|off"}
+        return names.get(self.parse, "VALUE")
 
 
 SETTINGS: Mapping[str, Setting] = {
