@@ -57,3 +57,10 @@ def test_a_switch_of_the_convention_has_no_value() -> None:
     assert config_from_arguments(args).delayed
     environ = {"MHC_DELAYED": "1", "MHC_END": "last_pre"}
     assert config_from_environment(environ) == config_from_arguments(args)
+
+
+def test_what_a_convention_turns_on_can_be_turned_off() -> None:
+    mhc = MHCConfig(convention="deepseek_v4_1", delayed=False, end="mean")
+    args = parse(*flags_of(mhc).split())
+    prepare_arguments(args)
+    assert config_from_arguments(args) == mhc
