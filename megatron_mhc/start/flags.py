@@ -219,7 +219,9 @@ def refuse_yaml(args: Any) -> None:
     native = {*native_mhc.OURS}
     if native_mhc.is_on(args):
         native |= {f"mhc_{name}" for name in SHARED}
-    flags = [word for word in sys.argv[1:] if word == "--mhc" or word.startswith(("--mhc-", "--no-mhc-"))]
+    flags = [
+        word for word in sys.argv[1:] if word == "--mhc" or word.startswith(("--mhc-", "--no-mhc-"))
+    ]
     flags = [word for word in flags if word.split("=")[0][2:].replace("-", "_") not in native]
     names = [name for name in vars(args) if name.split("_")[0] == "mhc" and name not in native]
     flags += [f"{name} in the file" for name in names]
