@@ -55,10 +55,12 @@ def test_what_one_generation_has_no_place_for_is_refused() -> None:
     august, dev = MHCConfig(convention=AUGUST), MHCConfig(convention=DEV, head_eps=3e-6)
     assert check_back(FOLDER, DENSE, None, august) == AUGUST
     assert check_back(FOLDER, EXPERTS, None, dev) == DEV
-    with pytest.raises(ConvertError, match="^runs/native has layers with experts"):
+    with pytest.raises(ConvertError, match=r"^runs/native has layers with experts"):
         check_back(FOLDER, EXPERTS, None, august)
     assert check_back(FOLDER, DENSE, Namespace(norm_epsilon=3e-6), dev) == DEV
-    with pytest.raises(ConvertError, match="head_eps 3e-06, and norms with 1e-05; .*--mhc-head-ep"):
+    with pytest.raises(
+        ConvertError, match=r"head_eps 3e-06, and norms with 1e-05; .*--mhc-head-ep"
+    ):
         check_back(FOLDER, DENSE, Namespace(norm_epsilon=1e-5), dev)
 
 
