@@ -111,7 +111,7 @@ def make_u(sizes: Sizes, x: Tensor, h_pre: Tensor) -> Tensor:
 def gradients_of_u(sizes: Sizes, x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """Launch `aggregate_backward_kernel`: the gradients of streams x and of h_pre [..., n]."""
     tokens, n, width = sizes
-    dx, d_pre = x.new_empty(x.shape), h_pre.new_empty(h_pre.shape)
+    dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
     if tokens > 0:
         launch, tile = _launch(x.device, x.dtype, n, width, True)
         launch((tiles.cdiv(tokens, tile.tokens), 1), (x, h_pre, du, dx, d_pre), tokens)
