@@ -60,11 +60,23 @@ def _run(
         named = {} if options is None else dict(zip(Options._fields, options, strict=True))
         with _without_autocast(x):
             return getattr(reference, operation)(x, *args, **kw, **named)
-    from .triton import operations  # imports triton: only where it is wanted
-
     if options is not None:
         kw["options"] = options
-    return getattr(operations, operation)(x, *args, **kw)
+    return getattr(_operations or _imported(), operation)(x, *args, **kw)
+
+
+# a plain global, as `backend._default` is one
+_operations: Any = None
+
+
+def _imported() -> Any:
+    """`triton.operations`, which imports Triton: only where it is wanted. Python takes a
+    microsecond for an import inside a function, each time."""
+    global _operations
+    from .triton import operations
+
+    _operations = operations
+    return operations
 
 
 def sinkhorn(
