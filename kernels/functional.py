@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import NORM_FORMS, SINKHORN_ORDERS, Mixing, Options
-from .backend import resolve
+from .backend import operations, resolve
 from .checks import (
     check,
     check_boundary,
@@ -62,21 +62,7 @@ def _run(
             return getattr(reference, operation)(x, *args, **kw, **named)
     if options is not None:
         kw["options"] = options
-    return getattr(_operations or _imported(), operation)(x, *args, **kw)
-
-
-# a plain global, as `backend._default` is one
-_operations: Any = None
-
-
-def _imported() -> Any:
-    """`triton.operations`, which imports Triton: only where it is wanted. Python takes a
-    microsecond for an import inside a function, each time."""
-    global _operations
-    from .triton import operations
-
-    _operations = operations
-    return operations
+    return getattr(operations(), operation)(x, *args, **kw)
 
 
 def sinkhorn(
