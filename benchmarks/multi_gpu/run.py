@@ -25,7 +25,8 @@ parts, a file each in `parts/`:
   and in the layout that saved;
 * step_times: steps of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC,
   with overlap, with recompute, with expert-parallel overlap, with graphs, in one launch a layout,
-  three rounds (`rounds.py`); NCCL's send and receive kernels (messages between stages, exchanges
+  three rounds (`rounds.py`); a dense model on 1, 2, 4, 8 data parallel ranks (`weak-N`);
+  NCCL's send and receive kernels (messages between stages, exchanges
   between experts) that no compute kernel runs beside, from traces of a further round.
 """
 
@@ -48,7 +49,7 @@ from benchmarks.multi_gpu.parts.other_parallelism import other_parallelism
 from benchmarks.multi_gpu.parts.paper import paper
 from benchmarks.multi_gpu.parts.pipelines import pipelines, pipelines_beside
 from benchmarks.multi_gpu.parts.resume import resume
-from benchmarks.multi_gpu.parts.step_times import LAYOUTS, step_times
+from benchmarks.multi_gpu.parts.step_times import LAYOUTS, TRACED, VARIANTS, step_times
 
 CORRECT: dict[str, Callable[[Bench, int, str], Part]] = {
     "pipelines": pipelines,
@@ -79,6 +80,14 @@ def command() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=100, help="of a pipeline's longer runs")
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs of the parts")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", choices=VARIANTS,
+        help=f"these of what is timed: {', '.join(VARIANTS)} (default: all that a layout has)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace", nargs="*", metavar="LAYOUT", default=TRACED, choices=LAYOUTS,
+        help=f"layouts that are timed, traced in a further round (default: {' '.join(TRACED)})",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
     parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
     parser.add_argument("--limit", type=float, default=560, help="seconds the call may take")
