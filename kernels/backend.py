@@ -106,18 +106,3 @@ def resolve(
             raise ValueError(f"backend is 'triton', but {reason}; use 'auto' or 'torch'")
         return "triton"
     return "triton" if reason is None and device.type == "cuda" else "torch"
-
-
-# a plain global, as `_default` is one
-_operations: Any = None
-
-
-def operations() -> Any:
-    """`triton.operations`, imported where it is first wanted, with Triton: an import inside a
-    function takes the host 2 us each time."""
-    global _operations
-    if _operations is None:
-        from .triton import operations as imported
-
-        _operations = imported
-    return _operations

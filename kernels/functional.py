@@ -60,9 +60,11 @@ def _run(
         named = {} if options is None else dict(zip(Options._fields, options, strict=True))
         with _without_autocast(x):
             return getattr(reference, operation)(x, *args, **kw, **named)
+    from .triton import operations  # imports triton: only where it is wanted
+
     if options is not None:
         kw["options"] = options
-    return getattr(operations(), operation)(x, *args, **kw)
+    return getattr(operations, operation)(x, *args, **kw)
 
 
 def sinkhorn(

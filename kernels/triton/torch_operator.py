@@ -175,21 +175,18 @@ class Operator:
     ) -> Callable[..., Any]:
         """The function itself under an autograd.Function, which saves what only the backward reads
         and hands on the rest."""
-        run, returned, with_gradient = self._given, self._returned, self._with_gradient
+        function, returned, with_gradient = self._given, self._returned, self._with_gradient
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             dense = _dense(inputs)
-            output = run(*dense)
+            output = function(*dense)
             setup_context(ctx, dense, output)
             if isinstance(output, Tensor):
                 return output
             ctx.mark_non_differentiable(*output[with_gradient:returned])
             return output[:returned] if returned > 1 else output[0]
 
-        function = self._function(forward=forward, backward=backward)
-        # Its own `apply` looks for transforms, as `__call__` has: before PyTorch 2.14 in a dozen
-        # calls of Python. This is what it ends with.
-        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        return self._function(forward=forward, backward=backward)
 
     def _gradient(self, *arguments: Any) -> Any:
         """An operation that has no gradient, which is a gradient itself: refused where one is due.
@@ -208,15 +205,15 @@ class Operator:
         def any_level(ctx: Any, *gradients: Any) -> Any:
             return backward(_Alive(ctx), *gradients)
 
-        function = self._function(
+        return self._function(
             forward=self._traced, setup_context=setup_context, backward=any_level, vmap=_no_vmap
         )
-        return function.apply
 
-    def _function(self, **members: Callable[..., Any]) -> Any:
-        """An autograd.Function with these members; the profiler shows its name."""
+    def _function(self, **members: Callable[..., Any]) -> Callable[..., Any]:
+        """`apply` of an autograd.Function with these members; the profiler shows its name."""
         static = {name: staticmethod(member) for name, member in members.items()}
-        return type(self._name, (torch.autograd.Function,), static)
+        function: Any = type(self._name, (torch.autograd.Function,), static)
+        return function.apply
 
     def _fields(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of the custom operator, which has the fields of `Options`."""
