@@ -12,7 +12,8 @@ WORKDIR /opt/megatron_mhc
 COPY . .
 # --no-deps: the image's PyTorch, Triton and NumPy stay; what Megatron and the tools want besides.
 RUN pip install --no-cache-dir --no-deps "megatron-core==${MEGATRON_CORE}" . \
-    && pip install --no-cache-dir einops matplotlib packaging psutil safetensors tensorboard tqdm \
-    && python -c 'import torch, transformer_engine, megatron_mhc.spec'
+    && pip install --no-cache-dir einops matplotlib packaging psutil safetensors tensorboard tqdm
+# from here an import finds what was installed, not the source
 WORKDIR /workspace
+RUN python -c 'import torch, transformer_engine, megatron_mhc.spec'
 CMD ["python", "-m", "megatron_mhc", "doctor"]

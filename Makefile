@@ -26,8 +26,9 @@ env: $(STAMP)  ## Make the environment in .venv (Python 3.12; PYTHON=... names a
 
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 found; name one with PYTHON=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --progress-bar off -e '.[test]' $(MEGATRON_CORE:%='megatron-core==%') \
+	@echo "== installing PyTorch, Megatron-Core and the tools into $(VENV): 6 GB, some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --progress-bar off -e '.[test]' $(MEGATRON_CORE:%='megatron-core==%') \
 		$(TORCH:%='torch==%' 'numpy<2.4')
 	@touch $@
 
@@ -104,11 +105,13 @@ wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it 
 # What is uploaded is what is tried: the wheel alone in an environment made from nothing.
 dist: env  ## Build sdist and wheel into dist/, check them, and try the wheel in a bare environment
 	@rm -rf build/lib build/dist-try dist
-	$(PIP) install --quiet --progress-bar off build twine
-	$(BIN)/python -m build --outdir dist .
+	@mkdir -p build
+	@$(PIP) install --quiet --progress-bar off build twine
+	$(BIN)/python -m build --outdir dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/dist-try
-	build/dist-try/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off dist/*.whl
+	@echo "== trying the wheel in build/dist-try: 6 GB, some minutes"
+	@$(PYTHON) -m venv build/dist-try
+	@build/dist-try/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off dist/*.whl
 	cd build/dist-try && bin/python -c 'import megatron_mhc; print(megatron_mhc.__version__)' && \
 		bin/python -m megatron_mhc --help >/dev/null && bin/python -m megatron_mhc.run --help >/dev/null && \
 		bin/python -m megatron_mhc doctor >doctor.txt || { cat doctor.txt; exit 1; }

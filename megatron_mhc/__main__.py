@@ -1,10 +1,15 @@
 """`python -m megatron_mhc doctor | plot | convert`."""
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+import megatron_mhc
 
 PAGE = """\
 megatron_mhc: DeepSeek's mHC (manifold-constrained hyper-connections, arXiv
@@ -30,6 +35,24 @@ Read on: python -m megatron_mhc.run --help lists every --mhc flag; README.md
 and docs/ stand in the project's repository."""
 
 
+# warns of a CUDA toolkit without a GPU; warns that GPTModel is deprecated
+TALKATIVE = ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings that are no news to who asks the doctor, as of what is not installed."""
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     """`doctor --args`: the page, or exit status 2 and what is wrong with the flags."""
     # before Megatron is imported: it decides what to compile at import
@@ -37,7 +60,7 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     os.environ.setdefault("RANK", "0")
     from megatron_mhc.patches import cpu
 
-    with warnings.catch_warnings(action="ignore"):  # of what is not installed for training
+    with _quietly():
         cpu.enter()
         from .start.activate import activate
         from .tools.dry_run import FlagsError, page
@@ -46,16 +69,18 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
         activate()
     given = Assumptions(*(getattr(parsed, name) for name in Assumptions._fields))
     try:
-        print(page(flags, given))
+        with _quietly():
+            text = page(flags, given)
     except FlagsError as error:
         print(f"doctor: {error}", file=sys.stderr)
         sys.exit(2)
+    print(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     """The commands; only what the asked-for one needs is imported."""
     parser = argparse.ArgumentParser(prog="python -m megatron_mhc", add_help=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="TOOL")
     doctor = commands.add_parser(
         "doctor",
         description="Says whether mHC can train here, then what to paste into an issue. Exit status"
@@ -96,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _diagnose(with_patches: bool) -> None:
     """`doctor`: the page; exit status 1 where it says ERROR."""
-    with warnings.catch_warnings(action="ignore"):  # of what is not installed for training
+    with _quietly():
         from .tools.doctor import page
 
         text, is_well = page(with_patches)
@@ -108,6 +133,9 @@ def main() -> None:
     """Parse the command line and do what it names."""
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(PAGE)
+        return
+    if sys.argv[1:] == ["--version"]:
+        print(f"megatron_mhc {megatron_mhc.__version__}")
         return
     args = _parser().parse_args()
     if args.command == "doctor" and args.args is not None:

@@ -32,6 +32,9 @@ def kernels(trace: Path) -> Iterator[tuple[str, Span]]:
     """Name and span of every kernel in a chrome trace, which may be compressed.
 
     On the clock of the host where the trace has its offset, so that ranks can be laid side by side.
+
+    Raises:
+        EOFError: its writer was ended before it was whole.
     """
     with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
         read = json.load(file)

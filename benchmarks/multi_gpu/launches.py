@@ -205,7 +205,7 @@ class Bench:
                 if row.step_ms:
                     steps.append(row.step_ms)
             if not steps:
-                row.failure = "no steps"
+                row.failure = "no steps" if number else ""
             else:
                 row.step_ms = statistics.median(steps)
                 base = base or row.step_ms

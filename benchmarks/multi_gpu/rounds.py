@@ -46,19 +46,24 @@ def empty_hooks() -> None:
                 cell.cell_contents = None
 
 
-def free_large_tensors() -> None:
-    """Free large tensors of a run that something still holds: nothing will read them again.
+def free_tensors() -> None:
+    """Free what something still holds of a run: nothing will read it again.
 
-    Smaller ones stay: main parameters and moments of single experts, some 20 GiB of the paper's
-    layers. A model with mHC on a last stage, and any model after expert-parallel overlap, is still
-    whole in the process when its training has ended, optimizer and all; Python's collector does not
-    see by what it is held.
+    Parameters, what optimizers keep, and any large tensor. A model with mHC on a last stage is
+    still whole in the process when its training has ended, optimizer and all; Python's collector
+    does not see by what it is held. (After expert-parallel overlap ordinary ones seem to be too.)
     """
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.is_cuda:
-            storage = thing.untyped_storage()
-            if storage.nbytes() > LARGE:
-                storage.resize_(0)
+        kind, tensors = type(thing), []
+        if issubclass(kind, torch.Tensor):
+            is_large = thing.is_cuda and thing.untyped_storage().nbytes() > LARGE
+            tensors = [thing] if is_large or issubclass(kind, torch.nn.Parameter) else []
+        elif issubclass(kind, torch.optim.Optimizer):
+            tensors = [p for group in thing.param_groups for p in group["params"]]
+            tensors += [one for state in thing.state.values() for one in state.values()]
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                tensor.untyped_storage().resize_(0)
 
 
 def forget() -> None:
@@ -68,7 +73,7 @@ def forget() -> None:
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
     gc.collect()
-    free_large_tensors()
+    free_tensors()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

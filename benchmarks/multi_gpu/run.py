@@ -48,7 +48,7 @@ from benchmarks.multi_gpu.parts.other_parallelism import other_parallelism
 from benchmarks.multi_gpu.parts.paper import paper
 from benchmarks.multi_gpu.parts.pipelines import pipelines, pipelines_beside
 from benchmarks.multi_gpu.parts.resume import resume
-from benchmarks.multi_gpu.parts.step_times import LAYOUTS, step_times
+from benchmarks.multi_gpu.parts.step_times import LAYOUTS, TRACED, VARIANTS, step_times
 
 CORRECT: dict[str, Callable[[Bench, int, str], Part]] = {
     "pipelines": pipelines,
@@ -79,6 +79,14 @@ def command() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=100, help="of a pipeline's longer runs")
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs of the parts")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", choices=VARIANTS,
+        help=f"these of what is timed: {', '.join(VARIANTS)} (default: all that a layout has)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace", nargs="*", metavar="LAYOUT", default=TRACED, choices=LAYOUTS,
+        help=f"layouts that are timed, traced in a further round (default: {' '.join(TRACED)})",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=4, help="launches at a time, where not timed")
     parser.add_argument("--each", type=float, default=240, help="seconds a run may take")
     parser.add_argument("--limit", type=float, default=560, help="seconds the call may take")

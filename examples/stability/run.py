@@ -19,6 +19,7 @@ finished there is not run again. Then `report.py` makes the tables.
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -166,7 +167,11 @@ def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     )  # fmt: skip
     slots = [dict(size.environment) for _ in range(args.gpus or 1)]
     if size.fusing:
-        slots = [{**slot, "CUDA_VISIBLE_DEVICES": str(i)} for i, slot in enumerate(slots)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [*map(str, range(len(slots)))] if visible is None else visible.split(",")
+        if len(gpus) < len(slots):
+            sys.exit(f"stability: --gpus {len(slots)}, but CUDA_VISIBLE_DEVICES is {visible!r}")
+        slots = [{**size.environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: len(slots)]]
     budget = Budget(save=size.save, start=size.start)
     if args.budget is not None:
         budget = budget._replace(end=start + args.budget - size.save)
@@ -205,7 +210,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     plan = parser.add_argument_group("with a plan")
     plan.add_argument("--plan", choices=plans.PLANS)
     for name, kind, text in (
-        ("--gpus", int, "runs at a time (default: 1)"),
+        ("--gpus", int, "runs at a time, one a GPU of CUDA_VISIBLE_DEVICES (default: 1)"),
         ("--tokens", int, f"of a whole run {own}"),
         ("--curves", Path, "a folder (default: curves/ of this example; on a CPU, of --runs)"),
     ):

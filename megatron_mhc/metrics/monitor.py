@@ -22,6 +22,7 @@ def add_monitor_arguments(group: Any) -> None:
     group.add_argument(
         "--mhc-log-interval",
         type=int,
+        metavar="N",
         default=0,
         help="at the first step and every so many steps, write mHC's metrics to the TensorBoard and"
         f" wandb writers and to {METRICS_FILE} in --tensorboard-dir (default: 0, never)",
@@ -36,6 +37,7 @@ def add_monitor_arguments(group: Any) -> None:
     group.add_argument(
         "--mhc-guard-gain",
         type=float,
+        metavar="X",
         help="the guard's bound on the largest composite Amax gain over tokens (default:"
         f" {guard.DEFAULT_GAIN:g}: the paper saw about 1.6 with mHC, 3000 with HC)",
     )

@@ -66,7 +66,13 @@ def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
         if setting.parse is switch:
             parser.add_argument(flag, action="store_true", default=None, help=text)
         else:
-            parser.add_argument(flag, type=setting.parse, choices=setting.choices, help=text)
+            parser.add_argument(
+                flag,
+                type=setting.parse,
+                choices=setting.choices,
+                metavar=None if setting.choices else setting.metavar,
+                help=text,
+            )
 
 
 def add_mhc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -46,6 +46,12 @@ class Setting:
     help: str
     choices: tuple[str, ...] | None = None
 
+    @property
+    def metavar(self) -> str:
+        """What stands for a value in `--help`, where no choices do."""
+        names: dict[Any, str] = {_whole: "N", _number: "X", _recompute: "N|auto|off"}
+        return names.get(self.parse, "VALUE")
+
 
 SETTINGS: Mapping[str, Setting] = {
     "num_streams": Setting(_whole, "residual streams (n; kernels exist for 1, 2, 4 and 8)"),

@@ -34,7 +34,9 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
     """Their flags."""
     of = parser.add_argument_group("what --args reckons a step's time with (give it before --args)")
     default = Assumptions()
-    of.add_argument("--card", choices=CARDS, default=default.card, help="(default: H100)")
+    of.add_argument(
+        "--card", choices=CARDS, default=default.card, help="every GPU of the run (default: H100)"
+    )  # fmt: skip
     of.add_argument(
         "--link", type=float, default=default.link, metavar="GB/s",
         help="between neighbouring pipeline stages (default: 50, one 400 Gb/s port a GPU)",

@@ -1,5 +1,7 @@
 """Step times of larger models, all variants of a layout in one launch."""
 
+from pathlib import Path
+
 from benchmarks.common.spans import exposed
 from benchmarks.multi_gpu.launches import Bench
 from benchmarks.multi_gpu.models import (
@@ -37,7 +39,10 @@ TIMED_GRAPHS = {
     "ordinary-attn": ATTENTION_GRAPHS,
     "attn": f"--mhc {ATTENTION_GRAPHS}",
 }
+VARIANTS = tuple(dict.fromkeys([*TIMED, *TIMED_EXPERTS, *TIMED_GRAPHS]))
+"""What `--variants` names."""
 TRACED = ("dense-pp", "paper-ep")
+"""Layouts that a profiler watches in a round of their own, unless `--trace` says which."""
 
 
 def step_times(bench: Bench, gpus: int) -> None:
@@ -69,18 +74,29 @@ def step_times(bench: Bench, gpus: int) -> None:
             continue
         if bench.cpu and name.endswith("graphs"):
             continue  # there is nothing to capture
+        if wanted := bench.options.variants:
+            variants = {key: flags_ for key, flags_ in variants.items() if key in wanted}
         bench.rounds(
             name, gpus, flags, variants,
             number=bench.options.rounds, iterations=5 if bench.cpu else 9,
-            trace=not bench.cpu and name in TRACED,
+            trace=name in bench.options.trace,
             # what runs use that want speed; the comparisons of digits go without
             NVTE_ALLOW_NONDETERMINISTIC_ALGO="1",
         )  # fmt: skip
         traces = bench.out / "traces" / name
         for variant in variants if traces.exists() else ():
-            ranks = sorted((traces / variant).rglob("*.json*"))
-            if ranks:
-                alone = [exposed(trace) for trace in ranks]
-                bench.runs[f"{name}: {variant}"].remark += "; " + ", ".join(
-                    f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
-                )
+            bench.runs[f"{name}: {variant}"].remark += messages(traces / variant)
+
+
+def messages(folder: Path) -> str:
+    """What the traces of all ranks say of a variant's messages; empty without traces."""
+    ranks = sorted(folder.rglob("*.json*"))
+    if not ranks:
+        return ""
+    try:
+        alone = [exposed(trace) for trace in ranks]
+    except EOFError:
+        return "; its traces are cut short"
+    return "; " + ", ".join(
+        f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
+    )

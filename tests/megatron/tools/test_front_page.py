@@ -2,6 +2,7 @@
 
 import pytest
 
+import megatron_mhc
 from tests.megatron.common.launch import forked_python
 
 
@@ -16,6 +17,11 @@ def test_alone_it_fills_a_screen(asked: list[str]) -> None:
     for tool in ("doctor", "doctor --args", "convert SOURCE TARGET", "plot RUN"):
         assert f"\n  {tool} " in result.stdout
     assert "megatron_mhc.run --help" in result.stdout and "README.md" in result.stdout
+
+
+def test_it_says_its_version() -> None:
+    result = forked_python("-m", "megatron_mhc", "--version")
+    assert result.stdout == f"megatron_mhc {megatron_mhc.__version__}\n"
 
 
 def test_a_tool_that_does_not_exist_is_refused_with_the_names_of_all() -> None:
