@@ -222,6 +222,14 @@ class MHCConfig:
         return self.end == "head"
 
 
+def as_flag(name: str, value: Any) -> str:
+    """What sets a field of MHCConfig to this value on the command line; nothing sets None."""
+    flag = name.replace("_", "-")
+    if type(value) is bool:
+        return f"--mhc-{flag}" if value else f"--no-mhc-{flag}"
+    return "" if value is None else f"--mhc-{flag} {value}"
+
+
 with contextlib.suppress(ImportError):
     import yaml  # type: ignore[import-untyped]
 

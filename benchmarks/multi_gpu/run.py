@@ -25,7 +25,8 @@ parts, a file each in `parts/`:
   and in the layout that saved;
 * step_times: steps of larger models (dense; the paper's layers with all 72 experts): ordinary, mHC,
   with overlap, with recompute, with expert-parallel overlap, with graphs, in one launch a layout,
-  three rounds (`rounds.py`); NCCL's send and receive kernels (messages between stages, exchanges
+  three rounds (`rounds.py`); a dense model on 1, 2, 4, 8 data parallel ranks (`weak-N`);
+  NCCL's send and receive kernels (messages between stages, exchanges
   between experts) that no compute kernel runs beside, from traces of a further round.
 """
 

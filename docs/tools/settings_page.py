@@ -106,7 +106,8 @@ def mhc_rows() -> list[str]:
         flag = action.option_strings[0]
         values = ", ".join(f"`{choice}`" for choice in action.choices or ())
         variable = f"`{variables[flag]}`" if flag in variables else ""
-        lines.append(f"| `{flag}` | {variable} | {_cell(action.help or '')} | {values} |")
+        names = ", ".join(f"`{name}`" for name in action.option_strings)
+        lines.append(f"| {names} | {variable} | {_cell(action.help or '')} | {values} |")
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS, MHCConfig
+from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS, MHCConfig, as_flag
 
 _FIELDS = ("num_streams", "sinkhorn_iterations", "variant")
 FUNCTION_FIELDS = (
@@ -64,6 +64,7 @@ def check_settings(stored: Mapping[str, Any], given: Mapping[str, Any], where: s
     values = ", ".join(
         f"{name} is {stored.get(name)} there and {given.get(name)} here" for name in wrong
     )
+    to_give = {name: value for name, value in to_give.items() if value is not None}
     variables = " ".join(f"MHC_{name.upper()}={value}" for name, value in to_give.items())
     raise CheckpointSettingsError(
         f"{where} was saved with other settings of mHC: {values}. Give the checkpoint's:"
@@ -91,13 +92,7 @@ def _overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flags(settings: Mapping[str, Any]) -> str:
-    """The command line's flags; a switch has no value, and one that is off no flag."""
-    flags = []
-    for name, value in settings.items():
-        flag = f"--mhc-{name.replace('_', '-')}"
-        if value is not False and value is not None:
-            flags.append(flag if value is True else f"{flag} {value}")
-    return " ".join(flags)
+    return " ".join(filter(None, map(as_flag, settings, settings.values())))
 
 
 class StoredSettings(torch.nn.Module):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_mhc.config import CONVENTION_FIELDS, MHCConfig
+from megatron_mhc.config import CONVENTION_FIELDS, MHCConfig, as_flag
 from megatron_mhc.costs.sites import PATTERN
 from megatron_mhc.metrics.monitor import add_monitor_arguments
 from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
@@ -63,7 +63,9 @@ def add_setting_flags(parser: Any, names: Iterable[str]) -> None:
         if field.name in CONVENTION_FIELDS:
             default = "the convention's"
         text = f"{setting.help} (default: {default})"
-        if setting.parse is switch:
+        if setting.parse is switch and field.name in CONVENTION_FIELDS:  # its name may turn it on
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif setting.parse is switch:
             parser.add_argument(flag, action="store_true", default=None, help=text)
         else:
             parser.add_argument(
@@ -137,8 +139,7 @@ def flags_of(mhc: MHCConfig) -> str:
         value = getattr(mhc, field.name)
         by_name = field.name in CONVENTION_FIELDS and field.name not in mhc.overrides
         if not by_name and value != field.default:
-            flag = flag_of(field.name)
-            flags.append(flag if value is True else f"{flag} {value}")
+            flags.append(as_flag(field.name, value))
     return " ".join(flags)
 
 
@@ -225,7 +226,9 @@ def refuse_yaml(args: Any) -> None:
     native = {*native_mhc.OURS}
     if native_mhc.is_on(args):
         native |= {f"mhc_{name}" for name in SHARED}
-    flags = [word for word in sys.argv[1:] if word == "--mhc" or word.startswith("--mhc-")]
+    flags = [
+        word for word in sys.argv[1:] if word == "--mhc" or word.startswith(("--mhc-", "--no-mhc-"))
+    ]
     flags = [word for word in flags if word.split("=")[0][2:].replace("-", "_") not in native]
     names = [name for name in vars(args) if name.split("_")[0] == "mhc" and name not in native]
     flags += [f"{name} in the file" for name in names]

@@ -22,7 +22,7 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.model.stored_settings import SETTINGS_KEY
 from megatron_mhc.start.flags import HYBRID_SPEC, SPEC
 
-from .new_checkpoint import RELEASE, TRACKER, ConvertError, new_checkpoint
+from .new_checkpoint import ANOTHER, RELEASE, TRACKER, ConvertError, new_checkpoint
 from .site_items import LAYERS, Layout, is_hybrid, new_sites, sites_of, write_sites
 from .torch_dist import Writer, copy_items
 
@@ -31,8 +31,6 @@ _LEGACY_COMMON = "common.pt"
 """Where Megatron-Core 0.18 keeps what 0.19 keeps in `_COMMON`."""
 PAST = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state")
 """How the keys of what is left out begin."""
-_ANOTHER = "copy it again from where it was saved, or give the folder of an earlier iteration"
-"""What to do about a checkpoint that is not whole."""
 
 
 def _tracked(source: Path) -> Path:
@@ -66,12 +64,12 @@ def find_checkpoint(source: Path) -> Path:
     metadata, format_ = (folder / name for name in (".metadata", "metadata.json"))
     if format_.is_file() and not metadata.is_file():
         # Megatron wrote it before the other; `cp FOLDER/*` passes over a name with a dot
-        raise ConvertError(f"{metadata} is missing, so the folder is not whole: {_ANOTHER}")
+        raise ConvertError(f"{metadata} is missing, so the folder is not whole: {ANOTHER}")
     if metadata.is_file() and not format_.is_file():
         raise ConvertError(
             f"{folder} has no {format_.name}, as checkpoints of Megatron-FSDP have none"
             " (--ckpt-format fsdp_dtensor), and convert knows torch_dist alone: give one of those,"
-            f" or, if this is one, {_ANOTHER}"
+            f" or, if this is one, {ANOTHER}"
         )
     if not metadata.is_file():
         raise ConvertError(
@@ -95,7 +93,7 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # a pickle that is cut or damaged raises what it likes
         raise ConvertError(
             f"{folder / '.metadata'} cannot be read ({error or type(error).__name__}), so it is cut"
-            f" off or damaged: {_ANOTHER}"
+            f" off or damaged: {ANOTHER}"
         ) from error
     return metadata
 
@@ -117,7 +115,7 @@ def read_common(folder: Path) -> dict[str, Any]:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ConvertError(
             f"{folder} cannot be read ({why[-1].strip()}), so a file in it is missing or damaged:"
-            f" {_ANOTHER}"
+            f" {ANOTHER}"
         ) from error
     return common
 
@@ -206,10 +204,7 @@ def write_checkpoint(
     old = read_metadata(folder)
     new = replace(old, state_dict_metadata={}, storage_data={})
     is_wanted = lambda key: not key.startswith(PAST) and wanted(key)  # noqa: E731
-    try:
-        copy_items(folder, made, old, new, is_wanted)
-    except (FileNotFoundError, ValueError) as error:  # they name the file
-        raise ConvertError(f"{error}: {_ANOTHER}") from error
+    copy_items(folder, made, old, new, is_wanted)
     with Writer(made, new) as writer:
         fill(writer)
         write_common(folder, made, writer, common)

@@ -33,7 +33,7 @@ from .convert import (
 )
 from .new_checkpoint import RELEASE, ConvertError, new_checkpoint
 from .progress import progress
-from .torch_dist import Writer
+from .torch_dist import Writer, parts
 
 _ATTENTION = ("input_layernorm.", "self_attention.", "attention_connection.")
 _MLP = ("pre_mlp_layernorm.", "mlp.", "mlp_connection.")
@@ -102,21 +102,12 @@ class _Items:
         places = [(i, place) for i, place in self._places.items() if not i.fqn.startswith(PAST)]
         with progress("convert: copying", sum(p.length for _, p in places), "B") as bar:
             for index, place in places:
-                data = self._bytes(index.fqn, place)
+                data = b"".join(parts(self._folder, place, index.fqn))
                 if isinstance(self.keys[index.fqn], TensorStorageMetadata):
                     yield index.fqn, index.offset, torch.load(io.BytesIO(data), weights_only=True)
                 else:
                     yield index.fqn, Size(), data
                 bar.update(place.length)
-
-    def _bytes(self, key: str, place: Any) -> bytes:
-        file = self._folder / place.relative_path
-        with file.open("rb") as stream:
-            stream.seek(place.offset)
-            data = stream.read(place.length)
-        if len(data) < place.length:
-            raise ConvertError(f"{file} ends in the middle of {key}: copy it again")
-        return data
 
 
 def _check(folder: Path, keys: Any, args: Any, pattern: str) -> None:

@@ -31,6 +31,7 @@ from .native_sites import (
     as_native,
     as_ours,
     check_native,
+    epsilon_of,
     generation,
     is_native,
     native_arguments,
@@ -130,11 +131,11 @@ def from_native(
     return target / RELEASE, mhc, report
 
 
-def check_back(folder: Path, keys: Mapping[str, Any], which: str) -> None:
-    """Whether the Megatron of this generation has a model with all of these items.
+def check_gpt(folder: Path, keys: Mapping[str, Any]) -> None:
+    """Whether Megatron's own mHC knows the kind of model that has these items.
 
     Raises:
-        ConvertError: what it has not.
+        ConvertError: what it does not know.
     """
     for part, what in (
         ("mtp.", "multi-token prediction, which computes another function there"),
@@ -142,11 +143,27 @@ def check_back(folder: Path, keys: Mapping[str, Any], which: str) -> None:
     ):
         if any(key.startswith(part) for key in keys):
             raise ConvertError(f"{folder} has {what}: --to megatron takes GPT models without")
+
+
+def check_back(folder: Path, keys: Mapping[str, Any], args: Any, mhc: MHCConfig) -> str:
+    """Which of Megatron's own mHC has a GPT with these items and settings: AUGUST or DEV.
+
+    Raises:
+        ConvertError: none has; says what it lacks.
+    """
+    which = generation(mhc)
     if which == AUGUST and any(".mlp.experts." in key or ".mlp.router." in key for key in keys):
         raise ConvertError(
             f"{folder} has layers with experts, which Megatron's main of August 2026 refuses beside"
             " its mHC: there is no model that could load it"
         )
+    if mhc.learned_head and (epsilon := epsilon_of(args)) not in (None, mhc.head_eps):
+        raise ConvertError(
+            f"{folder} has head_eps {mhc.head_eps}, and norms with {epsilon}; Megatron's own head"
+            " has the eps of the norms (--norm-epsilon), so no model of its computes this one. One"
+            f" that is trained with --mhc-head-eps {epsilon} can go back"
+        )
+    return which
 
 
 def _dtype(which: str, args: Any) -> torch.dtype:
@@ -186,11 +203,11 @@ def to_native(source: Path, target: Path) -> tuple[Path, list[str]]:
             raise ConvertError(
                 f"{folder} has no mHC of ours in it: --to takes a checkpoint that has"
             )
-        layout = Layout(keys)
+        check_gpt(folder, keys)
+        layout, args = Layout(keys), common.get("args")
         mhc, sites = read_sites(folder, metadata, layout)
-        which = generation(mhc)
-        check_back(folder, keys, which)
-        dtype = _dtype(which, common.get("args"))
+        which = check_back(folder, keys, args, mhc)
+        dtype = _dtype(which, args)
         values = as_native(sites, which, mhc.num_streams, dtype)
 
         def fill(writer: Writer) -> None:

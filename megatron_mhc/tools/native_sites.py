@@ -26,6 +26,8 @@ NAMES = {
 ALPHAS = ("alpha_pre", "alpha_post", "alpha_res")
 PARAMETERS = ("mapping_proj.weight", "bias", *ALPHAS)
 HEAD_KEYS = {name: f"decoder.hc_head_{name}" for name in HEAD}
+_OTHERS = {"mhc_single_pass": False, "mhc_norm_eps_inside_sqrt": False, "mhc_epsilon": 1e-6}
+"""Arguments of proposals and derivatives of Megatron, and the value with which nothing changes."""
 _BOTH = (
     "give --mhc-convention megatron_main_2026_08 for Megatron's main from 17 August 2026 to a day"
     " before 8 September, --mhc-convention megatron_dev --mhc-end mean for its main after that, or"
@@ -64,16 +66,24 @@ def check_native(folder: Any, keys: Mapping[str, Any], args: Any) -> None:
                 " there before they are one; ours read the one stream, another function: convert a"
                 " model without them (no --mtp-num-layers)"
             )
-    if getattr(args, "mhc_single_pass", False):
-        raise ConvertError(
-            f"{folder} was trained with --mhc-single-pass, which no released Megatron had when this"
-            " was written: what it computes is not known here, so it cannot be converted"
-        )
+    for name, plain in _OTHERS.items():
+        if (value := getattr(args, name, plain)) != plain:
+            raise ConvertError(
+                f"{folder} was trained with --{name.replace('_', '-')} ({value}), which none of the"
+                " Megatrons known here has: what it computes is not known, so it cannot be"
+                " converted"
+            )
+
+
+def epsilon_of(args: Any) -> float | None:
+    """The eps of a model's norms, which dev's learned head has too; None if nothing says it."""
+    found: float | None = getattr(args, "layernorm_epsilon", getattr(args, "norm_epsilon", None))
+    return found
 
 
 def _said(keys: Mapping[str, Any], args: Any) -> tuple[dict[str, Any], str]:
     """What a checkpoint says of its convention, and where."""
-    epsilon = getattr(args, "layernorm_epsilon", getattr(args, "norm_epsilon", None))
+    epsilon = epsilon_of(args)
     if HEAD_KEYS["fn"] in keys:
         said = {"convention": DEV, "end": "head"} | (
             {} if epsilon is None else {"head_eps": epsilon}

@@ -10,6 +10,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name for a checkpoint without a past: it starts at iteration 0, without optimizer."""
 
+ANOTHER = "copy it again from where it was saved, or give the folder of an earlier iteration"
+"""What to do about a checkpoint that is not whole."""
+
 
 class ConvertError(ValueError):
     """The source is no checkpoint that can be converted, or the target is there already."""

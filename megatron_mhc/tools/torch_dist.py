@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .new_checkpoint import ANOTHER, ConvertError
 from .progress import progress
 
 NEW_FILE = "__mhc_0.distcp"
@@ -39,9 +40,9 @@ def _load(folder: Path, state: dict[str, Any]) -> None:
             checkpoint.load(state, checkpoint_id=str(folder), no_dist=True)
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         why = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
+        raise ConvertError(
             f"{folder} cannot be read ({why[-1].strip()}), so a file in it is missing or damaged:"
-            " copy it again from where it was saved"
+            f" {ANOTHER}"
         ) from error
 
 
@@ -102,7 +103,7 @@ def copy_items(
         wanted: of an item's key, whether to copy it.
 
     Raises:
-        ValueError: a file is shorter than its metadata says.
+        ConvertError: a file is missing, or shorter than its metadata says.
     """
     items: dict[str, list[tuple[MetadataIndex, Any]]] = {}
     for index, place in old.storage_data.items():
@@ -112,10 +113,10 @@ def copy_items(
     total = sum(place.length for places in items.values() for _, place in places)
     with progress("convert: copying", total, "B") as bar:
         for name, places in items.items():
-            with (source / name).open("rb") as read, (target / name).open("wb") as write:
+            with (target / name).open("wb") as write:
                 for index, place in sorted(places, key=lambda item: item[1].offset):
                     start = write.tell()
-                    for data in _parts(read, place, index.fqn):
+                    for data in parts(source, place, index.fqn):
                         write.write(data)
                         bar.update(len(data))
                     transforms = getattr(place, "transform_descriptors", None)
@@ -124,16 +125,23 @@ def copy_items(
                 _flush(write)
 
 
-def _parts(read: BinaryIO, place: Any, key: str) -> Iterator[bytes]:
-    """The bytes of an item, some MiB at a time."""
-    read.seek(place.offset)
+def parts(folder: Path, place: Any, key: str) -> Iterator[bytes]:
+    """The bytes of an item, whose place its metadata names, some MiB at a time.
+
+    Raises:
+        ConvertError: its file is missing, or ends before it does.
+    """
     left = place.length
-    while left:
-        data = read.read(min(_CHUNK, left))
-        if not data:
-            raise ValueError(f"{read.name} ends in the middle of {key}")
-        yield data
-        left -= len(data)
+    try:
+        with (folder / place.relative_path).open("rb") as read:
+            read.seek(place.offset)
+            while left:
+                if not (data := read.read(min(_CHUNK, left))):
+                    raise ConvertError(f"{read.name} ends in the middle of {key}: {ANOTHER}")
+                yield data
+                left -= len(data)
+    except FileNotFoundError as error:  # names it
+        raise ConvertError(f"{error}: {ANOTHER}") from error
 
 
 def _flush(stream: Any) -> None:

@@ -66,6 +66,8 @@ def pipelines_beside(bench: Bench, gpus: int, size: str) -> Part:
     )
     tensor = f"{two} --tensor-model-parallel-size 2 --sequence-parallel"
     layouts = {"dp2-pp2": (4, two), "tp2-pp2": (4, tensor), "pp3": (3, three)}
+    if gpus >= 8:
+        layouts["tp2-pp4"] = 8, tensor.replace(two, "--pipeline-model-parallel-size 4")
     launches, checks = [partial(bench.train, "one-beside", 1, size, min(steps, 20))], []
     for name, (ranks, flags) in layouts.items():
         # Megatron wants one queue for tensor parallelism

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.common.spans import exposed
-from benchmarks.multi_gpu.launches import Bench
+from benchmarks.multi_gpu.launches import Bench, Run
 from benchmarks.multi_gpu.models import (
     ATTENTION_GRAPHS,
     LARGE,
@@ -14,7 +14,13 @@ from benchmarks.multi_gpu.models import (
     paper_size,
 )
 
-LAYOUTS = ("dense-pp", "paper-pp-ep", "paper-vpp-ep", "paper-pp-ep-graphs", "paper-ep")
+SCALES = (1, 2, 4, 8)
+"""Data parallel ranks, each with the same work: what mHC adds to a step as they grow."""
+LAYOUTS = (
+    *("dense-pp", "paper-pp-ep", "paper-vpp-ep", "paper-pp-ep-graphs", "paper-ep"),
+    *("paper-pp4-ep", "dense-tp-pp4"),
+    *(f"weak-{ranks}" for ranks in SCALES),
+)
 """What `--only` names."""
 TIMED = {
     "ordinary": "",
@@ -45,43 +51,67 @@ TRACED = ("dense-pp", "paper-ep")
 """Layouts that a profiler watches in a round of their own, unless `--trace` says which."""
 
 
-def step_times(bench: Bench, gpus: int) -> None:
-    """Steps of larger models: ordinary, mHC in stock order, with overlap, with recompute."""
+def layouts(bench: Bench, gpus: int) -> dict[str, tuple[int, str, dict[str, str]]]:
+    """Ranks, flags and variants of each layout, those that need more GPUs too."""
     dense = f"{TINY if bench.cpu else LARGE} --log-memory-interval 5"
     paper = paper_size(bench) + ("" if bench.cpu else PAPER_EXPERTS) + " --log-memory-interval 5"
-    two = "--pipeline-model-parallel-size 2"
-    groups = {
-        "dense-pp": (f"{dense} --pipeline-model-parallel-size {min(gpus, 4)}", TIMED),
-        "paper-pp-ep": (f"{paper} {two} --expert-model-parallel-size {gpus // 2}", TIMED),
+    two, four = (f"--pipeline-model-parallel-size {stages}" for stages in (2, 4))
+    experts = f"{paper} {two} --expert-model-parallel-size {gpus // 2}"
+    plain = {name: TIMED[name] for name in ("ordinary", "mhc")}
+    found = {
+        "dense-pp": (gpus, f"{dense} --pipeline-model-parallel-size {min(gpus, 4)}", TIMED),
+        "paper-pp-ep": (gpus, experts, TIMED),
         "paper-vpp-ep": (
-            f"{paper} {two} --num-layers-per-virtual-pipeline-stage 2"
-            f" --expert-model-parallel-size {gpus // 2}",
+            gpus,
+            f"{experts} --num-layers-per-virtual-pipeline-stage 2",
             TIMED_EXPERTS,
         ),
         # a microbatch has graphs of its own: few of them
         "paper-pp-ep-graphs": (
-            f"{paper} {two} --expert-model-parallel-size {gpus // 2} --te-rng-tracker"
-            f" --global-batch-size {2 * gpus}",
+            gpus,
+            f"{experts} --te-rng-tracker --global-batch-size {2 * gpus}",
             TIMED_GRAPHS,
         ),
         "paper-ep": (
+            gpus,
             f"{paper} --expert-model-parallel-size {gpus}",
             TIMED_EXPERTS | {"recompute": TIMED["recompute"]},
         ),
+        "paper-pp4-ep": (8, f"{paper} {four} --expert-model-parallel-size 2", TIMED),
+        "dense-tp-pp4": (
+            8,
+            f"{dense} {four} --tensor-model-parallel-size 2 --sequence-parallel",
+            TIMED,
+        ),
     }
-    for name, (flags, variants) in groups.items():
+    shared = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    for ranks in SCALES:
+        flags = f"{dense} {shared} --global-batch-size {4 * ranks}"
+        found[f"weak-{ranks}"] = ranks, flags, plain
+    return found
+
+
+def step_times(bench: Bench, gpus: int) -> None:
+    """Steps of larger models: ordinary, mHC in stock order, with overlap, with recompute."""
+    for name, (ranks, flags, variants) in layouts(bench, gpus).items():
         if bench.options.only and name not in bench.options.only:
+            continue
+        if ranks > gpus:
+            if bench.options.only:
+                bench.runs[name] = Run(name, ranks, failure=f"not run: it needs {ranks} GPUs")
             continue
         if bench.cpu and name.endswith("graphs"):
             continue  # there is nothing to capture
         if wanted := bench.options.variants:
-            variants = {key: flags_ for key, flags_ in variants.items() if key in wanted}
+            variants = {key: own for key, own in variants.items() if key in wanted}
         bench.rounds(
-            name, gpus, flags, variants,
+            name, ranks, flags, variants,
             number=bench.options.rounds, iterations=5 if bench.cpu else 9,
             trace=name in bench.options.trace,
             # what runs use that want speed; the comparisons of digits go without
             NVTE_ALLOW_NONDETERMINISTIC_ALGO="1",
+            # Megatron wants one queue for tensor parallelism
+            **({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if "tensor" in flags else {}),
         )  # fmt: skip
         traces = bench.out / "traces" / name
         for variant in variants if traces.exists() else ():

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.tools.convert import convert
-from tests.megatron.common.converting import MODELS, ORDINARY, command, go_on, ordinary
+from megatron_mhc.tools.convert import convert, find_checkpoint, read_metadata
+from tests.megatron.common.converting import MODELS, ORDINARY, command, go_on, ordinary, with_mhc
 from tests.megatron.common.flags import SCRIPT
 from tests.megatron.common.launch import forked_python, forked_run, forking_python, quiet
 
@@ -118,3 +118,10 @@ def test_converts_help_teaches() -> None:
         *("--from megatron NATIVE TARGET", "--to hf OURS TARGET --hf FOLDER", "no\ncounterpart"),
     ):
         assert words in done.stdout
+
+
+def test_a_start_has_nothing_of_the_optimizer(folder: Path) -> None:
+    source = read_metadata(find_checkpoint(ordinary("dense", folder))).state_dict_metadata
+    start = read_metadata(find_checkpoint(with_mhc(folder))).state_dict_metadata
+    past = [key for key in source if key.startswith(("optimizer", "chained_"))]
+    assert past and not start.keys() & set(past)

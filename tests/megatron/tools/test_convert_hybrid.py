@@ -116,6 +116,9 @@ def test_what_has_no_mhc_or_is_hybrid_already_is_refused(
     given = ["--hybrid-layer-pattern", "*-*-", "--mhc-num-streams", "4"]
     with pytest.raises(SystemExit, match="--mhc-num-streams beside --hybrid-layer-pattern"):
         command(monkeypatch, made, folder / "refused", *given)
+    for goal in ("megatron", "hf"):  # whose layers have two sites
+        with pytest.raises(SystemExit, match=rf"^convert: .* a HybridModel.*: --to {goal} takes"):
+            command(monkeypatch, "--to", goal, made, folder / "refused")
 
 
 @pytest.mark.skipif(is_installed("<0.19"), reason="Megatron 0.18 does not read one as the other")
@@ -128,13 +131,18 @@ def test_megatrons_own_way_is_told_to_convert(folder: Path) -> None:
         assert "a HybridModel with mHC: convert it (python -m megatron_mhc convert" in printed
 
 
-def test_a_file_that_is_cut_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_or_missing_is_named(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "cut"
     shutil.copytree(trained("dense", folder), source)
     file = next(source.glob("iter_*/__1_0.distcp"))  # the other rank's has the common state
     file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(ConvertError, match=r"__1_0.distcp ends in the middle of"):
-        convert_to_hybrid(source, tmp_path / "refused", "*-*-")
+    for message in (
+        "__1_0.distcp ends in the middle of .*: copy it",
+        "__1_0.distcp.: copy it again",
+    ):
+        with pytest.raises(ConvertError, match=message):
+            convert_to_hybrid(source, tmp_path / "refused", "*-*-")
+        file.unlink(missing_ok=True)
     assert not (tmp_path / "refused").exists()
 
 

@@ -20,6 +20,7 @@ transformers = pytest.importorskip(
 LAYERS, WIDTH, N = 2, 16, 4
 EQUAL = {"rtol": 1e-5, "atol": 1e-5}
 """Of fp32 whose sums go in another order, relative to streams and coefficients of about 1."""
+EPS = {"norm_eps": "rms_norm_eps", "pre_eps": "hc_eps", "sinkhorn_eps": "hc_eps"}
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": WIDTH,
@@ -35,11 +36,12 @@ SIZES: dict[str, Any] = {
 }
 
 
-def deepseek_v4() -> Any:
-    """A tiny model, its decoder and its layers' two sublayers."""
+def deepseek_v4(**eps: float) -> Any:
+    """A tiny model and its decoder."""
     path = "transformers.models.deepseek_v4"
     config = importlib.import_module(f"{path}.configuration_deepseek_v4").DeepseekV4Config(
         **SIZES,
+        **eps,
         qk_rope_head_dim=4,
         head_dim=8,
         o_groups=1,
@@ -52,12 +54,13 @@ def deepseek_v4() -> Any:
     return model, model.model
 
 
-def glm_5_3() -> Any:
-    """A tiny model, its decoder and its layers' two sublayers."""
+def glm_5_3(**eps: float) -> Any:
+    """A tiny model and its decoder."""
     path = "transformers.models.glm5_next"
     config = importlib.import_module(f"{path}.configuration_glm5_next").Glm5NextConfig(
         text_config=dict(
             **SIZES,
+            **eps,
             intermediate_size=16,
             num_key_value_heads=2,
             kv_lora_rank=8,
@@ -80,7 +83,7 @@ def glm_5_3() -> Any:
     return model, model.model.language_model
 
 
-MODELS: dict[str, Callable[[], Any]] = {"deepseek_v4": deepseek_v4, "glm_5_3": glm_5_3}
+MODELS: dict[str, Callable[..., Any]] = {"deepseek_v4": deepseek_v4, "glm_5_3": glm_5_3}
 
 
 def seen(decoder: Any) -> dict[str, Any]:
@@ -110,19 +113,21 @@ def first(made: Any) -> Tensor:
     return made[0] if isinstance(made, tuple) else made
 
 
+@pytest.mark.parametrize("eps", [{}, {"hc_eps": 1e-3, "rms_norm_eps": 1e-2}], ids=["", "other eps"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_site_of_a_saved_model_computes_what_transformers_does(
-    name: str, tmp_path: Path
+    name: str, eps: dict[str, float], tmp_path: Path
 ) -> None:
     torch.manual_seed(3)
-    model, decoder = MODELS[name]()
+    model, decoder = MODELS[name](**eps)
     for key, parameter in model.named_parameters():
         if "hc" in key:  # most start at zero
             torch.nn.init.normal_(parameter, std=0.5)
     model.eval().save_pretrained(tmp_path / "hf", max_shard_size="8KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     mhc, parameters = state_dict_of(tmp_path / "hf")
-    assert mhc.convention == name and not mhc.overrides
+    given = {ours: eps[key] for ours, key in EPS.items() if key in eps}
+    assert mhc.convention == name and mhc.overrides == given
     states = seen(decoder)
     checked = 0
     for layer in range(LAYERS):

@@ -32,7 +32,9 @@ def site(scale: float, tokens: int = 3) -> dict[str, Tensor]:
         "f": normal(tokens, WIDTH),
         "phi": 0.3 * normal(ROWS, N * WIDTH),
         "alpha": 0.5 + 0.1 * normal(3),
-        "bias": normal(ROWS),
+        # logits of H_res so far apart that Sinkhorn is not done after all its steps: they are told
+        # by what is divided last
+        "bias": torch.cat([normal(2 * N), 3 * normal(N * N)]),
     }
 
 

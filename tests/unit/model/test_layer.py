@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_mhc import MHCConfig
+from megatron_mhc.config import CONVENTIONS
 from megatron_mhc.model import layer, regions, stack
 
 PLAIN = {
@@ -88,6 +90,15 @@ def test_the_norms_are_asked_again_where_megatron_has_asked_them() -> None:
     never = SimpleNamespace(input_layernorm=site, pre_mlp_layernorm=site)
     layer._ask_the_norms_again(never)
     assert vars(never).keys() == {"input_layernorm", "pre_mlp_layernorm"}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_what_makes_one_stream_of_n_at_the_end(name: str) -> None:
+    ours: Any = SimpleNamespace(mhc=MHCConfig(convention=name), head=lambda x: x[..., 3, :])
+    x, h_pre = torch.randn(3, 2, 4, 8), torch.rand(3, 2, 4)
+    wanted = {"mean": x.mean(-2), "head": x[..., 3, :], "last_pre": (h_pre[..., None] * x).sum(-2)}
+    # a sum of four in another order
+    torch.testing.assert_close(layer.MHCLayer._contract(ours, x, h_pre), wanted[ours.mhc.end])
 
 
 def test_a_stack_with_sites_on_some_layers_alone_is_refused() -> None:

@@ -67,6 +67,12 @@ def test_equal_fields_are_one_convention_whatever_the_name(name: str) -> None:
             "end is last_pre there and mean here, delayed is True there and False here. Give the"
             " checkpoint's: --mhc-end last_pre --mhc-delayed ",
         ),
+        ({}, {"delayed": True}, "checkpoint's: --no-mhc-delayed .*MHC_DELAYED=False"),
+        (
+            {"convention": "megatron_dev", "end": "mean"},
+            {"convention": "megatron_dev"},
+            r"head_eps is None there .*: --mhc-end mean \(with --spec: MHC_END=mean\)",
+        ),
     ],
 )
 def test_what_differs_is_named_with_the_flags_to_give(

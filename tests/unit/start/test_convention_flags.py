@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS
+from megatron_mhc.start.banner import banner
 from megatron_mhc.start.flags import (
     SPEC,
     config_from_arguments,
@@ -57,3 +59,16 @@ def test_a_switch_of_the_convention_has_no_value() -> None:
     assert config_from_arguments(args).delayed
     environ = {"MHC_DELAYED": "1", "MHC_END": "last_pre"}
     assert config_from_environment(environ) == config_from_arguments(args)
+
+
+def test_the_banner_says_what_was_given_beside_the_name() -> None:
+    mhc = MHCConfig(convention="deepseek_v4", norm_eps=1e-20)
+    line = banner(mhc, "flags", 2, 10, torch.device("cpu"), torch.float32)
+    assert ", convention deepseek_v4 with norm_eps 1e-20, 20 Sinkhorn iterations," in line
+
+
+def test_what_a_convention_turns_on_can_be_turned_off() -> None:
+    mhc = MHCConfig(convention="deepseek_v4_1", delayed=False, end="mean")
+    args = parse(*flags_of(mhc).split())
+    prepare_arguments(args)
+    assert config_from_arguments(args) == mhc

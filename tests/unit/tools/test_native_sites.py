@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.tools.convert_native import check_back
+from megatron_mhc.tools.convert_native import check_back, check_gpt
 from megatron_mhc.tools.native_sites import AUGUST, DEV, check_native, generation, settings
 from megatron_mhc.tools.new_checkpoint import ConvertError
 
@@ -19,7 +19,9 @@ FOLDER = Path("runs/native")
     [
         ([SITE, "decoder.layers.0.hyper_connection.bias"], {}, "is of a HybridModel"),
         ([SITE, "mtp.layers.0.e_proj.weight"], {}, "layers for multi-token prediction .mtp.layers"),
-        ([SITE], {"mhc_single_pass": True}, "trained with --mhc-single-pass"),
+        ([SITE], {"mhc_single_pass": True}, "trained with --mhc-single-pass .True."),
+        ([SITE], {"mhc_norm_eps_inside_sqrt": True}, "trained with --mhc-norm-eps-inside-sqrt"),
+        ([SITE], {"mhc_epsilon": 1e-5}, "trained with --mhc-epsilon .1e-05."),
         (["decoder.layers.mlp.linear_fc1.weight"], {}, "has nothing of Megatron's own mHC"),
     ],
 )
@@ -29,20 +31,37 @@ def test_what_has_no_counterpart_is_refused(
     with pytest.raises(ConvertError, match=f"^runs/native .*{message}"):
         check_native(FOLDER, dict.fromkeys(keys), Namespace(**args))
     check_native(FOLDER, {SITE: None}, None)
+    check_native(FOLDER, {SITE: None}, Namespace(mhc_single_pass=False, mhc_epsilon=1e-6))
+
+
+DENSE = {"decoder.layers.mlp.linear_fc1.weight": None}
+EXPERTS = {"decoder.layers.mlp.router.weight": None}
 
 
 @pytest.mark.parametrize(
-    ("which", "key", "message"),
+    ("key", "message"),
     [
-        (DEV, "mtp.layers.0.transformer_layer.mlp_connection.phi", "has multi-token prediction"),
-        (DEV, "decoder.final_norm.weight", "has a HybridModel"),
-        (AUGUST, "decoder.layers.mlp.router.weight", "has layers with experts"),
+        ("mtp.layers.0.transformer_layer.mlp_connection.phi", "has multi-token prediction"),
+        ("decoder.final_norm.weight", "has a HybridModel"),
     ],
 )
-def test_what_megatron_has_no_place_for_is_refused(which: str, key: str, message: str) -> None:
+def test_what_megatron_has_no_place_for_is_refused(key: str, message: str) -> None:
     with pytest.raises(ConvertError, match=f"^runs/native {message}"):
-        check_back(FOLDER, {key: None}, which)
-    check_back(FOLDER, {"decoder.layers.mlp.linear_fc1.weight": None}, which)
+        check_gpt(FOLDER, {key: None})
+    check_gpt(FOLDER, DENSE)
+
+
+def test_what_one_generation_has_no_place_for_is_refused() -> None:
+    august, dev = MHCConfig(convention=AUGUST), MHCConfig(convention=DEV, head_eps=3e-6)
+    assert check_back(FOLDER, DENSE, None, august) == AUGUST
+    assert check_back(FOLDER, EXPERTS, None, dev) == DEV
+    with pytest.raises(ConvertError, match=r"^runs/native has layers with experts"):
+        check_back(FOLDER, EXPERTS, None, august)
+    assert check_back(FOLDER, DENSE, Namespace(norm_epsilon=3e-6), dev) == DEV
+    with pytest.raises(
+        ConvertError, match=r"head_eps 3e-06, and norms with 1e-05; .*--mhc-head-ep"
+    ):
+        check_back(FOLDER, DENSE, Namespace(norm_epsilon=1e-5), dev)
 
 
 def test_the_generation_that_computes_it() -> None:
