@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import NORM_FORMS, SINKHORN_ORDERS, Mixing, Options
-from .backend import resolve
+from .backend import operations, resolve
 from .checks import (
     check,
     check_boundary,

@@ -31,7 +31,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.model.empty_launches import Empty, without_launches, without_wrappers
-from benchmarks.model.own_calls import allocations, ours, profiled
+from benchmarks.model.own_calls import allocations, calls_of_others, ours, profiled
 from megatron_mhc import MHCConfig
 from megatron_mhc.patches import cpu
 
@@ -119,7 +119,7 @@ def where(step: Step, sites: int, steps: int = 10, rows: int = 24) -> None:
 
 def inside(options: argparse.Namespace, empty: Empty) -> dict[str, float]:
     """Of a site inside a model, neither its first nor its last, in a step with mHC: launches by
-    kernel, `calls` of our Python functions, and `allocations` of theirs."""
+    kernel, `calls` of our Python functions and theirs `of_others`, and the tensors they make."""
     steps, counts = [], []
     for options.layers in (2, 4):
         steps.append(Step(options, KINDS["mHC"]))
@@ -131,8 +131,15 @@ def inside(options: argparse.Namespace, empty: Empty) -> dict[str, float]:
         empty.counts.clear()
         with profiled() as calls:
             step()
-        own = {"calls": sum(count for _, count, _ in ours(calls))}
-        counts.append(empty.counts | own | {"allocations": allocations(profile)})
+        counts.append(
+            {
+                **empty.counts,
+                "calls": sum(count for _, count, _ in ours(calls)),
+                "calls_of_others": calls_of_others(calls),
+                "made_like_another": allocations(profile, "empty_like"),
+                "made_of_a_shape": allocations(profile, "new_empty", "torch.empty>"),
+            }
+        )
     few, more = counts
     return {name: (more[name] - few[name]) / 4 for name in more}
 

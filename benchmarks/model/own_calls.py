@@ -2,7 +2,7 @@
 
 import cProfile
 import pstats
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,12 +40,25 @@ def ours(profile: cProfile.Profile) -> Iterator[tuple[str, int, float]]:
             yield f"{place}:{line} {name}", row[1], row[2]
 
 
-def allocations(profile: cProfile.Profile) -> int:
-    """Tensors that our functions make, counted with `builtins`."""
+def calls_of_others(profile: cProfile.Profile) -> int:
+    """How often our functions call Python functions of others: PyTorch's, Megatron's, Python's."""
+    stand_ins = Path(__file__).parent
+    return _from_ours(
+        profile, lambda file, _: not is_ours(file) and not Path(file).is_relative_to(stand_ins)
+    )
+
+
+def allocations(profile: cProfile.Profile, *names: str) -> int:
+    """Tensors that our functions make by these functions, counted with `builtins`."""
+    return _from_ours(profile, lambda _, name: any(one in name for one in names))
+
+
+def _from_ours(profile: cProfile.Profile, is_counted: Callable[[str, str], bool]) -> int:
+    """Calls that our functions make of those that count, by file and name."""
     return sum(
         calls[0]
-        for (_, _, name), (*_, callers) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
-        if "new_empty" in name or "empty_like" in name or "torch.empty" in name
+        for (called, _, name), (*_, callers) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+        if is_counted(called, name)
         for (file, _, _), calls in callers.items()
         if is_ours(file)
     )

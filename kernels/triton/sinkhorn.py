@@ -56,7 +56,7 @@ def _launch(device: torch.device, n: int, backward: bool, iterations: int, eps: 
 def _run(logits: Tensor, gradient: Tensor | None, iterations: int, eps: float) -> Tensor:
     n = logits.shape[-1]
     tokens = logits.numel() // (n * n)
-    out = logits.new_empty(logits.shape)
+    out = torch.empty_like(logits)
     if tokens > 0:
         launch = _launch(logits.device, n, gradient is not None, iterations, eps)
         launch((tiles.cdiv(tokens, SINKHORN_TOKENS), 1), (logits, gradient, out), tokens)

@@ -81,8 +81,8 @@ def aggregate_backward_kernel(
 @prepared
 def _launch(
     device: torch.device, dtype: torch.dtype, n: int, width: int, backward: bool
-) -> tuple[Launch, tiles.Tile]:
-    """The kernel for streams of this dtype."""
+) -> tuple[Launch, tiles.Tile, int]:
+    """The kernel for streams of this dtype, its tile, and how many blocks of channels there are."""
     tile = tiles.aggregate(n, width, dtype)
     launch = Launch(
         aggregate_backward_kernel if backward else aggregate_kernel,
@@ -94,7 +94,7 @@ def _launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return launch, tile
+    return launch, tile, tiles.cdiv(width, tile.channels)
 
 
 def make_u(sizes: Sizes, x: Tensor, h_pre: Tensor) -> Tensor:
@@ -102,17 +102,16 @@ def make_u(sizes: Sizes, x: Tensor, h_pre: Tensor) -> Tensor:
     tokens, n, width = sizes
     u = x.new_empty(*h_pre.shape[:-1], width)
     if tokens > 0:
-        launch, tile = _launch(x.device, x.dtype, n, width, False)
-        programs = tiles.cdiv(tokens, tile.tokens) * tiles.cdiv(width, tile.channels)
-        launch((programs, 1), (x, h_pre, u), tokens)
+        launch, tile, blocks = _launch(x.device, x.dtype, n, width, False)
+        launch((tiles.cdiv(tokens, tile.tokens) * blocks, 1), (x, h_pre, u), tokens)
     return u
 
 
 def gradients_of_u(sizes: Sizes, x: Tensor, h_pre: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """Launch `aggregate_backward_kernel`: the gradients of streams x and of h_pre [..., n]."""
     tokens, n, width = sizes
-    dx, d_pre = x.new_empty(x.shape), h_pre.new_empty(h_pre.shape)
+    dx, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
     if tokens > 0:
-        launch, tile = _launch(x.device, x.dtype, n, width, True)
+        launch, tile, _ = _launch(x.device, x.dtype, n, width, True)
         launch((tiles.cdiv(tokens, tile.tokens), 1), (x, h_pre, du, dx, d_pre), tokens)
     return dx, d_pre

@@ -222,6 +222,6 @@ def coefficient_gradients(
     d_parameters = new(programs, rows + alpha.shape[0])
     tensors = (y, du, d_pre, d_post, d_res, normed, alpha, bias, out, d_parameters)
     launch((programs, 1), tensors, tokens, options.norm_eps, options.pre_eps)
-    d_bias, d_alpha = new(bias.shape), new(alpha.shape)
+    d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
     sum_partials(d_parameters, d_bias, d_alpha)
     return CoefficientGradients(out, d_alpha, d_bias)

@@ -202,9 +202,9 @@ def _run(
     kind = (n, width, rows, f is not None, h_pre is not None, delayed, bias_dtype)
     launch, tile, blocks = _launch(x.device, x.dtype, *kind)
     count = tiles.cdiv(tokens, tile.tokens)
-    y = x if mixing is None else x.new_empty(x.shape)
-    u = None if h_pre is None else f.new_empty(f.shape)
-    partial = None if phi is None else phi.new_empty(count, blocks, len(phi) + 1, tile.tokens)
+    y = x if mixing is None else torch.empty_like(x)
+    u = None if h_pre is None else torch.empty_like(f)
+    partial = None if phi is None else phi.new_empty(count, blocks, rows + 1, tile.tokens)
     if tokens > 0:
         programs = min(count, MOST_PROGRAMS if phi is None else tile.splits)
         tensors = (x, f, f_bias, h_post, h_res, y, phi, partial, h_pre, u)

@@ -98,7 +98,7 @@ def stream_gradients(
     """
     tokens, n, width = sizes
     f, h_post, h_res, f_bias = mixing or (None,) * 4
-    dx = y.new_empty(y.shape)
+    dx = torch.empty_like(y)
     df = d_post = d_res = d_f_bias = d_phi = d_mixing = f_bias_sums = d_pre = None
     if tokens == 0:
         given = (*(mixing or [None] * 4), phi, h_pre)
@@ -109,11 +109,10 @@ def stream_gradients(
     launch, tile, blocks = _launch(y.device, y.dtype, n, width, rows, has, bias_dtype)
     programs = min(tile.splits, tiles.cdiv(tokens, tile.tokens))  # none without tokens
     if mixing is not None:
-        df, d_post = f.new_empty(f.shape), h_post.new_empty(h_post.shape)
-        d_res, columns = h_res.new_empty(h_res.shape), n + n * n + n * has[3]
-        d_mixing = h_res.new_empty(blocks, tokens, columns)
+        df, d_post, d_res = torch.empty_like(f), torch.empty_like(h_post), torch.empty_like(h_res)
+        d_mixing = h_res.new_empty(blocks, tokens, n + n * n + n * has[3])
     if h_pre is not None:
-        d_pre = h_pre.new_empty(h_pre.shape)
+        d_pre = torch.empty_like(h_pre)
     if f_bias is not None:
         f_bias_sums = h_post.new_empty(programs, width)
     of_token = None if token is None else token.d_z_k_h_pre

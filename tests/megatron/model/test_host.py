@@ -5,8 +5,11 @@ import json
 from tests.megatron.common.launch import forked_python
 
 CALLS = 66
-"""Calls of our own Python functions, forward and backward, of a site inside a model: 64, and a
-margin of two. Lower it where a change needs fewer."""
+"""Calls of our own Python functions, forward and backward, of a site inside a model: 65.5. Lower it
+where a change needs fewer."""
+CALLS_OF_OTHERS = 17
+"""What they call of others' Python: 16, and one that a release may add. An import inside a function
+is two; it takes the host 2 us, and a site once took that."""
 
 
 def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
@@ -14,6 +17,7 @@ def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts.pop("calls") <= CALLS
+    assert counts.pop("calls_of_others") <= CALLS_OF_OTHERS
     assert counts == {
         # forward
         "combine_and_project_kernel": 1,
@@ -25,7 +29,9 @@ def test_a_site_launches_nine_kernels_and_calls_few_functions() -> None:
         "phi_gradient_kernel": 1,
         "sum_mixing_kernel": 1,
         "sum_partials_kernel": 2,
-        # y, u, h_post, h_res, and for the backward: h_pre, normed, partial projections; gradients
-        # of x, f, h_post, h_res, phi, alpha, bias, and four that are added up or handed on
-        "allocations": 18,
+        # y; gradients of x, f, h_post, h_res, alpha, bias
+        "made_like_another": 7,
+        # a microsecond more where the shape comes as one: u, h_post, h_res, h_pre, normed, partial
+        # projections; phi's gradient, and four that are added up or handed on
+        "made_of_a_shape": 11,
     }
