@@ -13,9 +13,17 @@ iterations 200
 on_cpu
 byte_data stdlib
 
+# * attention, - MLP, E experts (M Mamba, G gated delta net, + latent attention)
+PATTERN='*-*E*-*E'
+previous=
+for word in "$@"; do
+    [[ $previous != --hybrid-layer-pattern ]] || PATTERN=$word
+    [[ $word != --hybrid-layer-pattern=* ]] || PATTERN=${word#*=}
+    previous=$word
+done
+
 MODEL_ARGS=(
-    # * attention, - MLP, E experts (M Mamba, G gated delta net, + latent attention)
-    --hybrid-layer-pattern '*-*E*-*E'
+    --hybrid-layer-pattern "$PATTERN"
     --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec
     --hidden-size 128
     --ffn-hidden-size 344
@@ -41,6 +49,8 @@ MOE_ARGS=(
     --moe-shared-expert-intermediate-size 128
     --moe-token-dispatcher-type alltoall
 )
+# Megatron's main stops over these where no layer has experts.
+[[ $PATTERN = *E* ]] || MOE_ARGS=()
 
 TRAIN_ARGS=(
     --micro-batch-size 4

@@ -7,7 +7,7 @@ from megatron_mhc.patches.supported_versions import is_installed
 
 from .conflict import Conflict, is_set
 from .hybrid_conflicts import HYBRID_CONFLICTS
-from .native_mhc import NATIVE_CONFLICTS
+from .native_mhc import NATIVE_CONFLICTS, shared_conflicts
 
 
 def _whole_step_is_a_graph(settings: Any) -> bool:
@@ -275,6 +275,7 @@ def check_transformer_config(settings: Any, mhc: MHCConfig | None = None) -> Non
         asked += REFERENCE_CONFLICTS
     if mhc is not None and mhc.overlap_in_flight > 1:
         asked += IN_FLIGHT_CONFLICTS
+    asked += shared_conflicts(mhc or MHCConfig())
     conflicts = CONFLICTS + HYBRID_CONFLICTS + NATIVE_CONFLICTS + asked
     found = [c for c in conflicts if c.given(settings)]
     if found:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron_mhc.config import MHCConfig
+
 from .conflict import Conflict, is_set
 
 SWITCHES = {
@@ -26,6 +28,9 @@ OURS = {
     "mhc_fused_backend": "--mhc-backend",
 }
 """What sets native mHC up, and our flag for the same matter."""
+
+SHARED = ("sinkhorn_iterations",)
+"""Fields of MHCConfig whose flag Megatron has from 0.20 on: of the same type and meaning."""
 
 
 def is_on(settings: Any) -> bool:
@@ -79,3 +84,19 @@ NATIVE_CONFLICTS = (
     ),
 )
 """What belongs to native mHC, beside ours."""
+
+
+def shared_conflicts(mhc: MHCConfig) -> tuple[Conflict, ...]:
+    """A shared setting that is native mHC's alone: it was set, and not to what ours says.
+
+    Args:
+        mhc: ours. Flags set both; a library's TransformerConfig knows nothing of it.
+    """
+    return tuple(
+        Conflict(
+            f"mhc_{name}",
+            is_set(f"mhc_{name}", getattr(MHCConfig, name), getattr(mhc, name)),
+            f"it sets Megatron's own mHC up; leave it out, and give MHCConfig {name}",
+        )
+        for name in SHARED
+    )

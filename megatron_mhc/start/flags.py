@@ -14,11 +14,12 @@ from megatron_mhc.metrics.monitor import add_monitor_arguments
 from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
 from megatron_mhc.model import native_mhc
 from megatron_mhc.model.compatibility import check_transformer_config
+from megatron_mhc.model.native_mhc import SHARED
 from megatron_mhc.model.stored_settings import FUNCTION_FIELDS
 from megatron_mhc.patches import PatchError
 from megatron_mhc.patches.supported_versions import SUPPORTED, megatron_core_version
 
-from .settings import SETTINGS, SHARED, VARIABLES, flag_of, switch
+from .settings import SETTINGS, VARIABLES, flag_of, switch
 
 SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
 HYBRID_SPEC = ["megatron_mhc.spec", "hybrid_stack_spec"]

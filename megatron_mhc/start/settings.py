@@ -106,9 +106,6 @@ SETTINGS: Mapping[str, Setting] = {
 }
 """A row a field of MHCConfig."""
 
-SHARED = ("sinkhorn_iterations",)
-"""Fields whose flag Megatron has from 0.20 on, for its own mHC: of the same type and meaning."""
-
 VARIABLES: Mapping[str, str] = {f"MHC_{name.upper()}": name for name in SETTINGS}
 """The environment variables, and the field that each one sets."""
 

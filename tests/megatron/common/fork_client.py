@@ -29,8 +29,18 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return json.loads(text), list(files)
 
 
+def has_ended(folder: str) -> RuntimeError:
+    """That `forks` is no more, and what it said at last."""
+    with open(os.path.join(folder, "errors")) as errors:
+        return RuntimeError(f"the process that forks has ended:\n{errors.read()[-3000:]}")
+
+
 class Fork:
-    """A process that `forks` has been asked for."""
+    """A process that `forks` has been asked for.
+
+    Raises:
+        RuntimeError: `forks` has ended.
+    """
 
     def __init__(
         self,
@@ -41,8 +51,12 @@ class Fork:
         cwd: str,
         files: tuple[int, int, int],
     ) -> None:
+        self.folder = folder
         self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(os.path.join(folder, stage))
+        try:
+            self.connection.connect(os.path.join(folder, stage))
+        except ConnectionRefusedError:
+            raise has_ended(folder) from None
         job = {
             "arguments": arguments,
             "environment": environment,
@@ -60,10 +74,13 @@ class Fork:
 
     def wait(self) -> int:
         """The exit status; minus the signal where one ended it."""
-        text = self.connection.recv(16)
+        try:
+            text = self.connection.recv(16)
+        except ConnectionResetError:  # it ended before it had read what was asked
+            text = b""
         self.connection.close()
         if not text:
-            raise RuntimeError("the process that forks has ended")
+            raise has_ended(self.folder)
         return int(text)
 
     def kill(self) -> None:

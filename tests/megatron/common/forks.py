@@ -41,7 +41,7 @@ MEGATRON = (
     "megatron.training.training",
     "megatron.core.datasets.gpt_dataset",
     # every tokenizer there is, and with them transformers: longer than a run of a few steps
-    "megatron.core.tokenizers.text.models",
+    "megatron.core.tokenizers.text.libraries",
     "megatron_mhc.spec",
     "megatron_mhc.start.activate",
     "tests.megatron.common.train",

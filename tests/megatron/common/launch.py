@@ -5,6 +5,7 @@ import json
 import os
 import selectors
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -184,7 +185,11 @@ def forked_run(
         runner: through `megatron_mhc.run --cpu`; else the script alone, inside the stand-in.
     """
     whole = (*RUNNER, *command) if runner else command
-    return forked(processes, *whole, stage="megatron", **environment)
+    status, printed = forked(processes, *whole, stage="megatron", **environment)
+    if status < 0:  # the others then print that they miss it, and nothing says why
+        printed += f"\na process was ended by {signal.Signals(-status).name}"
+        printed += ": it took too long" if status == TIMED_OUT else ""
+    return status, printed
 
 
 @functools.cache

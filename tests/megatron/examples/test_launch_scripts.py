@@ -70,6 +70,17 @@ def test_a_tiny_mixture_of_experts_trains_and_resumes(example: str, tmp_path: Pa
         assert balance and all(0.9 < float(value) < 2.0 for value in balance)
 
 
+def test_a_pattern_gives_the_hybrid_script_the_gpt_scripts_layers(tmp_path: Path) -> None:
+    """Without experts' flags, which main stops over there; the same losses, digit for digit."""
+    run = {"RUNS": str(tmp_path), "ITERATIONS": "2"}
+    small = ["--seq-length", "64", "--max-position-embeddings", "64", "--eval-iters", "1"]
+    patterned = ["--hybrid-layer-pattern", "*-*-*-*-"]
+    hybrid = launch("hybrid/tiny.sh", *small, *patterned, **run)
+    assert hybrid.returncode == 0, hybrid.stdout[-4000:] + hybrid.stderr[-2000:]
+    gpt = numbered_losses(launch("gpt/tiny.sh", *small, **run).stdout)
+    assert numbered_losses(hybrid.stdout) == gpt and len(gpt) == 2
+
+
 CLUSTERS = {
     # LLaMA-3-8B's own count, with what mHC adds to 64 sites of 4 * 4096 channels
     "gpt": (64, 8_030_261_248 + 64 * (24 * 4 * 4096 + 3 + 24)),

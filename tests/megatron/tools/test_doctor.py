@@ -91,7 +91,10 @@ def test_doctor_says_its_verdict_and_what_to_paste_into_an_issue() -> None:
     assert "UserWarning" not in result.stdout
     rows = dict(line.strip().split(maxsplit=1) for line in issue[2:-2])
     assert rows["megatron_mhc"] == f"{megatron_mhc.__version__} in {ROOT / 'megatron_mhc'}"
-    assert rows["megatron-core"] == f"{found} in {megatron_core_folder()}"
+    core = f"{found} in {megatron_core_folder()}"
+    if distribution_version() != found:  # a checkout's source before the wheel
+        core += f"; pip has {distribution_version()} on record, which is not what runs"
+    assert rows["megatron-core"] == core
     assert rows["torch"] == torch.__version__.split("+")[0] and rows["GPU"] == "none"
     assert rows["environment"] == "MEGATRON_MHC_PATCHES=-parameter-groups"
     assert rows["hooks"] == "7 of 7 found"

@@ -8,7 +8,7 @@ import pytest
 from megatron_mhc import MHCConfig
 from megatron_mhc.model import native_mhc
 from megatron_mhc.model.compatibility import check_transformer_config
-from megatron_mhc.model.native_mhc import NATIVE_CONFLICTS, OURS, SWITCHES
+from megatron_mhc.model.native_mhc import NATIVE_CONFLICTS, OURS, SHARED, SWITCHES
 from megatron_mhc.start.settings import SETTINGS, flag_of
 
 
@@ -42,6 +42,19 @@ def test_a_native_setting_is_refused_and_ours_is_named(
     assert ours in {flag_of(field) for field in SETTINGS}
 
 
+def test_a_shared_setting_that_ours_does_not_follow_is_refused() -> None:
+    """A library's TransformerConfig says 3, and the sites would take MHCConfig's number."""
+    native = argparse.Namespace(mhc_sinkhorn_iterations=3)
+    for ours in (None, MHCConfig(), MHCConfig(sinkhorn_iterations=5)):
+        with pytest.raises(
+            ValueError, match=r"mhc_sinkhorn_iterations: .* give MHCConfig sinkhorn"
+        ):
+            check_transformer_config(native, ours)
+    check_transformer_config(native, MHCConfig(sinkhorn_iterations=3))
+    untouched = argparse.Namespace(mhc_sinkhorn_iterations=20)  # the native default
+    check_transformer_config(untouched, MHCConfig(sinkhorn_iterations=5))
+
+
 def test_native_recompute_is_refused() -> None:
     plain = argparse.Namespace(recompute_modules=["core_attn"])
     check_transformer_config(plain, MHCConfig())
@@ -69,5 +82,5 @@ def native_fields() -> set[str]:
 @pytest.mark.skipif(not native_fields(), reason="this Megatron has no mHC of its own: `test-main`")
 def test_every_native_name_is_known() -> None:
     """A switch or setting that a new Megatron adds is to be refused too, or shared."""
-    shared = {"mhc_sinkhorn_iterations"}
+    shared = {f"mhc_{name}" for name in SHARED}
     assert native_fields() <= SWITCHES.keys() | OURS.keys() | shared
