@@ -204,7 +204,9 @@ def _run(
     count = tiles.cdiv(tokens, tile.tokens)
     y = x if mixing is None else torch.empty_like(x)
     u = None if h_pre is None else torch.empty_like(f)
-    partial = None if phi is None else phi.new_empty(count, blocks, rows + 1, tile.tokens)
+    partial = None
+    if phi is not None and rows is not None:
+        partial = phi.new_empty(count, blocks, rows + 1, tile.tokens)
     if tokens > 0:
         programs = min(count, MOST_PROGRAMS if phi is None else tile.splits)
         tensors = (x, f, f_bias, h_post, h_res, y, phi, partial, h_pre, u)
