@@ -62,8 +62,8 @@ WHEELS := $(abspath $(VENV))/lib/python3.12/site-packages/megatron/core/datasets
 test-main: env  ## Run the tests with the source of Megatron-LM in MEGATRON_LM=<checkout>
 	@test -n "$(MEGATRON_LM)" -a -f "$(DATASETS)/helpers.cpp" || \
 		{ echo "make: MEGATRON_LM=<a checkout of Megatron-LM> is missing" >&2; exit 1; }
-	@ls $(DATASETS)/helpers_cpp*.so >/dev/null 2>&1 || \
-		{ cmp $(DATASETS)/helpers.cpp $(WHEELS)/helpers.cpp && ln -s $(WHEELS)/helpers_cpp*.so $(DATASETS); } || \
+	@ls -L $(DATASETS)/helpers_cpp*.so >/dev/null 2>&1 || \
+		{ cmp $(DATASETS)/helpers.cpp $(WHEELS)/helpers.cpp && ln -sf $(WHEELS)/helpers_cpp*.so $(DATASETS); } || \
 		{ echo "make: compile the helpers first: make -C $(DATASETS) (it needs pybind11)" >&2; exit 1; }
 	PYTHONPATH=$(abspath $(MEGATRON_LM)) $(BIN)/python -m pytest $(WORKERS) $(QUICK) $(TESTS)
 
