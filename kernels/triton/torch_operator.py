@@ -164,7 +164,12 @@ class Operator:
             return (*found, *ctx.rest)
 
         backward._traced.register_fake(lambda *arguments: _like(arguments[:count]))
-        setup = setup_for(list(self._parameters))
+        of_dense = setup_for(list(self._parameters))
+
+        def setup(ctx: Any, inputs: Any, output: Any) -> None:
+            # the operator made its own; a backward outside of what traced reads these as they are
+            of_dense(ctx, _dense(inputs), output)
+
         self._traced.register_autograd(derive, setup_context=setup)
         self._transformed = self._for_transforms(derive, setup)
         self._direct = self._without_operator(derive, setup_for(list(mine)))

@@ -1,6 +1,9 @@
 """`combine_pre` under Triton's interpreter: the operation of which a model calls the most."""
 
+import contextlib
+
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mhc import kernels
 from tests.kernel_cases import inputs
@@ -34,6 +37,24 @@ def test_strided_arguments_and_leading_dimensions() -> None:
         assert not spread[name].is_contiguous()
     for got, wanted in zip(kernels.combine_pre(**spread, backend="triton"), flat, strict=True):
         assert torch.equal(got.reshape(wanted.shape), wanted)
+
+
+def test_what_a_mode_saw_of_strided_arguments_has_their_gradients() -> None:
+    """The forward is an operator there; the backward, outside, is not and reads what was saved."""
+    found = []
+    for is_seen in (False, True):
+        leaves = inputs("combine_pre", 6, 2, 20, torch.float32, "cpu")
+        strided = {
+            name: leaf.t().contiguous().t() if name == "f" else leaf
+            for name, leaf in leaves.items()
+        }
+        strided["x"] = leaves["x"].transpose(0, 2).contiguous().transpose(0, 2)
+        assert not strided["x"].is_contiguous() and not strided["f"].is_contiguous()
+        with FlopCounterMode(display=False) if is_seen else contextlib.nullcontext():
+            out = kernels.combine_pre(**strided, backend="triton")
+        torch.autograd.backward(out, [torch.ones_like(result) for result in out])
+        found.append([leaf.grad for leaf in leaves.values()])
+    assert all(map(torch.equal, *found))
 
 
 def test_streams_in_one_dimension_have_the_same_bits() -> None:
