@@ -34,7 +34,7 @@ def kernels(trace: Path) -> Iterator[tuple[str, Span]]:
     On the clock of the host where the trace has its offset, so that ranks can be laid side by side.
 
     Raises:
-        EOFError: its writer was ended before it was whole.
+        EOFError, json.JSONDecodeError: its writer was ended before it was whole; it is empty.
     """
     with gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open() as file:
         read = json.load(file)

@@ -46,8 +46,8 @@ def empty_hooks() -> None:
                 cell.cell_contents = None
 
 
-def free_tensors() -> None:
-    """Free what something still holds of a run: nothing will read it again.
+def free_tensors(device: str = "cuda") -> None:
+    """Free what something still holds of a run on devices of this type: nothing will read it again.
 
     Parameters, what optimizers keep, and any large tensor. A model with mHC on a last stage is
     still whole in the process when its training has ended, optimizer and all; Python's collector
@@ -56,13 +56,13 @@ def free_tensors() -> None:
     for thing in gc.get_objects():
         kind, tensors = type(thing), []
         if issubclass(kind, torch.Tensor):
-            is_large = thing.is_cuda and thing.untyped_storage().nbytes() > LARGE
+            is_large = thing.device.type == device and thing.untyped_storage().nbytes() > LARGE
             tensors = [thing] if is_large or issubclass(kind, torch.nn.Parameter) else []
         elif issubclass(kind, torch.optim.Optimizer):
             tensors = [p for group in thing.param_groups for p in group["params"]]
             tensors += [one for state in thing.state.values() for one in state.values()]
         for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == device:
                 tensor.untyped_storage().resize_(0)
 
 

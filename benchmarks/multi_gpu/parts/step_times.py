@@ -1,5 +1,7 @@
 """Step times of larger models, all variants of a layout in one launch."""
 
+import json
+import shutil
 from pathlib import Path
 
 from benchmarks.common.spans import exposed
@@ -104,6 +106,12 @@ def step_times(bench: Bench, gpus: int) -> None:
             continue  # there is nothing to capture
         if wanted := bench.options.variants:
             variants = {key: own for key, own in variants.items() if key in wanted}
+        if not variants:
+            if bench.options.only:
+                bench.runs[name] = Run(name, ranks, failure="not run: none of these variants")
+            continue
+        traces = bench.out / "traces" / name
+        shutil.rmtree(traces, ignore_errors=True)  # an earlier call's
         bench.rounds(
             name, ranks, flags, variants,
             number=bench.options.rounds, iterations=5 if bench.cpu else 9,
@@ -113,9 +121,10 @@ def step_times(bench: Bench, gpus: int) -> None:
             # Megatron wants one queue for tensor parallelism
             **({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if "tensor" in flags else {}),
         )  # fmt: skip
-        traces = bench.out / "traces" / name
-        for variant in variants if traces.exists() else ():
-            bench.runs[f"{name}: {variant}"].remark += messages(traces / variant)
+        for variant in variants:
+            if row := bench.runs.get(f"{name}: {variant}"):  # none where the call's time is up
+                said = (row.remark, messages(traces / variant))
+                row.remark = "; ".join(filter(None, said))
 
 
 def messages(folder: Path) -> str:
@@ -125,8 +134,6 @@ def messages(folder: Path) -> str:
         return ""
     try:
         alone = [exposed(trace) for trace in ranks]
-    except EOFError:
-        return "; its traces are cut short"
-    return "; " + ", ".join(
-        f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0]
-    )
+    except (EOFError, json.JSONDecodeError):  # an empty one
+        return "its traces are cut short"
+    return ", ".join(f"{key} {'/'.join(f'{rank[key]:.0f}' for rank in alone)}" for key in alone[0])
