@@ -30,7 +30,7 @@ from study import curves, plans
 from study.commands import COMMON, runs_of
 from study.results import Result, Study
 from study.runs import ROOT, Run
-from study.schedule import Budget, Schedule
+from study.schedule import Budget, Schedule, places
 
 MAIN = ROOT / "examples" / "pretrain_gpt.py"
 DATA = ROOT / "examples" / "prepare_data.py"
@@ -156,6 +156,11 @@ def prepare_text(args: argparse.Namespace, size: plans.Size, kept: Path) -> Path
 def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     """The runs of a plan, one a GPU."""
     size = plans.SIZES[args.size]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        slots = places(args.gpus or 1, size.environment, size.fusing, visible)
+    except ValueError as error:
+        sys.exit(f"stability: {error}")
     folder = args.curves or (EXAMPLE if size.fusing else args.runs) / "curves"
     kept = folder.resolve() / args.size
     data = prepare_text(args, size, kept)
@@ -165,13 +170,6 @@ def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
         args.plan, size, tokens=args.tokens or size.tokens, rates=best, models=args.models,
         folder=args.runs / args.size, curves=kept, data=data, more=more,
     )  # fmt: skip
-    slots = [dict(size.environment) for _ in range(args.gpus or 1)]
-    if size.fusing:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [*map(str, range(len(slots)))] if visible is None else visible.split(",")
-        if len(gpus) < len(slots):
-            sys.exit(f"stability: --gpus {len(slots)}, but CUDA_VISIBLE_DEVICES is {visible!r}")
-        slots = [{**size.environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: len(slots)]]
     budget = Budget(save=size.save, start=size.start)
     if args.budget is not None:
         budget = budget._replace(end=start + args.budget - size.save)

@@ -12,14 +12,13 @@ import pytest
 from benchmarks.multi_gpu.launches import Bench, Run
 from benchmarks.multi_gpu.parts import step_times
 from benchmarks.multi_gpu.parts.paper import LAYOUTS, paper
+from benchmarks.multi_gpu.run import command
 from tests.megatron.common.launch import forked_python
-
-run = pytest.importorskip("benchmarks.multi_gpu.run")
 
 
 def bench(folder: Path, *flags: str) -> Bench:
     """Of a call with these flags."""
-    return Bench(run.command().parse_args(["--out", str(folder), *flags]))
+    return Bench(command().parse_args(["--out", str(folder), *flags]))
 
 
 def parallel(flags: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,29 @@ def progress(log: Path, sequence: int | None = None) -> str:
     said = f"{speed * sequence:,.0f} tokens/s" if sequence else f"{speed:.1f} sequences/s"
     left = (int(steps) - int(step)) * float(milliseconds) / 1000
     return f"step {step} of {steps}, loss {float(loss):.3f}, {said}, {left:.0f} s left"
+
+
+def places(
+    count: int, environment: Mapping[str, str], own_gpu: bool, visible: str | None
+) -> list[dict[str, str]]:
+    """The environments of so many runs at a time.
+
+    Args:
+        count: of runs.
+        environment: what they all have.
+        own_gpu: whether each has a GPU for itself.
+        visible: CUDA_VISIBLE_DEVICES, from whose GPUs they take theirs; None where it is not set.
+
+    Raises:
+        ValueError: there are fewer GPUs in it.
+    """
+    if not own_gpu:
+        return [dict(environment) for _ in range(count)]
+    every = map(str, range(count)) if visible is None else visible.split(",")
+    gpus = [gpu for gpu in every if gpu.strip()]
+    if len(gpus) < count:
+        raise ValueError(f"--gpus {count}, but CUDA_VISIBLE_DEVICES is {visible!r}")
+    return [{**environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
 
 
 class Schedule:

@@ -11,6 +11,7 @@ from tests.unit.examples.study_of import module
 rules = module("study.statistics")
 text = module("study.text")
 curves = module("study.curves")
+schedule = module("study.schedule")
 
 
 def noisy(steps: int) -> list[float]:
@@ -141,3 +142,27 @@ def test_what_is_no_text_of_a_person_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "__editable___megatron_mhc_finder.py").write_text(good + "path")
     left = list(text.documents(text.candidates([tmp_path]), 1, set()))
     assert [d.path for d in left] == ["package/good.py"]
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "gpus"),
+    [
+        (2, None, ["0", "1"]),
+        (2, "3,5,6", ["3", "5"]),
+        (1, "GPU-1f,GPU-2e", ["GPU-1f"]),
+        (3, "3,5", None),
+        (1, "", None),
+    ],
+)
+def test_each_run_has_a_gpu_of_those_that_are_visible(
+    count: int, visible: str | None, gpus: list[str] | None
+) -> None:
+    given = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "9"}
+    if gpus is None:
+        with pytest.raises(ValueError, match=f"--gpus {count}, but CUDA_VISIBLE_DEVICES is"):
+            schedule.places(count, given, True, visible)
+    else:
+        found = schedule.places(count, given, True, visible)
+        assert found == [{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    # a CPU is shared
+    assert schedule.places(count, given, False, visible) == [given] * count
