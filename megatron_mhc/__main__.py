@@ -1,4 +1,4 @@
-"""`python -m megatron_mhc doctor | plot | convert`."""
+"""`python -m megatron_mhc doctor | plot | convert`, and `--version`."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ Tools, python -m megatron_mhc TOOL (with --help: what it takes):
   plot RUN ...            loss, gains and H_res of runs: PNGs and a page
 
 Read on: python -m megatron_mhc.run --help lists every --mhc flag; README.md
-and docs/ stand in the project's repository."""
+and docs/ stand in the project's repository. --version says which this is."""
 
 
 # warns of a CUDA toolkit without a GPU; warns that GPTModel is deprecated

@@ -170,6 +170,15 @@ def test_where_megatron_alone_reads_a_shared_flag_it_is_refused(
         active_config()
 
 
+@pytest.mark.parametrize("flag", ["--mhc", "--mhc-delayed", "--no-mhc-delayed"])
+def test_a_flag_of_ours_beside_a_yaml_file_is_refused(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--yaml-cfg", "run.yaml", flag])
+    with pytest.raises(ValueError, match=rf"^{flag} beside --yaml-cfg run.yaml"):
+        refuse_yaml(argparse.Namespace(yaml_cfg="run.yaml"))
+
+
 def test_a_yaml_file_may_set_native_mhc_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of ours, no check would see."""
     monkeypatch.setattr("sys.argv", ["train.py", "--yaml-cfg", "run.yaml"])

@@ -58,6 +58,10 @@ def test_what_one_generation_has_no_place_for_is_refused() -> None:
     with pytest.raises(ConvertError, match=r"^runs/native has layers with experts"):
         check_back(FOLDER, EXPERTS, None, august)
     assert check_back(FOLDER, DENSE, Namespace(norm_epsilon=3e-6), dev) == DEV
+    # the mean has no eps
+    mean = MHCConfig(convention=DEV, end="mean")
+    for mhc, which in ((august, AUGUST), (mean, DEV)):
+        assert check_back(FOLDER, DENSE, Namespace(norm_epsilon=1e-5), mhc) == which
     with pytest.raises(
         ConvertError, match=r"head_eps 3e-06, and norms with 1e-05; .*--mhc-head-ep"
     ):
