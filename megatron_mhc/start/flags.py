@@ -112,11 +112,6 @@ def _given(args: argparse.Namespace) -> set[str]:
     }
 
 
-def given_settings(args: argparse.Namespace) -> str:
-    """The flags of mHC's settings that the user has given, in words; empty where there are none."""
-    return ", ".join(map(flag_of, sorted(_given(args))))
-
-
 def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
     """MHCConfig from parsed flags; what was not given has its default.
 
