@@ -144,7 +144,8 @@ def cdiv(count: int, size: int) -> int:
 
 
 def shares(blocks: int, resident: int) -> int:
-    """Shares of the tokens, 4 to 26, with which `blocks` of channels fill whole waves best.
+    """Shares of the tokens with which `blocks` of channels fill whole waves best: 4 to 26, or as
+    many as narrow streams want for one wave.
 
     A wave is what runs at once: `resident` programs. The last wave costs as much when half empty.
     """
@@ -153,7 +154,7 @@ def shares(blocks: int, resident: int) -> int:
         waves = -(-blocks * count // resident)
         return blocks * count / (waves * resident)
 
-    return max(range(4, 27), key=filled)
+    return max(range(4, max(26, resident // blocks) + 1), key=filled)
 
 
 @tunable
