@@ -24,17 +24,22 @@ from megatron_mhc import MHCConfig, kernels
 
 @dataclass
 class Shapes:
-    """T tokens, n streams of width C, bf16 streams and fp32 parameters on the GPU."""
+    """T tokens, n streams of width C, streams of `dtype` and fp32 parameters on the GPU."""
 
     tokens: int
     width: int
     n: int = 4
+    dtype: torch.dtype = torch.bfloat16
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, device="cuda") * scale
 
     def streams(self) -> Tensor:
-        return self.normal(self.tokens, self.n, self.width).bfloat16()
+        return self.normal(self.tokens, self.n, self.width).to(self.dtype)
+
+    def sublayer(self) -> Tensor:
+        """What F returned, or a gradient of that shape, [T, C]."""
+        return self.normal(self.tokens, self.width).to(self.dtype)
 
     def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.n * self.n + 2 * self.n
@@ -68,14 +73,14 @@ def _ready(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def ours(shapes: Shapes, backend: str = "triton") -> Site:
     """A steady-state site: combine_pre of one boundary and that operation's backward."""
-    tokens, n, width = shapes.tokens, shapes.n, shapes.width
+    tokens, n = shapes.tokens, shapes.n
     h_post = 2 * torch.sigmoid(shapes.normal(tokens, n))
     h_res = torch.softmax(shapes.normal(tokens, n, n), -1)
-    f = shapes.normal(tokens, width).bfloat16()
+    f = shapes.sublayer()
     leaves = _ready(shapes.streams(), f, h_post, h_res, *shapes.parameters())
     gradients = (
         shapes.streams(),
-        shapes.normal(tokens, width).bfloat16(),
+        shapes.sublayer(),
         shapes.normal(tokens, n),
         shapes.normal(tokens, n, n),
     )
@@ -86,14 +91,14 @@ def single_pass(shapes: Shapes) -> Site:
     """The same of delayed sites: combine_read in the convention deepseek_v4_1."""
     mhc = MHCConfig(convention="deepseek_v4_1")
     options = {name: getattr(mhc, name) for name in ("norm_eps", "pre_eps", "sinkhorn_eps")}
-    tokens, n, width = shapes.tokens, shapes.n, shapes.width
+    tokens, n = shapes.tokens, shapes.n
     h_pre = torch.sigmoid(shapes.normal(tokens, n))
     h_res = torch.softmax(shapes.normal(tokens, n, n), -1)
-    f = shapes.normal(tokens, width).bfloat16()
+    f = shapes.sublayer()
     leaves = _ready(shapes.streams(), f, 2 * h_pre, h_res, h_pre.clone(), *shapes.parameters())
     gradients = (
         shapes.streams(),
-        shapes.normal(tokens, width).bfloat16(),
+        shapes.sublayer(),
         shapes.normal(tokens, n),
         shapes.normal(tokens, n),
         shapes.normal(tokens, n, n),
@@ -178,11 +183,11 @@ def transformer_engine(shapes: Shapes, norm_weight: bool = True) -> Site:
 
 
 def liger(shapes: Shapes) -> Site:
-    """Liger-Kernel: phi [n*C, rows] in bf16 (its tensor-core mode), alpha as three scalars."""
+    """Liger-Kernel: phi [n*C, rows] in the streams' dtype, for tensor cores; alpha in scalars."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     phi, _, bias = shapes.parameters()
     alphas = [torch.tensor(0.5, device="cuda") for _ in range(3)]
-    leaves = _ready(shapes.streams(), phi.t().contiguous().bfloat16(), bias, *alphas)
+    leaves = _ready(shapes.streams(), phi.t().contiguous().to(shapes.dtype), bias, *alphas)
 
     def function() -> tuple[Tensor]:
         h_pre, h_post, h_res = functional.liger_mhc_coeffs(*leaves)

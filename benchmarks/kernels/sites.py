@@ -4,27 +4,29 @@
     python benchmarks/kernels/sites.py --quick                          # T 8192, C 4096 alone
     python benchmarks/kernels/sites.py --tokens 4096 --widths 2560 7168 --peers ours TileKernels
     python benchmarks/kernels/sites.py --quick --peers ours "ours, deepseek_v4_1"
+    python benchmarks/kernels/sites.py --quick --streams 1 2 8 --dtypes bf16 fp16 fp32
     python benchmarks/kernels/sites.py --operations                     # each operation alone
     python benchmarks/kernels/sites.py --quick --by-kernel --peers ours # each CUDA kernel of a site
 
 A site of ours is `combine_pre`, the boundary between two sites, and its backward with all parameter
 gradients; a peer's is its pre, F the identity, its post, and their backward. "ours, deepseek_v4_1"
 is `combine_read`, that boundary in the single pass of delayed sites: another function, in 10 passes
-and 25. Everything runs in one process on the same shapes: bf16 streams, fp32 parameters, n = 4,
-20 Sinkhorn iterations.
+and 25 at n = 4. Everything runs in one process on the same shapes, with fp32 parameters and 20
+Sinkhorn iterations; not every peer has kernels for every n and dtype.
 
 Columns: microseconds (medians over CUDA events; of a CUDA graph's replays where the peer can be
-captured, else of plain launches, marked *); passes, that is T*C bf16 elements at the bandwidth of a
-device-to-device copy measured in the same run; the share of that bandwidth that the site would need
-for the fewest bytes of any known algorithm (`sites_plot.FLOORS`); saved, the memory that
-the forward leaves for the backward beside its inputs and results; peak, beside the inputs; host,
-the time in which the host queues both ways, launched plainly; took, seconds with what the
-implementation compiles and tunes for this size.
+captured, else of plain launches, marked *); passes, that is T*C elements of the streams' dtype at
+the bandwidth of a device-to-device copy measured in the same run; the share of that bandwidth that
+the site would need for the fewest bytes of any known algorithm (`sites_plot.floors`); saved, the
+memory that the forward leaves for the backward beside its inputs and results; peak, beside the
+inputs; host, the time in which the host queues both ways, launched plainly; took, seconds with what
+the implementation compiles and tunes for this size.
 Buffers rotate so that no run finds its inputs in the L2 cache.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 import time
@@ -41,11 +43,11 @@ from benchmarks.common.timing import host_us, median_us
 from benchmarks.kernels.bandwidth import copy_bandwidth
 from benchmarks.kernels.by_kernel import captured, kernel_times
 from benchmarks.kernels.peers import PEERS, Shapes, Site
-from benchmarks.kernels.sites_plot import FLOORS, plot
+from benchmarks.kernels.sites_plot import floors, plot
 from megatron_mhc import kernels
 
-SINGLE_PASS = {"ours, deepseek_v4_1": {"forward": 10, "both": 25}}
-"""The floors of what computes another function, counted alike."""
+SINGLE_PASS = "ours, deepseek_v4_1"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 L2_BYTES = 64 * 2**20
 
 
@@ -63,11 +65,16 @@ def memory(site: Site) -> tuple[int, int]:
     return saved, torch.cuda.max_memory_allocated() - before
 
 
+def floors_of(name: str, n: int) -> dict[str, int]:
+    """The floors of an implementation; the single pass computes another function."""
+    return {"forward": 2 * n + 2, "both": 5 * n + 5} if name == SINGLE_PASS else floors(n)
+
+
 def measure(
     build: Callable[[Shapes], Site], shapes: Shapes, by_kernel: bool = False
 ) -> dict[str, Any]:
     """Times and memory of one implementation at one size, and of each kernel where asked for."""
-    bytes_a_set = 2 * shapes.tokens * shapes.n * shapes.width
+    bytes_a_set = shapes.dtype.itemsize * shapes.tokens * shapes.n * shapes.width
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # leaves live where the graphs are captured
@@ -104,21 +111,24 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
     rows = []
     begun = time.monotonic()
     print(
-        f"{'T':>6} {'C':>5}  {'implementation':30} {'fwd us':>9} {'passes':>7} {'share':>6}"
-        f" {'both us':>9} {'passes':>7} {'share':>6} {'host us':>8} {'saved MB':>9} {'peak MB':>8}"
-        f" {'took':>5}"
+        f"{'T':>6} {'C':>5} {'n':>2} type  {'implementation':30} {'fwd us':>9} {'passes':>7}"
+        f" {'share':>6} {'both us':>9} {'passes':>7} {'share':>6} {'host us':>8} {'saved MB':>9}"
+        f" {'peak MB':>8} {'took':>5}"
     )
-    for tokens, width in ((t, c) for c in arguments.widths for t in arguments.tokens):
-        one_pass = tokens * width * 2 / bandwidth * 1e6
+    axes = arguments.dtypes, arguments.streams, arguments.widths, arguments.tokens
+    for dtype, n, width, tokens in itertools.product(*axes):
+        shapes = Shapes(tokens, width, n, DTYPES[dtype])
+        one_pass = tokens * width * shapes.dtype.itemsize / bandwidth * 1e6
+        size = f"{tokens:6} {width:5} {n:2} {dtype}"
         for name in arguments.peers:
-            row: dict[str, Any] = {"tokens": tokens, "width": width, "name": name}
+            row: dict[str, Any] = {"tokens": tokens, "width": width, "streams": n, "dtype": dtype}
+            row["name"] = name
             rows.append(row)
             row_begun = time.monotonic()
             if row_begun - begun > arguments.seconds:
                 row["error"] = "not run: out of time"
             else:
                 try:
-                    shapes = Shapes(tokens, width)
                     row.update(measure(PEERS[name], shapes, arguments.by_kernel))
                 except (ImportError, OSError) as error:
                     row["error"] = f"not installed: {error}"
@@ -127,10 +137,10 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
             gc.collect()
             torch.cuda.empty_cache()
             if "error" in row:
-                print(f"{tokens:6} {width:5}  {name:30} {row['error'][:80]}")
+                print(f"{size}  {name:30} {row['error'][:80]}")
                 continue
-            line = f"{tokens:6} {width:5}  {name:30}"
-            for part, floor in SINGLE_PASS.get(name, FLOORS).items():
+            line = f"{size}  {name:30}"
+            for part, floor in floors_of(name, n).items():
                 row[f"{part}_passes"] = row[f"{part}_us"] / one_pass
                 mark = " " if row[f"{part}_graph"] else "*"
                 share = floor / row[f"{part}_passes"]
@@ -166,7 +176,7 @@ def operations(tokens: int, width: int, bandwidth: float) -> list[dict[str, Any]
         "aggregate": ((x, h_pre), n + 1, n + 1 + 2 * n + 1),
         "pre": ((x, phi, alpha, bias), 2 * n + 1, 2 * n + 1 + (n + 1) + (2 * n + 1)),
         "combine": ((x, f, h_post, h_res), 2 * n + 1, 2 * n + 1 + 3 * n + 2),
-        "combine_pre": ((x, f, h_post, h_res, phi, alpha, bias), *FLOORS.values()),
+        "combine_pre": ((x, f, h_post, h_res, phi, alpha, bias), *floors(n).values()),
         "combine_read": ((x, f, h_post, h_res, h_pre, phi, alpha, bias), 10, 25),
         "head": ((x, fn, scale, base), 2 * n + 1, 2 * n + 1 + (n + 1) + (2 * n + 1)),
     }
@@ -203,6 +213,10 @@ def parse() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     command_line.add_list(parser, "tokens", [1024, 4096, 8192, 16384], "T, tokens of a site")
     command_line.add_list(parser, "widths", [4096, 2560, 7168], "C, the width of a stream")
+    command_line.add_list(parser, "streams", [4], "n")
+    parser.add_argument(
+        "--dtypes", nargs="*", default=["bf16"], choices=list(DTYPES), help="(default: bf16)"
+    )
     parser.add_argument(
         "--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER",
         help=f"of {', '.join(map(repr, PEERS))} (default: all that are installed)",

@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/sites_plot.py kernels.json --output kernels.png
 
-A group of bars a size, a pane a direction, in passes of T*C bf16 elements from zero on. What is
-more than three times as long as ours is cut off, with its value above it.
+A group of bars a size, a pane a direction, in passes over one stream of T*C elements from zero on.
+What is more than three times as long as ours is cut off, with its value above it.
 """
 
 import json
@@ -15,9 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import command_line, plotting
 
-FLOORS = {"forward": 14, "both": 34}
-"""Passes of the fewest bytes of any known algorithm at n = 4. Both ways: 5 to read y and du for the
-coefficients' gradients, 15 to read dy, x, du and f and write dx and df, with y made again."""
+
+def floors(n: int = 4) -> dict[str, int]:
+    """Passes of the fewest bytes of any known algorithm with n streams: 14 and 34 at n = 4.
+
+    Forward reads x and f, writes y, reads it for u, writes u. Backward reads y and du for the
+    coefficients' gradients, then dy, x, du and f, and writes dx and df, with y made again.
+    """
+    return {"forward": 3 * n + 2, "both": 7 * n + 6}
+
+
 TITLES = {"forward": "forward", "both": "forward and backward"}
 OURS = "ours"
 CUT = 3.2
@@ -33,18 +40,19 @@ def plot(rows: list[dict[str, Any]], machine: str, path: Path) -> None:
         path: of the picture.
     """
     done = [row for row in rows if "both_passes" in row]
-    sizes = list(dict.fromkeys((row["tokens"], row["width"]) for row in done))
+    sizes = list(dict.fromkeys(map(_size, done)))
     names = list(dict.fromkeys(row["name"] for row in done))
     width = 0.84 / len(names)
     figure, panes = plotting.pyplot().subplots(
         2, 1, figsize=(3 + 1.1 * len(sizes), 7), sharex=True, layout="constrained"
     )
-    for pane, (part, floor) in zip(panes, FLOORS.items(), strict=True):
+    for pane, part in zip(panes, TITLES, strict=True):
         key = f"{part}_passes"
-        longest = CUT * max((row[key] for row in done if row["name"] == OURS), default=floor)
+        lines = [floors(n)[part] for _, _, n, _ in sizes]
+        longest = CUT * max((row[key] for row in done if row["name"] == OURS), default=max(lines))
         top = min(longest, max(row[key] for row in done))
         for k, name in enumerate(names):
-            at = {(row["tokens"], row["width"]): row[key] for row in done if row["name"] == name}
+            at = {_size(row): row[key] for row in done if row["name"] == name}
             places = [i + (k - len(names) / 2) * width for i in range(len(sizes))]
             heights = [at.get(size, 0.0) for size in sizes]
             pane.bar(places, [min(h, top) for h in heights], width, label=name, align="edge")
@@ -53,16 +61,27 @@ def plot(rows: list[dict[str, Any]], machine: str, path: Path) -> None:
                     above = f"{height:.0f}" + " ↑" * (height > top)
                     y = min(height, top)
                     pane.text(place + width / 2, y, above, ha="center", va="bottom", fontsize=6)
-        pane.axhline(floor, color="black", linewidth=0.8, linestyle="--")
-        pane.text(len(sizes) - 0.5, floor, f" floor\n {floor}", ha="left", va="center", fontsize=8)
+        ends = [i - 0.5 for i in range(len(sizes))], [i + 0.5 for i in range(len(sizes))]
+        pane.hlines(lines, *ends, color="black", linewidth=0.8, linestyle="--")
+        label = f" floor\n {lines[-1]}"
+        pane.text(len(sizes) - 0.5, lines[-1], label, ha="left", va="center", fontsize=8)
         pane.set_ylim(0, 1.1 * top)
         pane.set_xlim(-0.6, len(sizes) - 0.5)
         pane.set_title(TITLES[part], fontsize=10)
-        pane.set_ylabel("passes of T*C bf16 elements")
+        pane.set_ylabel("passes over T*C elements")
     panes[0].legend(fontsize=8, ncols=2, loc="upper right")
-    panes[1].set_xticks(range(len(sizes)), [f"T {tokens}\nC {wide}" for tokens, wide in sizes])
-    figure.suptitle(f"A site of mHC, n = 4, on {machine}: time in passes over one stream")
+    panes[1].set_xticks(range(len(sizes)), [_label(*size) for size in sizes])
+    figure.suptitle(f"A site of mHC on {machine}: time in passes over one stream")
     figure.savefig(path, dpi=120)
+
+
+def _size(row: dict[str, Any]) -> tuple[int, int, int, str]:
+    """What two rows of the same bars have in common; older files have n = 4 and bf16 alone."""
+    return row["tokens"], row["width"], row.get("streams", 4), row.get("dtype", "bf16")
+
+
+def _label(tokens: int, width: int, n: int, dtype: str) -> str:
+    return f"T {tokens}\nC {width}\nn {n}" + f", {dtype}" * (dtype != "bf16")
 
 
 def main() -> None:
