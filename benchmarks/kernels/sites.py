@@ -43,10 +43,9 @@ from benchmarks.common.timing import host_us, median_us
 from benchmarks.kernels.bandwidth import copy_bandwidth
 from benchmarks.kernels.by_kernel import captured, kernel_times
 from benchmarks.kernels.peers import PEERS, Shapes, Site
-from benchmarks.kernels.sites_plot import floors, plot
+from benchmarks.kernels.sites_plot import SINGLE_PASS, floors, plot
 from megatron_mhc import kernels
 
-SINGLE_PASS = "ours, deepseek_v4_1"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 L2_BYTES = 64 * 2**20
 
@@ -63,11 +62,6 @@ def memory(site: Site) -> tuple[int, int]:
     del results
     site.backward()
     return saved, torch.cuda.max_memory_allocated() - before
-
-
-def floors_of(name: str, n: int) -> dict[str, int]:
-    """The floors of an implementation; the single pass computes another function."""
-    return {"forward": 2 * n + 2, "both": 5 * n + 5} if name == SINGLE_PASS else floors(n)
 
 
 def measure(
@@ -140,7 +134,7 @@ def compare(arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, A
                 print(f"{size}  {name:30} {row['error'][:80]}")
                 continue
             line = f"{size}  {name:30}"
-            for part, floor in floors_of(name, n).items():
+            for part, floor in floors(n, name).items():
                 row[f"{part}_passes"] = row[f"{part}_us"] / one_pass
                 mark = " " if row[f"{part}_graph"] else "*"
                 share = floor / row[f"{part}_passes"]
@@ -177,7 +171,10 @@ def operations(tokens: int, width: int, bandwidth: float) -> list[dict[str, Any]
         "pre": ((x, phi, alpha, bias), 2 * n + 1, 2 * n + 1 + (n + 1) + (2 * n + 1)),
         "combine": ((x, f, h_post, h_res), 2 * n + 1, 2 * n + 1 + 3 * n + 2),
         "combine_pre": ((x, f, h_post, h_res, phi, alpha, bias), *floors(n).values()),
-        "combine_read": ((x, f, h_post, h_res, h_pre, phi, alpha, bias), 10, 25),
+        "combine_read": (
+            (x, f, h_post, h_res, h_pre, phi, alpha, bias),
+            *floors(n, SINGLE_PASS).values(),
+        ),
         "head": ((x, fn, scale, base), 2 * n + 1, 2 * n + 1 + (n + 1) + (2 * n + 1)),
     }
     one_pass = tokens * width * 2 / bandwidth * 1e6

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.common import spans
-from benchmarks.kernels import site_tiles
+from benchmarks.kernels import site_tiles, sites_plot
 from benchmarks.kernels.by_kernel import medians
 from benchmarks.pipeline import timeline
 from tests.megatron.common.launch import forked_python
@@ -212,3 +212,10 @@ def test_hooks_are_emptied_beside_a_proxy_of_what_is_gone() -> None:
     assert gone() is not None
     rounds.empty_hooks()
     assert gone() is None
+
+
+def test_floors_count_each_pass_over_a_stream() -> None:
+    """Counted at n 4 by hand: the site's kernels, and those of the single pass."""
+    assert sites_plot.floors(4) == {"forward": 14, "both": 34}
+    assert sites_plot.floors(4, sites_plot.SINGLE_PASS) == {"forward": 10, "both": 25}
+    assert sites_plot.floors(1) == {"forward": 5, "both": 13}
