@@ -11,13 +11,14 @@ from typing import Any
 from .registry import Patch
 
 
-def block_forward_patches(arrange: Callable[[Any], None]) -> tuple[Patch, ...]:
-    """`arrange(block)` runs before every forward of a TransformerBlock or a HybridStack."""
+def block_forward_patches(arrange: Callable[[Any, Any], None]) -> tuple[Patch, ...]:
+    """`arrange(block, inference_context)` runs before every forward of a TransformerBlock or a
+    HybridStack, which have read nothing by then; the context is None while one trains."""
 
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            arrange(self)
+            arrange(self, kwargs.get("inference_context") or kwargs.get("inference_params"))
             return original(self, *args, **kwargs)
 
         return forward

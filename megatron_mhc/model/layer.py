@@ -172,18 +172,7 @@ class MHCLayer(GraphableMegatronModule):
             site.forget()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward on [s, b, n*C]; the first takes, the last gives [s, b, C].
-
-        Raises:
-            ValueError: inference over several pipeline stages, which exchange one stream there.
-        """
-        inference = kwargs.get("inference_context") or kwargs.get("inference_params")
-        if inference is not None and self.config.pipeline_model_parallel_size > 1:
-            raise ValueError(
-                "Megatron's inference sends one stream between pipeline stages, and mHC has"
-                f" {self.mhc.num_streams}: load the checkpoint with"
-                " --pipeline-model-parallel-size 1"
-            )
+        """The layer's forward on [s, b, n*C]; the first takes, the last gives [s, b, C]."""
         try:
             return super().forward(hidden_states, *args, **kwargs)
         except BaseException:

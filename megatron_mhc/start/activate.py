@@ -107,11 +107,11 @@ def _like_decoder(decoder: Any, mtp: Any) -> Any:
     return like_decoder(decoder, mtp)
 
 
-def _arrange(block: Any) -> None:
-    """`arrange.arrange`, imported when there is a model to run."""
-    from megatron_mhc.model.arrange import arrange
+def _arrange(block: Any, inference_context: Any) -> None:
+    """`arrange.before_forward`, imported when there is a model to run."""
+    from megatron_mhc.model.arrange import before_forward
 
-    arrange(block)
+    before_forward(block, inference_context)
 
 
 def _place(stack: Any) -> None:

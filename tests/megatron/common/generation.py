@@ -38,7 +38,7 @@ def decoded(model: GPTModel) -> dict[str, Tensor]:
         context.sequence_len_offset = at
         one = slice(at, at + 1)
         parts.append(model(tokens[:, one], positions[:, one], None, **options))
-    # last: without a context a later pipeline stage stops in Megatron, which missed what it reads
+    # after those, which are refused: a later stage has nothing to read
     whole = model(tokens, positions, mask)
     return {"whole": whole[:, -5:], "cached": torch.cat(parts, 1)[:, -5:]}
 

@@ -245,8 +245,11 @@ def test_decoding_with_a_cache_gives_the_logits_of_a_whole_forward(
     assert logits["whole"].std() > 0.1
 
 
-def test_inference_over_pipeline_stages_is_refused() -> None:
-    settings = {"steps": 0, "decode": True, "parallel": {"pipeline_model_parallel_size": 2}}
+@pytest.mark.parametrize("model", [{}, {"pattern": "*-*-|*-*-"}], ids=["gpt", "hybrid"])
+def test_inference_over_pipeline_stages_is_refused(model: dict[str, Any]) -> None:
+    """By whichever stage comes first, before it misses what it reads."""
+    stages = {"parallel": {"pipeline_model_parallel_size": 2}}
+    settings = {"steps": 0, "decode": True, **stages, **model}
     with pytest.raises(AssertionError, match="inference sends one stream between pipeline stages"):
         run_scenarios(2, {"bad": settings})
 
