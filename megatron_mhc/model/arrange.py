@@ -74,8 +74,8 @@ def arrange(block: Any) -> None:
             " that layer, or hand its head on before you drop it: layers[-1].head = dropped.head"
         )
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
-        is_fused = after is not None and layer.fuses_with_next
-        layer.sites[-1].following = after.sites[0] if is_fused else None
+        fused = after if layer.fuses_with_next else None
+        layer.sites[-1].following = fused.sites[0] if fused is not None else None
     if (plan := layers[0].recompute_plan) is not None:
         for members in blocks(len(layers), plan.layers):
             _drop_together(layers[members.start : members.stop])
