@@ -18,17 +18,21 @@ from megatron_mhc.kernels.triton.passes.projection import (
 )
 from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 
-FLOORS = {
-    "combine_and_project": 9,
-    "project_delayed": 10,
-    "coefficients": 0,
-    "aggregate": 5,
-    "coefficient_gradients": 5,
-    "stream_gradients": 15,
-    "read_gradients": 15,
-    "phi_gradient": 4,
-}
-"""Passes that each kernel must move at n = 4, partial sums left out."""
+
+def floors(n: int) -> dict[str, int]:
+    """Passes that each kernel must move with n streams, partial sums left out."""
+    return {
+        "combine_and_project": 2 * n + 1,
+        "project_delayed": 2 * n + 2,
+        "coefficients": 0,
+        "aggregate": n + 1,
+        "coefficient_gradients": n + 1,
+        "stream_gradients": 3 * n + 3,
+        "read_gradients": 3 * n + 3,
+        "phi_gradient": n,
+    }
+
+
 NOT_IN_SINGLE_PASS = ("combine_and_project", "aggregate", "stream_gradients")
 NOT_IN_TWO = ("project_delayed", "read_gradients")
 """Kernels that a site of delayed sites does not have, and that any other does not."""
@@ -75,6 +79,23 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4))),
 }
 
+"""Tiles to try with up to four streams."""
+WIDE_GRIDS: dict[str, list[tuple[int, ...]]] = {
+    **GRIDS,
+    "combine_and_project": list(itertools.product((32,), (16, 32), (1, 2, 4), (2, 4), (1, 2, 3))),
+    "project_delayed": list(itertools.product((32,), (16, 32), (1, 2, 4), (2, 4), (1, 2, 3))),
+    "coefficient_gradients": list(itertools.product((4, 8, 16), (32, 64, 128), (1,), (4,), (1, 2))),
+    "stream_gradients": list(itertools.product((4, 8, 16), (16, 32), (8, 16), (2, 4), (1, 3))),
+    "read_gradients": list(itertools.product((4, 8, 16), (16, 32), (8, 16), (2, 4), (1, 3))),
+    "phi_gradient": list(itertools.product((32, 64), (64, 128), (4, 8), (4, 8), (1, 2, 3))),
+}
+"""Those with more: four times the coefficients leave no room for as many channels."""
+
+
+def grid(kernel: str, n: int) -> list[tuple[int, ...]]:
+    """The tiles to try for a kernel with n streams."""
+    return (GRIDS if n <= 4 else WIDE_GRIDS)[kernel]
+
 
 def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
     """`KERNEL=tokens,channels,...` as a kernel's name and a tile's numbers.
@@ -93,9 +114,9 @@ def named_tile(text: str) -> tuple[str, tuple[int, ...]]:
     return kernel, tuple(map(int, numbers))
 
 
-def running(kernel: str, width: int) -> tuple[int, ...]:
-    """The tile of `kernels.triton.tiles`, for n = 4 and bf16, as `--tiles` takes it."""
-    tile = tuple(getattr(tiles, kernel)(4, width, torch.bfloat16))
+def running(kernel: str, n: int, width: int) -> tuple[int, ...]:
+    """The tile of `kernels.triton.tiles` for bf16, as `--tiles` takes it."""
+    tile = tuple(getattr(tiles, kernel)(n, width, torch.bfloat16))
     return tile[:-1] if tile[-1] is None else tile
 
 

@@ -5,6 +5,7 @@
     MEGATRON_MHC_TILES=tiles.json torchrun ...              # trains with the fastest of them
     python benchmarks/kernels/tune.py --kernels combine_and_project --width 7168 --seconds 60
     python benchmarks/kernels/tune.py --tiles stream_gradients=8,64,13,2,3,255 coefficients=8,1,1,4
+    python benchmarks/kernels/tune.py --streams 8           # n 8 has a list of its own
     python benchmarks/kernels/tune.py --single-pass         # in a site of convention deepseek_v4_1
 
 Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. A kernel is
@@ -32,11 +33,12 @@ from benchmarks.kernels.bandwidth import copy_bandwidth
 from benchmarks.kernels.by_kernel import captured, kernel_times
 from benchmarks.kernels.peers import Shapes, ours, single_pass
 from benchmarks.kernels.site_tiles import (
-    FLOORS,
     GRIDS,
     KERNELS,
     NOT_IN_SINGLE_PASS,
     NOT_IN_TWO,
+    floors,
+    grid,
     named_tile,
     running,
     subjects,
@@ -50,18 +52,18 @@ Grids = dict[str, list[Numbers]]
 """The tiles to try, by kernel."""
 
 
-def save(file: Path, fastest: dict[str, tuple[int, ...]], width: int) -> None:
+def save(file: Path, fastest: dict[str, Numbers], n: int, width: int) -> None:
     """Add the fastest tiles to a file that MEGATRON_MHC_TILES may name; others in it stay."""
     saved = json.loads(file.read_text()) if file.exists() else {}
     for kernel, numbers in fastest.items():
-        saved[tiles.key(kernel, 4, width, torch.bfloat16)] = numbers
+        saved[tiles.key(kernel, n, width, torch.bfloat16)] = numbers
     lines = (f"  {json.dumps(name)}: {json.dumps(saved[name])}" for name in sorted(saved))
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def compile_tiles(width: int, listed: list[tuple[str, tuple[int, ...]]]) -> None:
+def compile_tiles(n: int, width: int, listed: list[tuple[str, Numbers]]) -> None:
     """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
-    calls = subjects(64, width)
+    calls = subjects(64, width, n)
     for kernel, numbers in listed:
         default = getattr(tiles, kernel)
         use_tile(kernel, numbers)
@@ -70,12 +72,12 @@ def compile_tiles(width: int, listed: list[tuple[str, tuple[int, ...]]]) -> None
         setattr(tiles, kernel, default)
 
 
-def in_site(tokens: int, width: int, is_single: bool) -> Callable[[str], tuple[float, float]]:
+def in_site(shapes: Shapes, is_single: bool) -> Callable[[str], tuple[float, float]]:
     """A kernel's name -> us of a site both ways and of this kernel in it, with today's tiles."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # leaves live where the graph is captured
-        site = (single_pass if is_single else ours)(Shapes(tokens, width))
+        site = (single_pass if is_single else ours)(shapes)
     torch.cuda.current_stream().wait_stream(side)
 
     def both() -> None:
@@ -98,6 +100,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
     command_line.add_numbers(parser, command_line.SITE)
+    parser.add_argument("--streams", type=int, default=4, help="n (default: 4)")
     parser.add_argument(
         "--kernels", nargs="*", choices=list(GRIDS), metavar="KERNEL",
         help=f"of {', '.join(GRIDS)} (default: all of the site)",
@@ -121,7 +124,14 @@ def asked(options: argparse.Namespace) -> Grids:
         absent = NOT_IN_SINGLE_PASS if options.single_pass else NOT_IN_TWO
         kernels = options.kernels or [kernel for kernel in GRIDS if kernel not in absent]
         return {
-            kernel: list(dict.fromkeys([running(kernel, options.width), *GRIDS[kernel]]))
+            kernel: list(
+                dict.fromkeys(
+                    [
+                        running(kernel, options.streams, options.width),
+                        *grid(kernel, options.streams),
+                    ]
+                )
+            )
             for kernel in kernels
         }
     grids: Grids = {}
@@ -132,11 +142,12 @@ def asked(options: argparse.Namespace) -> Grids:
 
 def compile_all(grids: Grids, options: argparse.Namespace) -> None:
     """Compile every tile, in processes; one that takes half the time is not waited for."""
-    everything = [(kernel, numbers) for kernel, grid in grids.items() for numbers in grid]
+    everything = [(kernel, numbers) for kernel, listed in grids.items() for numbers in listed]
     spawn = multiprocessing.get_context("spawn")
     workers = [
         spawn.Process(
-            target=compile_tiles, args=(options.width, everything[i :: options.processes])
+            target=compile_tiles,
+            args=(options.streams, options.width, everything[i :: options.processes]),
         )
         for i in range(options.processes)
     ]
@@ -147,11 +158,14 @@ def compile_all(grids: Grids, options: argparse.Namespace) -> None:
 
 
 def timed(
-    kernel: str, grid: list[Numbers], times_us: Callable[[str], tuple[float, float]], seconds: float
+    kernel: str,
+    listed: list[Numbers],
+    times_us: Callable[[str], tuple[float, float]],
+    seconds: float,
 ) -> Iterator[tuple[float, float, Numbers]]:
     """us of a site and of this kernel in it with each tile, until the time is up."""
     begun, default = time.monotonic(), getattr(tiles, kernel)
-    for numbers in grid:
+    for numbers in listed:
         if time.monotonic() - begun > seconds:
             print(f"{kernel}: out of time before {numbers}")
             break
@@ -172,19 +186,24 @@ def main() -> None:
     print(f"compiled for {time.monotonic() - start:.0f} s")
     one_pass = options.tokens * options.width * 2 / copy_bandwidth() * 1e6
     print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")
-    times_us = in_site(options.tokens, options.width, options.single_pass)
+    shapes = Shapes(options.tokens, options.width, options.streams)
+    times_us = in_site(shapes, options.single_pass)
     fastest: dict[str, Numbers] = {}
-    for kernel, grid in grids.items():
-        results = sorted(timed(kernel, grid, times_us, options.seconds / len(grids)))
+    for kernel, listed in grids.items():
+        results = sorted(timed(kernel, listed, times_us, options.seconds / len(grids)))
         if results:
             fastest[kernel] = results[0][2]
-        print(f"{kernel}: floor {FLOORS[kernel]} passes")
+        print(f"{kernel}: floor {floors(options.streams)[kernel]} passes")
         for site_us, time_us, numbers in results[:12]:
-            mark = "  (what runs)" if numbers == running(kernel, options.width) else ""
+            mark = (
+                "  (what runs)"
+                if numbers == running(kernel, options.streams, options.width)
+                else ""
+            )
             passes = f"{time_us / one_pass:6.2f} passes"
             print(f"  {time_us:8.1f} us {passes}, site {site_us:8.1f} us  {numbers}{mark}")
     if options.save:
-        save(options.save, fastest, options.width)
+        save(options.save, fastest, options.streams, options.width)
         print(f"saved to {options.save}: {', '.join(fastest)}")
     print(f"{time.monotonic() - start:.0f} s")
 

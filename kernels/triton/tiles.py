@@ -216,6 +216,8 @@ def coefficient_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
 @tunable
 def stream_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`stream_gradients_kernel`: as `combine_and_project`, four programs a multiprocessor."""
+    if n == 8 and dtype == torch.bfloat16:
+        return Tile(tokens=16, channels=16, splits=8, warps=4, stages=1)
     if n == 8:
         return Tile(tokens=16, channels=16, splits=8, warps=8, stages=3)
     if dtype != torch.bfloat16:
@@ -243,6 +245,8 @@ def rows_at_a_time(rows: int) -> int:
 def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`phi_gradient.phi_gradient_kernel`: a block of the n*C columns and every P-th tile of tokens,
     P = programs a block."""
+    if n == 8 and dtype == torch.bfloat16:
+        return Tile(tokens=32, channels=128, splits=8, warps=8, stages=2)
     if dtype == torch.float32 or n == 8:
         return Tile(tokens=32, channels=32, splits=8, warps=4, stages=1)
     blocks = -(-n * width // 128)

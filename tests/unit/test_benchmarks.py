@@ -124,7 +124,8 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
 
 def test_tuning_looks_for_kernels_that_there_are() -> None:
     """By the name that the profiler gives them; one that is not there would have no times."""
-    assert site_tiles.KERNELS.keys() == site_tiles.GRIDS.keys() == site_tiles.FLOORS.keys()
+    assert site_tiles.KERNELS.keys() == site_tiles.GRIDS.keys() == site_tiles.floors(4).keys()
+    assert site_tiles.WIDE_GRIDS.keys() == site_tiles.GRIDS.keys()
     assert {*site_tiles.KERNELS.values()} <= timeline.own_kernels()
 
 
@@ -165,11 +166,12 @@ def interpreted(program: str) -> None:
 def test_the_kernels_that_are_tuned_run_alone() -> None:
     interpreted("""
 from benchmarks.kernels import site_tiles
-calls = site_tiles.subjects(9, 64, device="cpu")
-assert calls.keys() == site_tiles.GRIDS.keys()
-for kernel, call in calls.items():
-    site_tiles.use_tile(kernel, site_tiles.running(kernel, 64))
-    call()
+for n in (4, 8):
+    calls = site_tiles.subjects(9, 64, n, device="cpu")
+    assert calls.keys() == site_tiles.GRIDS.keys()
+    for kernel, call in calls.items():
+        site_tiles.use_tile(kernel, site_tiles.running(kernel, n, 64))
+        call()
 """)
 
 
