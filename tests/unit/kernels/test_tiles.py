@@ -223,14 +223,16 @@ def test_what_tuning_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     from benchmarks.kernels import tune
 
     file = tmp_path / "tiles.json"
-    for width, tokens in ((4096, 8), (2560, 32), (4096, 32)):
+    for n, width, tokens in ((4, 4096, 8), (4, 2560, 32), (4, 4096, 32), (8, 4096, 16)):
         tune.save(
             file,
             {"combine_and_project": (tokens, 64, 8, 2, 3, 255), "coefficients": (8, 1, 1, 4, 1)},
+            n,
             width,
         )
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(file))
     forget()
     assert tiles.combine_and_project(4, 4096, BF16) == tiles.Tile(32, 64, 8, 2, 3, 255)
     assert tiles.combine_and_project(4, 2560, BF16).tokens == 32
+    assert tiles.combine_and_project(8, 4096, BF16).tokens == 16
     assert tiles.coefficients(4, 2560, BF16) == tiles.Tile(8, 1, 1, 4, 1)
