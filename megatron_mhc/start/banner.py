@@ -60,10 +60,13 @@ def banner(
     dropped = ""
     if mhc.recompute is not None:
         dropped = f"; {_recompute(mhc, plan, backend.startswith('torch'), dtype)}"
+    on_gpu = backend.startswith("triton") and device.type == "cuda"
     return (
         f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
         f" {mhc.convention_in_words}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
         f" {parameters:,} extra parameters{dropped} (settings from {source})"
+        + ". The first step compiles the kernels: up to two minutes where Triton's cache has none"
+        * on_gpu
     )
 
 

@@ -233,8 +233,9 @@ def test_cards_that_the_kernels_do_not_run_on(
     line = banner(MHCConfig(), "flags", 24, 1000, cuda, torch.bfloat16)
     if reason is None:
         assert backend.resolve("triton", 4, cuda) == "triton"
-        assert "backend triton;" in line
+        assert "backend triton;" in line and "The first step compiles the kernels" in line
     else:
+        assert "compiles" not in line
         assert f"backend torch, because {reason}" in line
         with pytest.raises(ValueError, match=f"{reason}.*; use 'auto' or 'torch'"):
             backend.resolve("triton", 4, cuda)
