@@ -1,8 +1,8 @@
 """The public operations: they check their arguments, then hand them to Triton or the reference.
 
 Shapes, dtypes and equations: `reference`, under the same names. Every operation raises ValueError
-naming the argument that does not fit, what came and what was wanted. All but `hc_coefficients` take
-`backend=` (`backend.resolve` says what it means).
+naming the argument that does not fit, what came and what was wanted, and takes `backend=`
+(`backend.resolve` says what it means).
 """
 
 import contextlib
@@ -287,14 +287,13 @@ def head(
 
 
 def hc_coefficients(
-    x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor
+    x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.hc_coefficients`, the only implementation."""
+    """See `reference.hc_coefficients`."""
     check_streams("x", x)
     n, width = x.shape[-2:]
     dtype = accumulation_dtype(x)
     check("theta", theta, (n + 2, width), dtype, x)
     check("alpha", alpha, (3,), dtype, x)
     check("bias", bias, (n * n + 2 * n,), dtype, x)
-    with _without_autocast(x):
-        return reference.hc_coefficients(x, theta, alpha, bias)
+    return _run("hc_coefficients", backend, n, x, theta, alpha, bias)

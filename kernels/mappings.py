@@ -126,12 +126,19 @@ def hc_coefficients(
     Returns:
         h_pre [..., n], h_post [..., n], h_res [..., n, n] (dst, src): any sign, any size.
     """
-    n = x.shape[-2]
     v = x.to(accumulation_dtype(x))
     v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + HC_NORM_EPS)
-    mixed = torch.tanh(v @ theta.t()).transpose(-1, -2)  # [..., n + 2, n (the stream it came from)]
+    return hc_from_projection(v @ theta.t(), alpha, bias)
+
+
+def hc_from_projection(
+    projected: Tensor, alpha: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hc_coefficients` from each stream's norm times theta, [..., n, n + 2]."""
+    n = projected.shape[-2]
+    mixed = torch.tanh(projected).transpose(-1, -2)  # [..., n + 2, n (the stream it came from)]
     bias_pre, bias_post, bias_res = bias.split([n, n, n * n])
     h_pre = alpha[0] * mixed[..., 0, :] + bias_pre
     h_post = alpha[1] * mixed[..., 1, :] + bias_post
-    h_res = alpha[2] * mixed[..., 2:, :] + bias_res.view(n, n)
-    return h_pre, h_post, h_res
+    h_res = alpha[2] * mixed[..., 2:, :].flatten(-2) + bias_res
+    return h_pre, h_post, h_res.unflatten(-1, (n, n))

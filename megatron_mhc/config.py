@@ -149,19 +149,14 @@ class MHCConfig:
             raise ValueError(
                 f"{', '.join(given)} given, which variant 'hc' has no use for: leave them out"
             )
-        if self.variant == "hc" and self.backend == "triton":
-            raise ValueError(
-                "backend is 'triton', but variant 'hc' has the reference only: use 'torch' or"
-                " 'auto'"
-            )
         if not (self.recompute in (None, "auto") or _is_count(self.recompute)):
             raise ValueError(
                 f"recompute is {self.recompute!r}; expected None, 'auto' or a number of layers"
             )
         if self.variant == "hc" and self.recompute is not None:
             raise ValueError(
-                f"recompute is {self.recompute!r}, but variant 'hc' keeps fp32 copies of the"
-                " streams, which recompute cannot give back; leave it off"
+                f"recompute is {self.recompute!r}, but variant 'hc', which is there to compare"
+                " with, has none; leave it off"
             )
         if type(self.overlap_p2p) is not bool:
             raise ValueError(f"overlap_p2p is {self.overlap_p2p!r}; expected True or False")

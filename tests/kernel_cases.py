@@ -15,7 +15,7 @@ from megatron_mhc.kernels import reference
 
 OPERATIONS = (
     *("sinkhorn", "coefficients", "aggregate", "pre", "combine", "combine_pre", "combine_read"),
-    "head",
+    *("head", "hc_coefficients"),
 )
 PAPER: dict[str, Any] = {"pre_eps": 0.0, "sinkhorn_eps": 0.0, "norm_eps": 1e-6}
 DEEPSEEK: dict[str, Any] = {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "norm_eps": 1e-6}
@@ -92,6 +92,12 @@ def inputs(
             **projection,
             "f_bias": normal(width),
         },
+        "hc_coefficients": {
+            "x": x,
+            "theta": normal(n + 2, width, scale=width**-0.5),
+            "alpha": projection["alpha"],
+            "bias": projection["bias"],
+        },
         "head": {
             "x": x,
             "fn": normal(n, n * width, scale=(n * width) ** -0.5),
@@ -108,7 +114,7 @@ def settings(operation: str, convention: dict[str, Any], iterations: int) -> dic
         return {"iterations": iterations, "eps": convention["sinkhorn_eps"]}
     if operation == "head":
         return {name: convention[name] for name in ("pre_eps", "norm_eps")}
-    if operation in ("aggregate", "combine"):
+    if operation in ("aggregate", "combine", "hc_coefficients"):
         return {}
     return {"iterations": iterations, **convention}
 

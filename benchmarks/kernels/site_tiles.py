@@ -159,10 +159,18 @@ def subjects(
         "aggregate": lambda: make_u(sizes, y, done.h_pre),
         "coefficient_gradients": lambda: coefficient_gradients(*token_args, du=du, **small),
         "stream_gradients": lambda: stream_gradients(
-            sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
+            sizes, y, dy=dy, du=du, phi=phi, d_z_k_h_pre=token.d_z_k_h_pre, x=x, mixing=mixing
         ),
         "read_gradients": lambda: stream_gradients(
-            sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing, h_pre=done.h_pre
+            sizes,
+            y,
+            dy=dy,
+            du=du,
+            phi=phi,
+            d_z_k_h_pre=token.d_z_k_h_pre,
+            x=x,
+            mixing=mixing,
+            h_pre=done.h_pre,
         ),
         "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),
     }

@@ -64,7 +64,15 @@ def _combine_read_backward(
     given = {"d_pre": d_next_pre, "d_post": d_next_post, "d_res": d_next_res}
     token = coefficient_gradients(sizes, y, normed, alpha, bias, options, **given)
     out = stream_gradients(
-        sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing, h_pre=h_pre
+        sizes,
+        y,
+        dy=dy,
+        du=du,
+        phi=phi,
+        d_z_k_h_pre=token.d_z_k_h_pre,
+        x=x,
+        mixing=mixing,
+        h_pre=h_pre,
     )
     to_sublayer = (out.dx, out.df, out.d_post, out.d_res, out.d_pre)
     return (*to_sublayer, out.d_phi, token.d_alpha, token.d_bias, out.d_f_bias)

@@ -4,6 +4,7 @@ from .aggregate import aggregate
 from .combine import combine
 from .combine_pre import combine_pre, combine_pre_with_h_pre
 from .combine_read import combine_read
+from .hc import hc_coefficients
 from .head import head
 from .pre import coefficients, pre, pre_with_h_pre
 from .rebuild import rebuild
@@ -16,6 +17,7 @@ __all__ = [
     "combine_pre",
     "combine_pre_with_h_pre",
     "combine_read",
+    "hc_coefficients",
     "head",
     "pre",
     "pre_with_h_pre",

@@ -22,6 +22,7 @@ RESULTS = {
     "h_post": "n",
     "h_res": "nn",
     "normed": "R",
+    "projected": "nR",
 }
 """The last dimensions of what an operation returns under this name, behind those of the tokens: n
 streams, C their width, R rows of the projection and one (`coefficients_kernel`). What has C is in
@@ -103,7 +104,7 @@ class Operator:
         shape = x.shape if "f" not in named else (*named["h_post"].shape, named["f"].shape[-1])
         *tokens, n, width = shape
         sizes = {"n": n, "C": width}
-        for projection in {"phi", "fn"} & named.keys():
+        for projection in {"phi", "fn", "theta"} & named.keys():
             sizes["R"] = named[projection].shape[0] + 1
         made = tuple(
             x.new_empty(
@@ -143,7 +144,8 @@ class Operator:
             rest = (None,) * (len(names) - count)
 
             def setup(ctx: Any, inputs: Any, output: Any) -> None:
-                ctx.save_for_backward(*inputs[:count], *[output[index] for index in kept])
+                results = (output,) if isinstance(output, Tensor) else output
+                ctx.save_for_backward(*inputs[:count], *[results[index] for index in kept])
                 ctx.constants = [_options(inputs) if i is None else inputs[i] for i in places]
                 ctx.rest = rest
                 if not materialize:

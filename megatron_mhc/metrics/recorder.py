@@ -20,7 +20,8 @@ from .formulas import Values, residual_metrics, stream_geometry
 def h_pre_of(connection: HyperConnection, x: Tensor) -> Tensor:
     """H_pre [..., n] of a site for streams x [..., n, C]: the one that a site's forward hides."""
     if connection.mhc.variant == "hc":
-        return kernels.hc_coefficients(x, connection.theta, connection.alpha, connection.bias)[0]
+        parameters = (connection.theta, connection.alpha, connection.bias)
+        return kernels.hc_coefficients(x, *parameters, backend=connection.mhc.backend)[0]
     parameters = (connection.phi, connection.alpha, connection.bias)
     return kernels.coefficients(x, *parameters, **connection.options)[0]
 

@@ -167,7 +167,8 @@ class HyperConnection(Fp32Module):
         if mixing is not None:
             x = kernels.combine(x, *mixing, backend=backend)
         streams = self._apart(x)
-        h_pre, h_post, h_res = kernels.hc_coefficients(streams, self.theta, self.alpha, self.bias)
+        parameters = (self.theta, self.alpha, self.bias)
+        h_pre, h_post, h_res = kernels.hc_coefficients(streams, *parameters, backend=backend)
         return SiteInput(x, kernels.aggregate(streams, h_pre, backend=backend), h_post, h_res)
 
     def _apart(self, x: Tensor) -> Tensor:

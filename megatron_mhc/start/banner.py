@@ -52,8 +52,6 @@ def banner(
     if backend == "auto":
         reason = kernels.why_not_triton(mhc.num_streams, device)
         backend = "triton" if reason is None else f"torch, because {reason}"
-        if mhc.variant == "hc" and reason is None:
-            backend += ", but torch for the coefficients of variant hc"
     if backend.startswith("triton") and tiles.tuned():
         backend += f" with tiles of {os.environ[tiles.ENVIRONMENT_VARIABLE]}"
     steps = f", {mhc.sinkhorn_iterations} Sinkhorn iterations" if mhc.variant == "mhc" else ""

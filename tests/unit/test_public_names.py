@@ -39,12 +39,12 @@ OPERATIONS = {
         *SETTINGS,
     ),
     "head": ("x", "fn", "scale", "base", "norm_eps", "pre_eps", "backend"),
-    "hc_coefficients": ("x", "theta", "alpha", "bias"),
+    "hc_coefficients": ("x", "theta", "alpha", "bias", "backend"),
 }
 TORCH_OPERATORS = (
     "aggregate aggregate_backward coefficients coefficients_backward combine combine_backward"
-    " combine_pre combine_pre_backward combine_read combine_read_backward head head_backward pre"
-    " pre_backward sinkhorn sinkhorn_backward"
+    " combine_pre combine_pre_backward combine_read combine_read_backward hc_project"
+    " hc_project_backward head head_backward pre pre_backward sinkhorn sinkhorn_backward"
 )
 
 

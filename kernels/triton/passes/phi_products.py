@@ -127,4 +127,5 @@ def store_sums(out_ptr, sums, ROWS: tl.constexpr, TERMS: tl.constexpr, BT: tl.co
 def count_sums(rows: int, terms: int) -> int:
     """The sums of 16 rows that `add_products` keeps for phi [rows, n*C] in so many terms."""
     full, rest = divmod(rows, 16)
+    assert terms == 1 or rest <= 8, f"{rows} rows: {rest} behind the last 16, and 8 have room"
     return (1 if terms == 1 else 2) * full + (rest > 0)

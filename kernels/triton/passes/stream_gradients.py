@@ -16,7 +16,6 @@ from torch import Tensor
 from ...arguments import Mixing, Sizes
 from .. import tiles
 from ..launch import Launch, prepared
-from .coefficient_gradients import CoefficientGradients
 from .phi_gradient import phi_gradient
 from .stream_gradients_kernel import stream_gradients_kernel
 from .sums import sum_mixing, sum_partials
@@ -81,7 +80,7 @@ def stream_gradients(
     dy: Tensor | None = None,
     du: Tensor | None = None,
     phi: Tensor | None = None,
-    token: CoefficientGradients | None = None,
+    d_z_k_h_pre: Tensor | None = None,
     x: Tensor | None = None,
     mixing: Mixing | None = None,
     h_pre: Tensor | None = None,
@@ -91,10 +90,11 @@ def stream_gradients(
     Args:
         y: the streams that were projected (any tensor of that shape without phi).
         dy, du: gradients of y and u; an absent one is zero.
-        phi, token: the projection and what `coefficient_gradients` returned, or None where
-            nothing was projected.
+        phi, d_z_k_h_pre: the projection and what came of the tokens' gradients
+            (`CoefficientGradients`), or None where nothing was projected. h_pre is read where there
+            is du.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
-        h_pre: what made u of y where `combine_read` did; else it is that of `token`.
+        h_pre: what made u of y where `combine_read` did; else it is that of d_z_k_h_pre.
     """
     tokens, n, width = sizes
     f, h_post, h_res, f_bias = mixing or (None,) * 4
@@ -115,13 +115,12 @@ def stream_gradients(
         d_pre = torch.empty_like(h_pre)
     if f_bias is not None:
         f_bias_sums = h_post.new_empty(programs, width)
-    of_token = None if token is None else token.d_z_k_h_pre
-    given = (y, dy, du, of_token, phi, x, f, f_bias, h_post, h_res, h_pre)
+    given = (y, dy, du, d_z_k_h_pre, phi, x, f, f_bias, h_post, h_res, h_pre)
     launch((blocks, programs), (*given, dx, df, d_mixing, f_bias_sums), tokens)
     if mixing is not None:
         sum_mixing(d_mixing, d_post, d_res, d_pre)
     if f_bias is not None:
         d_f_bias = sum_partials(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
     if phi is not None:
-        d_phi = phi_gradient(sizes, y, token.d_z_k_h_pre, rows)
+        d_phi = phi_gradient(sizes, y, d_z_k_h_pre, rows)
     return StreamGradients(dx, df, d_post, d_res, d_f_bias, d_phi, d_pre)

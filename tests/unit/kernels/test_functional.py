@@ -111,11 +111,6 @@ def test_streams_may_be_one_dimension() -> None:
         kernels.combine(wide[..., :-1], F, POST, RES)
 
 
-def test_no_backend_is_accepted_where_none_can_be_chosen() -> None:
-    with pytest.raises(TypeError, match="backend"):
-        kernels.hc_coefficients(X, PHI[:6, :8], ALPHA, BIAS, backend="torch")
-
-
 def test_operations_are_the_references() -> None:
     options = {"iterations": 3, "norm_eps": 1e-5, "pre_eps": 1e-3, "sinkhorn_eps": 1e-4}
     reference = kernels.reference

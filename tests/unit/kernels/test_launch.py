@@ -163,8 +163,8 @@ def test_a_launch_is_made_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None
             sizes, x, torch.zeros(5, 25), alpha, bias, options, **given
         )
         gradients = passes["passes.stream_gradients"].stream_gradients
-        gradients(sizes, x, du=given.get("du"), phi=phi, token=out)
-        gradients(sizes, x, dy=x, du=given.get("du"), phi=phi, token=out)
+        gradients(sizes, x, du=given.get("du"), phi=phi, d_z_k_h_pre=out.d_z_k_h_pre)
+        gradients(sizes, x, dy=x, du=given.get("du"), phi=phi, d_z_k_h_pre=out.d_z_k_h_pre)
     by_kernel: dict[str, set[int]] = {}
     for one in made:
         by_kernel.setdefault(one.kernel.__name__, set()).add(id(one))
