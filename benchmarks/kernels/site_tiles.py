@@ -80,13 +80,19 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
 }
 
 """Tiles to try with up to four streams."""
+_WIDE_GRADIENTS: list[tuple[int, ...]] = [
+    *itertools.product((16,), (16,), (8, 16), (2, 4), (1,)),
+    *itertools.product((8, 16), (32,), (8, 16), (2, 4), (1, 3)),
+    *itertools.product((8,), (64,), (2, 4, 8, 16), (4, 8), (1,)),
+    *itertools.product((16,), (64,), (2, 4, 8, 16), (8,), (1,)),
+]
 WIDE_GRIDS: dict[str, list[tuple[int, ...]]] = {
     **GRIDS,
     "combine_and_project": list(itertools.product((32,), (16, 32), (1, 2, 4), (2, 4), (1, 2, 3))),
     "project_delayed": list(itertools.product((32,), (16, 32), (1, 2, 4), (2, 4), (1, 2, 3))),
     "coefficient_gradients": list(itertools.product((4, 8, 16), (32, 64, 128), (1,), (4,), (1, 2))),
-    "stream_gradients": list(itertools.product((4, 8, 16), (16, 32), (8, 16), (2, 4), (1, 3))),
-    "read_gradients": list(itertools.product((4, 8, 16), (16, 32), (8, 16), (2, 4), (1, 3))),
+    "stream_gradients": _WIDE_GRADIENTS,
+    "read_gradients": _WIDE_GRADIENTS,
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (4, 8), (4, 8), (1, 2, 3))),
 }
 """Those with more: four times the coefficients leave no room for as many channels."""

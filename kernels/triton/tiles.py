@@ -235,10 +235,9 @@ def read_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
 def rows_at_a_time(rows: int) -> int:
     """Rows of phi that a product of `stream_gradients_kernel` takes.
 
-    All at once, padded to a power of two. At n = 8 that is 128 for 80, which take up to 155,648
-    bytes of shared memory (fp32). Where a card has less, 16 at a time: 93,184 bytes.
+    All at once, padded to a power of two; but not the 80 of n = 8, of which 48 would be padding.
     """
-    return padded(rows) if rows <= 64 or shared_memory() >= 155_648 else 16
+    return padded(rows) if rows <= 64 else 16
 
 
 @tunable

@@ -130,7 +130,6 @@ def test_the_tiles_of_every_card_fit_it(
     those that test_triton_cards.py compiles for the cards with the least.
     """
     chosen: dict[str, set[tuple[int, ...]]] = {}
-    rows = n * n + 2 * n
     for capability, shared_memory, multiprocessors in CARDS.values():
         monkeypatch.setattr(tiles, "architecture", lambda c=capability: f"sm_{c}")
         monkeypatch.setattr(tiles, "shared_memory", lambda s=shared_memory: s)
@@ -143,9 +142,8 @@ def test_the_tiles_of_every_card_fit_it(
             assert tile.splits >= 1
         for projection in (tiles.combine_and_project, tiles.project_delayed):
             assert projections_need(n, dtype, projection(n, width, dtype)) <= shared_memory
-        if n == 8:  # compiled: 155,648 bytes with 128 rows at once, 93,184 with 16, in fp32
-            all_at_once = tiles.rows_at_a_time(rows) == 128
-            assert (155_648 if all_at_once else 93_184) <= shared_memory
+        if n == 8:  # compiled: what the streams' gradient takes in fp32
+            assert shared_memory >= 93_184
     different = {kernel for kernel, shapes in chosen.items() if len(shapes) > 1}
     assert different <= {"combine_and_project", "project_delayed"}
 
@@ -158,9 +156,7 @@ def test_a_projections_need_is_the_compilers() -> None:
     assert projections_need(8, BF16, tiles.combine_and_project(8, 4096, BF16)) == 180_352
 
 
-def test_eighty_rows_are_a_product_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [tiles.rows_at_a_time(rows) for rows in (4, 24, 80)] == [16, 32, 128]
-    monkeypatch.setattr(tiles, "shared_memory", lambda: 101_376)  # an L40S
+def test_eighty_rows_are_not_padded() -> None:
     assert [tiles.rows_at_a_time(rows) for rows in (4, 24, 80)] == [16, 32, 16]
 
 

@@ -48,10 +48,10 @@ def test_a_program_goes_through_several_tiles(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_phi_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a card has too little shared memory for all 80 rows of n = 8 at once."""
+    """n = 8 always; and where the second part of 24 rows is a stub."""
     monkeypatch.setattr(tiles, "rows_at_a_time", lambda rows: 16)
     check("combine_pre", 5, 8, 40, dtype, "cpu", iterations=2)
-    check("pre", 19, 4, 40, dtype, "cpu", iterations=2)  # the second part of 24 rows is a stub
+    check("pre", 19, 4, 40, dtype, "cpu", iterations=2)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 24, 80])
