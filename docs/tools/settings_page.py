@@ -86,10 +86,17 @@ def rows(actions: Iterable[argparse.Action]) -> list[str]:
         if isinstance(action, argparse._HelpAction | argparse._VersionAction):
             continue
         name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-        values = ", ".join(f"`{choice}`" for choice in action.choices or ())
         text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
-        lines.append(f"| `{name}` | {_cell(text)} | {values} |")
+        lines.append(f"| `{name}` | {_cell(text)} | {_values(action)} |")
     return lines
+
+
+def _values(action: argparse.Action) -> str:
+    """What may stand behind a flag: its choices, else what its help calls the value."""
+    words = action.choices or ()
+    if not words and action.option_strings and action.metavar:
+        words = str(action.metavar).split("|")
+    return ", ".join(f"`{word}`" for word in words)
 
 
 def _cell(text: str) -> str:
@@ -104,10 +111,9 @@ def mhc_rows() -> list[str]:
     parser = argparse.ArgumentParser(add_help=False)
     for action in add_mhc_arguments(parser)._actions:
         flag = action.option_strings[0]
-        values = ", ".join(f"`{choice}`" for choice in action.choices or ())
         variable = f"`{variables[flag]}`" if flag in variables else ""
         names = ", ".join(f"`{name}`" for name in action.option_strings)
-        lines.append(f"| {names} | {variable} | {_cell(action.help or '')} | {values} |")
+        lines.append(f"| {names} | {variable} | {_cell(action.help or '')} | {_values(action)} |")
     return lines
 
 
