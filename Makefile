@@ -93,6 +93,7 @@ $(VENV)/.docs: $(STAMP) pyproject.toml
 docs: $(VENV)/.docs  ## Build the documentation into build/site and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python docs/tools/check_site.py build/site
+	@echo "built build/site/index.html"
 
 wheel: env  ## Build the wheel into dist/ and check that megatron_mhc is all it holds
 	@rm -rf build/lib dist

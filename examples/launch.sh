@@ -7,7 +7,10 @@
 #   RUNS, RUN     where data and runs are kept (runs); this run's folder (runs/NAME-mhc)
 #   GPUS, NODES, NODE_RANK, MASTER_ADDR     for torchrun
 #   CHECK=1       no training: what Megatron makes of the flags, parameters and memory a GPU
-#   PYTHON, SCRIPT                          the interpreter; the script to launch
+#   PYTHON        the interpreter: else an active environment's, else .venv's, else `python`
+#   SCRIPT        the script to launch
+# the environment that `make train` makes, where it is there and no other is active
+[ -n "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 PYTHON=${PYTHON:-python}
 SCRIPT=${SCRIPT:-examples/pretrain_gpt.py}
 MHC=${MHC:-1}
@@ -61,7 +64,7 @@ on_gpus() {
     fi
     RUNNER+=(-m megatron_mhc.run)
     [ "${CHECK:-0}" = 1 ] || "$PYTHON" -c 'import transformer_engine' 2>/dev/null ||
-        fail "no Transformer Engine, which these flags want: $PYTHON -m pip install '.[te]'"
+        fail "no Transformer Engine, which these flags want: $PYTHON -m pip install --no-build-isolation '.[te]'"
     DEVICE_ARGS=(
         --transformer-impl transformer_engine
         --bf16

@@ -52,7 +52,9 @@ def build_hybrid(
 def describe_model(args: argparse.Namespace) -> tuple[Any, Callable[..., HybridModel] | None]:
     """Megatron's settings of the run, and the function that builds the model if they do not."""
     if args.hybrid_layer_pattern is None:
-        raise ValueError("--hybrid-layer-pattern is missing: it says which layers the model has")
+        raise ValueError(
+            "--hybrid-layer-pattern is missing: it says which layers the model has; add '*-*-', say"
+        )
     if pretrain_gpt.gpt_config_from_args is None:
         return pretrain_cfg_container_from_args(args), build_hybrid
     return pretrain_cfg_container_from_args(args, hybrid_config_from_args(args)), None

@@ -20,6 +20,8 @@ else
     iterations 400
 fi
 export PYTHON MHC RUNS RUN ITERATIONS GPUS
+# what `python -m megatron_mhc plot` draws beside the loss
+[ "$MHC" = 0 ] || set -- --mhc-log-interval 50 "$@"
 rm -rf "$RUN"
 
 echo "== training to iteration $(every 2) of $ITERATIONS; $RUN/command has the command"

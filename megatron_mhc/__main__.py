@@ -61,6 +61,7 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     os.environ.setdefault("RANK", "0")
     from megatron_mhc.patches import cpu
 
+    _say_what_takes_long()
     with _quietly():
         cpu.enter()
         from .start.activate import activate
@@ -76,6 +77,10 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
         print(f"doctor: {error}", file=sys.stderr)
         sys.exit(2)
     print(text)
+
+
+def _say_what_takes_long() -> None:
+    print("(imports Megatron and tries it: 10 to 40 s)", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _diagnose(with_patches: bool) -> None:
     """`doctor`: the page; exit status 1 where it says ERROR."""
+    _say_what_takes_long()
     with _quietly():
         from .tools.doctor import page
 
@@ -144,9 +150,10 @@ def main() -> None:
     elif args.command == "doctor":
         _diagnose(args.patches)
     elif args.command == "convert":
-        from .tools import convert_command
+        with _quietly():
+            from .tools import convert_command
 
-        convert_command.run(args)
+            convert_command.run(args)
     else:
         from .tools.plot_page import write_plots
 

@@ -38,7 +38,7 @@ def parse_on_gpu(of: argparse.ArgumentParser) -> argparse.Namespace:
 
     options = of.parse_args()
     if not torch.cuda.is_available():
-        of.exit(1, f"{of.prog}: a CUDA device is needed\n")
+        of.exit(1, f"{of.prog}: a CUDA device is needed, and PyTorch finds none\n")
     return options
 
 

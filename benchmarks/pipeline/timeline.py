@@ -102,7 +102,7 @@ def main() -> None:
         name, _, folder = run.partition("=")
         traces = sorted(Path(folder).rglob("*.json*"), key=rank_of)
         if not traces:
-            parser.error(f"no trace below {folder!r}")
+            parser.error(f"no trace (*.json*) below {folder!r}: give a folder that --trace wrote")
         panels[name] = [rows_of(trace, own) for trace in traces]
         print_panel(name, panels[name])
     draw(panels, options.out)

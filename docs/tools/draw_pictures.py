@@ -94,8 +94,8 @@ def draw_gain(pane: Any) -> None:
     for model, colour, label in (("hc", HC, "HC"), ("mhc", OURS, "mHC")):
         of = found[model]
         rates = sorted(of)
-        middle = [min(of[rate]) for rate in rates]
-        pane.plot(rates, middle, color=colour, linewidth=1)
+        lowest = [min(of[rate]) for rate in rates]
+        pane.plot(rates, lowest, color=colour, linewidth=1)
         for rate in rates:
             pane.scatter([rate] * len(of[rate]), of[rate], color=colour, s=22, label=label)
             label = "_"
@@ -106,7 +106,11 @@ def draw_gain(pane: Any) -> None:
     pane.minorticks_off()
     pane.set_xlabel("peak learning rate")
     pane.set_ylabel("factor")
-    pane.set_title("Composite gain of 96 sites after 200 steps\nbackward; a point a seed", size=11)
+    pane.set_title(
+        "Composite gain of 96 sites after 200 steps\n"
+        "backward; a point a seed, the line joins the lower",
+        size=11,
+    )
     pane.legend(frameon=False, fontsize=9, loc="center right")
 
 

@@ -72,7 +72,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point relative links at the site's pages. MkDocs reports those that lead nowhere."""
+    """Point relative links at the site's pages. MkDocs reports those that lead nowhere.
+
+    Reports have wide tables, which the column of contents would cut.
+    """
+    if page.file.src_uri in PAGES:
+        page.meta.setdefault("hide", ["toc"])
     here = posixpath.dirname(repository_path(page.file.src_uri))
     from_uri = posixpath.dirname(page.file.src_uri)
 

@@ -41,8 +41,7 @@ def train_tokenizer(documents: list[text.Document], vocab_size: int) -> Any:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ModuleNotFoundError:
         raise SystemExit(
-            "prepare_text: tokenizers is not installed; pip install 'megatron_mhc[evidence]' brings"
-            " it"
+            "prepare_text: tokenizers is not installed: pip install 'tokenizers>=0.21'"
         ) from None
 
     total = sum(len(document.text) for document in documents)
@@ -98,7 +97,10 @@ def build(roots: list[Path], output: Path, vocab_size: int, limit: int | None) -
     packages = text.sizes(files)
     held = text.held_out(packages)
     if not held:
-        raise SystemExit(f"prepare_text: too few packages to hold one out: {len(packages)}")
+        raise SystemExit(
+            f"prepare_text: {len(packages)} packages are too few to hold one out for validation:"
+            " give folders of more with --roots"
+        )
     say(f"{len(files)} files of {len(packages)} packages, {len(held)} packages held out")
     seen: set[int] = set()
     processes = os.cpu_count() or 1
@@ -136,12 +138,15 @@ def main() -> None:
     args = parser.parse_args()
     for root in args.roots or []:
         if not root.is_dir():
-            parser.error(f"--roots {root} is not a folder")
+            parser.error(f"--roots {root} is not a folder: give one whose folders are packages")
     written = args.output / "data.json"
     if written.exists():
         made = json.loads(written.read_text())
         if made["vocab_size"] != args.vocab_size:
-            sys.exit(f"prepare_text: {written} has a vocabulary of {made['vocab_size']}; remove it")
+            sys.exit(
+                f"prepare_text: {args.output} has a vocabulary of {made['vocab_size']}, and"
+                f" --vocab-size is {args.vocab_size}: give that size, or another --output"
+            )
     else:
         limit = None if args.megabytes is None else int(args.megabytes * 1e6)
         made = build(args.roots or text.default_roots(), args.output, args.vocab_size, limit)
@@ -150,7 +155,11 @@ def main() -> None:
         f" {made['valid_tokens']:,} held out; digest {made['digest']}"
     )
     if args.digest and args.digest != made["digest"]:
-        sys.exit(f"prepare_text: the digest is {made['digest']}, not --digest {args.digest}")
+        sys.exit(
+            f"prepare_text: the digest is {made['digest']}, and --digest {args.digest}: other"
+            " packages are installed, or other versions of them; give the same ones by --roots, or"
+            " drop --digest and train all runs on these data"
+        )
 
 
 if __name__ == "__main__":

@@ -242,10 +242,15 @@ def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Say what does not go with a plan, or without one."""
     way = "with" if args.plan else "without"
     if args.size not in (plans.SIZES if args.plan else SIZES):
-        parser.error(f"{args.size} is not trained {way} a plan")
+        what = "add --plan, or take" if args.size not in SIZES else "leave --plan out, or take"
+        others = ", ".join(plans.SIZES if args.plan else SIZES)
+        parser.error(f"{args.size} is not trained {way} a plan: {what} one of {others}")
     for name in UNPLANNED if args.plan else PLANNED:
         if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} means nothing {way} a plan (--plan)")
+            change = "drop --plan" if args.plan else "add --plan NAME"
+            parser.error(
+                f"--{name.replace('_', '-')} means nothing {way} a plan: {change}, or drop the flag"
+            )
     if not args.plan and not set(args.models or ()) <= set(MODELS):
         parser.error(f"--models without a plan are {', '.join(MODELS)}")
 
@@ -256,7 +261,7 @@ def main() -> None:
     args, more = parse()
     train = with_plan if args.plan else without_plan
     if not train(args, more, start):
-        sys.exit("stability: a run failed; its train.log says why")
+        sys.exit("stability: a run failed: the train.log that is named above says why")
 
 
 if __name__ == "__main__":

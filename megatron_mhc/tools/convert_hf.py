@@ -101,7 +101,8 @@ def to_hf(source: Path, target: Path, hf: Path | None = None) -> tuple[Path, lis
         keys = metadata.state_dict_metadata
         if not any(map(is_ours, keys)):
             raise ConvertError(
-                f"{folder} has no mHC of ours in it: --to takes a checkpoint that has"
+                f"{folder} has no mHC of ours in it, and --to takes what has: give the --save"
+                " folder of a run with --mhc"
             )
         if is_hybrid(keys):
             raise ConvertError(f"{folder} is of a HybridModel: --to hf takes a GPT, give one's")

@@ -201,7 +201,8 @@ def to_native(source: Path, target: Path) -> tuple[Path, list[str]]:
         keys = metadata.state_dict_metadata
         if not any(map(is_ours, keys)):
             raise ConvertError(
-                f"{folder} has no mHC of ours in it: --to takes a checkpoint that has"
+                f"{folder} has no mHC of ours in it, and --to takes what has: give the --save"
+                " folder of a run with --mhc"
             )
         check_gpt(folder, keys)
         layout, args = Layout(keys), common.get("args")

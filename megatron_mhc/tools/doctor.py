@@ -83,7 +83,7 @@ def _stack() -> None:
 
 
 TRIALS = (
-    ("Megatron's parser, with --mhc", _parser),
+    ("Megatron's parser with --mhc", _parser),
     ("a layer's spec with mHC", _spec),
     ("a HybridModel's spec with mHC", _stack),
 )
@@ -162,7 +162,7 @@ def _patches() -> _Findings:
     well = [what for what in failed if not failed[what]]
     summary = [
         _row("patches", "; ".join([f"{len(states) - len(others)} applied", *others])),
-        _row("built with them", ", ".join(well) or "nothing"),
+        _row("built with them", "; ".join(well) or "nothing"),
     ]
     every = _lines_of("Patches of a training run (applied now, to try them)", states)
     every += _lines_of("Patches for --cpu (not applied)", registry.status(*CPU_PATCHES))

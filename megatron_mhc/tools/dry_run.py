@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,6 +48,8 @@ def _reason(error: Exception) -> str:
     if str(error):
         return str(error)
     line = traceback.extract_tb(error.__traceback__)[-1]
+    if found := re.fullmatch(r"assert args\.(\w+) is not None", line.line or ""):
+        return f"--{found[1].replace('_', '-')} is missing: add it"
     return f"{type(error).__name__} at `{line.line}` ({line.filename}:{line.lineno})"
 
 

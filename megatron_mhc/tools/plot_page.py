@@ -41,7 +41,8 @@ th:first-child, td:first-child {{ text-align: left; }}
 </head>
 <body>
 <h1>mHC runs</h1>
-<p>The last logged values. Gains are Amax gains of the composite H_res over the whole depth.</p>
+<p>The last logged values. Gains are Amax gains of the composite H_res over the whole depth.
+A &ndash; stands where a run logged none: gains and errors want --mhc-log-interval and mHC.</p>
 <table>
 <tr><th>run</th><th>step</th><th>loss (nats a token)</th><th>gain forward, mean</th>
 <th>gain forward, largest token</th><th>gain backward, mean</th><th>row error of H_res</th></tr>
@@ -97,7 +98,7 @@ def write_plots(texts: list[str], output: Path) -> list[Path]:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"plot: {error.name} is not installed; pip install 'megatron_mhc[plot]' brings it"
+            f"plot: {error.name} is not installed: pip install matplotlib tensorboard"
         ) from error
     runs = []
     with progress("plot: reading", len(texts), "runs") as bar:

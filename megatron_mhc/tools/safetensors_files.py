@@ -35,7 +35,7 @@ def _library() -> Any:
         import safetensors.torch
     except ImportError:
         raise ConvertError(
-            "Hugging Face's checkpoints want safetensors: pip install 'megatron_mhc[hf]'"
+            "Hugging Face's checkpoints want safetensors: pip install 'safetensors>=0.5'"
         ) from None
     return safetensors
 

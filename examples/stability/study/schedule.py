@@ -72,7 +72,10 @@ def places(
     every = map(str, range(count)) if visible is None else visible.split(",")
     gpus = [gpu for gpu in every if gpu.strip()]
     if len(gpus) < count:
-        raise ValueError(f"--gpus {count}, but CUDA_VISIBLE_DEVICES is {visible!r}")
+        raise ValueError(
+            f"--gpus {count}, but CUDA_VISIBLE_DEVICES={visible} names {len(gpus)}: give --gpus"
+            f" {len(gpus)}, or more devices"
+        )
     return [{**environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
 
 
@@ -163,5 +166,5 @@ class Schedule:
         if state == "failed":
             self.good = False
             lines = run.log.read_text(errors="replace").splitlines()
-            print("\n".join(lines[-15:]), file=sys.stderr, flush=True)
+            print("\n".join([f"{run.log}:", *lines[-15:]]), file=sys.stderr, flush=True)
         self.closed(run)

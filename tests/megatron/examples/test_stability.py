@@ -109,4 +109,5 @@ def test_what_is_no_number_counts_as_broken_and_an_error_does_not(tmp_path: Path
     assert "unrecognized arguments: --no-such-flag" in wrong.stderr
     states = [json.loads(file.read_text())["state"] for file in tmp_path.glob("tiny/*/run.json")]
     assert sorted(states) == ["broke", "failed"]
-    assert re.search(r"a run failed; its train.log says why", wrong.stderr)
+    assert re.search(r"a run failed: the train.log that is named above says why", wrong.stderr)
+    assert re.search(r"^\S+/tiny/\S+/train.log:$", wrong.stderr, re.M)

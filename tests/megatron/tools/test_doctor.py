@@ -99,7 +99,7 @@ def test_doctor_says_its_verdict_and_what_to_paste_into_an_issue() -> None:
     assert rows["environment"] == "MEGATRON_MHC_PATCHES=-parameter-groups"
     assert rows["hooks"] == "7 of 7 found"
     assert rows["patches"].endswith(" applied; parameter-groups off by MEGATRON_MHC_PATCHES")
-    for built in ("Megatron's parser, with --mhc", "a layer's spec with mHC", "a HybridModel's"):
+    for built in ("Megatron's parser with --mhc", "a layer's spec with mHC", "a HybridModel's"):
         assert built in rows["built"]
     assert "validation" not in page and "cpu-" not in page
 
@@ -145,7 +145,7 @@ def test_doctor_fails_where_no_command_line_could_work(tmp_path: Path) -> None:
     environment = altered(tmp_path, **with_flag("--mhc-num-streams", "type=float"))
     result = forked_python("-m", "megatron_mhc", "doctor", **environment)
     assert result.returncode == 1, result.stdout
-    assert "doctor: ERROR: Megatron's parser, with --mhc: PatchError: Megatron-C" in result.stdout
+    assert "doctor: ERROR: Megatron's parser with --mhc: PatchError: Megatron-C" in result.stdout
     assert "conflicting option string: --mhc-num-streams" in result.stdout
     assert result.stdout.count("ERROR") == 1 and "MISSING" not in result.stdout
 

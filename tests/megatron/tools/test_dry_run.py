@@ -196,7 +196,7 @@ def test_a_hybrid_models_layers_without_their_package_are_named() -> None:
     [
         # Megatron's defaults that want CUDA kernels, and a norm that Transformer Engine alone has
         ([*PLAIN, "--transformer-impl", "transformer_engine", "--apply-layernorm-1p"], ""),
-        (["--num-layers", "2"], "refused: AssertionError at `assert args.micro_batch_size"),
+        (["--num-layers", "2"], "refused: --micro-batch-size is missing: add it"),
         (
             [*PLAIN, "--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"],
             "stage 0 cannot be built: bias is not supported in the shared experts",
