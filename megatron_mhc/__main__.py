@@ -61,7 +61,7 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     os.environ.setdefault("RANK", "0")
     from megatron_mhc.patches import cpu
 
-    _say_what_takes_long()
+    _note("imports Megatron and tries it: 10 to 40 s")
     with _quietly():
         cpu.enter()
         from .start.activate import activate
@@ -79,8 +79,9 @@ def check_flags(flags: list[str], parsed: argparse.Namespace) -> None:
     print(text)
 
 
-def _say_what_takes_long() -> None:
-    print("(imports Megatron and tries it: 10 to 40 s)", file=sys.stderr, flush=True)
+def _note(what: str) -> None:
+    """Why nothing is printed for a while: beside what the tool has to say."""
+    print(f"({what})", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _diagnose(with_patches: bool) -> None:
     """`doctor`: the page; exit status 1 where it says ERROR."""
-    _say_what_takes_long()
+    _note("imports Megatron and tries it: 10 to 40 s")
     with _quietly():
         from .tools.doctor import page
 
@@ -150,6 +151,7 @@ def main() -> None:
     elif args.command == "doctor":
         _diagnose(args.patches)
     elif args.command == "convert":
+        _note("imports Megatron: some seconds")
         with _quietly():
             from .tools import convert_command
 

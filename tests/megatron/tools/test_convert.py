@@ -104,6 +104,8 @@ def test_progress_is_a_line_that_rewrites_itself_on_a_terminal(folder: Path) -> 
         )
         os.close(terminal)
         shown = screen.read(65536).decode()
+    note, shown = shown.split("\r\n", 1)
+    assert note == "(imports Megatron: some seconds)"
     states = shown.split("\r")
     assert states[0] == "" and "convert: copying:   0%|" in states[1], shown
     assert "convert: copying: 100%|" in shown and shown.count("\n") == 1
