@@ -1,11 +1,12 @@
 """The runner, `python -m megatron_mhc.run`: what it trains, what it says and what it refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.megatron.common.flags import BANNER, RUN, SCRIPT, TINY, losses
-from tests.megatron.common.launch import RUNNER, cold_python, forked_python
+from tests.megatron.common.launch import ROOT, RUNNER, cold_python, forked_python
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,16 @@ def test_a_fork_of_the_tests_trains_as_what_a_user_starts(wide: str) -> None:
     """Most tests take one: it saves the start and the imports. This one imports Megatron."""
     result = forked_python(*RUN, "--mhc", stage="torch")
     assert BANNER in result.stdout and losses(result.stdout) == losses(wide)
+
+
+def test_the_guides_command_without_a_gpu_trains() -> None:
+    """With our script of the same flags, as Megatron's `pretrain_gpt.py` is in no wheel."""
+    guide = (ROOT / "docs/guide/turn-on.md").read_text().replace("\\\n", "")
+    command = re.search(r"^ +python (-m megatron_mhc.run --cpu) pretrain_gpt.py (.*)$", guide, re.M)
+    assert command is not None
+    result = forked_python(*command[1].split(), SCRIPT, *command[2].split(), stage="torch")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "> mHC is on: 4 streams" in result.stdout and len(losses(result.stdout)) == 3
 
 
 def test_the_runner_says_how_it_recomputes() -> None:
