@@ -64,7 +64,8 @@ on_gpus() {
     fi
     RUNNER+=(-m megatron_mhc.run)
     [ "${CHECK:-0}" = 1 ] || "$PYTHON" -c 'import transformer_engine' 2>/dev/null ||
-        fail "no Transformer Engine, which these flags want: $PYTHON -m pip install --no-build-isolation '.[te]'"
+        fail "no Transformer Engine, which these flags want: $PYTHON -m pip install wheel pybind11 ninja &&" \
+            "$PYTHON -m pip install --no-build-isolation -e '.[te]'"
     DEVICE_ARGS=(
         --transformer-impl transformer_engine
         --bf16

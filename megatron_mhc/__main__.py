@@ -154,8 +154,7 @@ def main() -> None:
         _note("imports Megatron: some seconds")
         with _quietly():
             from .tools import convert_command
-
-            convert_command.run(args)
+        convert_command.run(args)
     else:
         from .tools.plot_page import write_plots
 

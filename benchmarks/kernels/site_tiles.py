@@ -78,7 +78,6 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     ],
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4))),
 }
-
 """Tiles to try with up to four streams."""
 _WIDE_GRADIENTS: list[tuple[int, ...]] = [
     *itertools.product((16,), (16,), (8, 16), (2, 4), (1,)),

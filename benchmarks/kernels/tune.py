@@ -44,6 +44,7 @@ from benchmarks.kernels.site_tiles import (
     subjects,
     use_tile,
 )
+from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.kernels.triton import tiles
 
 Numbers = tuple[int, ...]
@@ -100,7 +101,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
     command_line.add_numbers(parser, command_line.SITE)
-    parser.add_argument("--streams", type=int, default=4, help="n (default: 4)")
+    parser.add_argument(
+        "--streams", type=int, default=4, choices=TRITON_STREAMS, help="n (default: 4)"
+    )
     parser.add_argument(
         "--kernels", nargs="*", choices=list(GRIDS), metavar="KERNEL",
         help=f"of {', '.join(GRIDS)} (default: all of the site)",
@@ -123,17 +126,8 @@ def asked(options: argparse.Namespace) -> Grids:
     if not options.tiles:
         absent = NOT_IN_SINGLE_PASS if options.single_pass else NOT_IN_TWO
         kernels = options.kernels or [kernel for kernel in GRIDS if kernel not in absent]
-        return {
-            kernel: list(
-                dict.fromkeys(
-                    [
-                        running(kernel, options.streams, options.width),
-                        *grid(kernel, options.streams),
-                    ]
-                )
-            )
-            for kernel in kernels
-        }
+        n, width = options.streams, options.width
+        return {k: list(dict.fromkeys([running(k, n, width), *grid(k, n)])) for k in kernels}
     grids: Grids = {}
     for kernel, numbers in options.tiles:
         grids.setdefault(kernel, []).append(numbers)

@@ -8,7 +8,7 @@
 # MEGATRON_LM is a clone of NVIDIA/Megatron-LM, TAG core_v0.19.0, say; the scripts are read from it,
 # Megatron itself is what PYTHON imports: the installed package, or a checkout on PYTHONPATH.
 set -euo pipefail
-[[ $# -ge 2 && $1 != -h && $1 != --help ]] || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; [[ ${1:-} = -* ]]; exit; }
+[[ ${1:-} != -h && ${1:-} != --help ]] || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/../.."
 MEGATRON_LM=${1:?the folder of a clone of Megatron-LM} TAG=${2:?a tag, such as core_v0.19.0}
 PYTHON=${PYTHON:-python}

@@ -1,7 +1,8 @@
 """`hc_coefficients` in Triton: the projection of HC's streams, each normed and projected alone.
 
 The kernels are those of `pre` with every stream as a token of its own, of one stream. What is made
-of the projected rows is small, [T, n, n + 2], and stays PyTorch's.
+of the projected rows is small, [T, n, n + 2], and stays PyTorch's; so are the partial sums added
+up, whose order PyTorch may choose by how many tokens there are.
 """
 
 from torch import Tensor, cat
@@ -9,6 +10,7 @@ from torch.nn.functional import pad
 
 from ..arguments import Sizes
 from ..mappings import HC_NORM_EPS, hc_from_projection
+from . import tiles
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import stream_gradients
 from .torch_operator import operator
@@ -22,8 +24,8 @@ def _streams_alone(x: Tensor) -> Sizes:
 def _hc_project(x: Tensor, theta: Tensor) -> Tensor:
     """x [..., n, C] -> theta x / rms(x) of each stream and, behind its rows, 1 / rms."""
     sizes, rows = _streams_alone(x), len(theta)
-    if rows > 8:  # of eight streams; the kernel has up to 8 rows, or 16
-        theta = pad(theta, (0, 0, 0, 16 - rows))
+    if rows % 16 > 8 and tiles.terms(x.dtype) > 1:  # of eight streams: `count_sums`
+        theta = pad(theta, (0, 0, 0, -rows % 16))
     _, partial = combine_and_project(sizes, x, theta, None)
     # [tiles, blocks, rows + 1, tokens of a tile]: z of each row, and the sum of squares
     sums = partial.sum(1).transpose(1, 2).flatten(0, 1)[: sizes.tokens]

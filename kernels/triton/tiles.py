@@ -1,7 +1,8 @@
 """Tile sizes of the Triton kernels: fixed for (n, C, dtype) and a GPU, whatever the token count.
 
-So the same inputs give the same bits in every batch, and a new token count compiles and tunes
-nothing. The numbers below suit an H100; docs/measured-facts.md says what was measured.
+So the same inputs give the same bits in every batch (but those of `hc_coefficients`), and a new
+token count compiles and tunes nothing. The numbers below suit an H100; docs/measured-facts.md says
+what was measured.
 `benchmarks/kernels/tune.py --save FILE` finds others, and MEGATRON_MHC_TILES=FILE uses them. A key
 of the file names one tile: `combine_and_project sm_90 n4 C4096 bfloat16`.
 """

@@ -19,47 +19,27 @@ BLOCKS = (TransformerBlock, HybridStack)
 """What holds layers one behind the other."""
 
 
-def before_forward(block: Any, inference_context: Any) -> None:
-    """`arrange`, once it is sure that this forward can be.
-
-    Every stage says so before it reads what the stage before should have sent: were it left to the
-    first stage, the others would wait, or fail for want of it.
+def arrange(block: Any, inference_context: Any = None) -> None:
+    """Give the layers of a block the places that they have now; most often they do.
 
     Args:
-        block: as for `arrange`.
-        inference_context: what Megatron's inference gives a forward; else None.
+        block: a TransformerBlock or HybridStack; one without mHC stays as it is.
+        inference_context: what Megatron's inference gives the forward that comes next.
 
     Raises:
-        ValueError: inference over several pipeline stages, which exchange one stream there.
+        ValueError: the model ends with a learned head, and its last layer has none; or inference
+            over several pipeline stages, which exchange one stream there. A stage says so before it
+            reads what the one before should have sent.
     """
-    layers = _mhc_layers(block)
-    if layers and inference_context is not None and block.config.pipeline_model_parallel_size > 1:
+    layers = list(block.layers)
+    if not layers or not all(isinstance(layer, MHCLayer) for layer in layers):
+        return
+    if inference_context is not None and block.config.pipeline_model_parallel_size > 1:
         raise ValueError(
             "Megatron's inference sends one stream between pipeline stages, and mHC has"
             f" {layers[0].mhc.num_streams}: load the checkpoint with"
             " --pipeline-model-parallel-size 1"
         )
-    arrange(block)
-
-
-def _mhc_layers(block: Any) -> list[MHCLayer]:
-    """A block's layers if all have mHC, else none."""
-    layers = list(block.layers)
-    return layers if all(isinstance(layer, MHCLayer) for layer in layers) else []
-
-
-def arrange(block: Any) -> None:
-    """Give the layers of a block the places that they have now; most often they do.
-
-    Args:
-        block: a TransformerBlock or HybridStack; one without mHC stays as it is.
-
-    Raises:
-        ValueError: the model ends with a learned head, and its last layer has none.
-    """
-    layers = _mhc_layers(block)
-    if not layers:
-        return
     for layer in layers:
         # a chunk in the middle of a pipeline begins and ends with streams
         is_entry = layer is layers[0] and (block.pre_process or layer.is_entry)

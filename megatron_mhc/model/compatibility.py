@@ -243,7 +243,8 @@ REFERENCE_CONFLICTS = (
         " unseen; use --mhc-backend triton and --mhc-variant mhc, or another implementation",
     ),
 )
-"""What the reference cannot work with: backend "torch", and variant "hc", which has no other."""
+"""What PyTorch's own operations cannot work with: backend "torch", and variant "hc", part of whose
+coefficients they are."""
 
 IN_FLIGHT_CONFLICTS = (
     Conflict(

@@ -108,10 +108,10 @@ def _like_decoder(decoder: Any, mtp: Any) -> Any:
 
 
 def _arrange(block: Any, inference_context: Any) -> None:
-    """`arrange.before_forward`, imported when there is a model to run."""
-    from megatron_mhc.model.arrange import before_forward
+    """`arrange.arrange`, imported when there is a model to run."""
+    from megatron_mhc.model.arrange import arrange
 
-    before_forward(block, inference_context)
+    arrange(block, inference_context)
 
 
 def _place(stack: Any) -> None:

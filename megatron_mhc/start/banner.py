@@ -63,7 +63,7 @@ def banner(
         f"> mHC is on: {mhc.num_streams} streams, variant {mhc.variant}, convention"
         f" {mhc.convention_in_words}{steps}, init {mhc.init}, backend {backend}; {sites} sites,"
         f" {parameters:,} extra parameters{dropped} (settings from {source})"
-        + ". The first step compiles the kernels: up to two minutes where Triton's cache has none"
+        + ". The first step compiles the kernels where Triton's cache has none"
         * on_gpu
     )
 

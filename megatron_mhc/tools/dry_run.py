@@ -49,7 +49,8 @@ def _reason(error: Exception) -> str:
         return str(error)
     line = traceback.extract_tb(error.__traceback__)[-1]
     if found := re.fullmatch(r"assert args\.(\w+) is not None", line.line or ""):
-        return f"--{found[1].replace('_', '-')} is missing: add it"
+        flag = found[1].removeprefix("encoder_").replace("_", "-")  # Megatron's older --seq-length
+        return f"--{flag} is missing: add it"
     return f"{type(error).__name__} at `{line.line}` ({line.filename}:{line.lineno})"
 
 
@@ -191,7 +192,7 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     lines = (
         []
         if _is_served(mhc)
-        else ["  activations: of the Triton kernels; the reference keeps more"]
+        else ["  activations: of the Triton kernels of variant mhc; what runs here keeps more"]
     )
     return [
         f"mHC: {sites.built} sites, {parameters:,} extra parameters (fp32)",

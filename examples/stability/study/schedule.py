@@ -72,9 +72,9 @@ def places(
     every = map(str, range(count)) if visible is None else visible.split(",")
     gpus = [gpu for gpu in every if gpu.strip()]
     if len(gpus) < count:
+        fewer = f"give --gpus {len(gpus)}, or more devices" if gpus else "make a device visible"
         raise ValueError(
-            f"--gpus {count}, but CUDA_VISIBLE_DEVICES={visible} names {len(gpus)}: give --gpus"
-            f" {len(gpus)}, or more devices"
+            f"--gpus {count}, but CUDA_VISIBLE_DEVICES={visible!r} names {len(gpus)}: {fewer}"
         )
     return [{**environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
 

@@ -122,7 +122,7 @@ def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> 
 @pytest.mark.parametrize("script", ["gpt/single_gpu.sh", "moe/single_gpu.sh", "moe/cluster.sh"])
 def test_without_transformer_engine_a_gpu_script_says_what_to_install(script: str) -> None:
     done = launch(script)
-    assert done.returncode == 2 and "-m pip install --no-build-isolation '.[te]'" in done.stderr
+    assert done.returncode == 2 and "-m pip install --no-build-isolation -e '.[te]'" in done.stderr
 
 
 @NEEDS_0_19

@@ -18,6 +18,7 @@ PLAIN = [
     *("--global-batch-size", "2", "--train-iters", "2", "--lr", "1e-3", "--bf16"),
     *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
 ]
+WITHOUT_LENGTH = [*PLAIN[:6], *PLAIN[8:]]
 
 
 FULL = ["--mhc-recompute", "off", "--recompute-granularity", "full"]
@@ -197,6 +198,7 @@ def test_a_hybrid_models_layers_without_their_package_are_named() -> None:
         # Megatron's defaults that want CUDA kernels, and a norm that Transformer Engine alone has
         ([*PLAIN, "--transformer-impl", "transformer_engine", "--apply-layernorm-1p"], ""),
         (["--num-layers", "2"], "refused: --micro-batch-size is missing: add it"),
+        (WITHOUT_LENGTH, "refused: --seq-length is missing: add it"),
         (
             [*PLAIN, "--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"],
             "stage 0 cannot be built: bias is not supported in the shared experts",
@@ -219,7 +221,7 @@ def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -
 def test_the_dry_run_says_whose_activations_it_reckons(flags: str) -> None:
     result = forked_python(*DRY_RUN, *TINY, "--mhc", *flags.split())
     assert result.returncode == 0, result.stdout
-    assert ("the reference keeps more" in result.stdout) == bool(flags)
+    assert ("what runs here keeps more" in result.stdout) == bool(flags)
 
 
 COUNT = """
