@@ -24,8 +24,8 @@ def block_forward_patches(arrange: Callable[[Any, Any], None]) -> tuple[Patch, .
         return forward
 
     why = (
-        "a model whose layers were dropped still enters and leaves the streams; inference over"
-        " pipeline stages is refused"
+        "a model whose layers were dropped still enters and leaves the streams; and"
+        " inference over pipeline stages is refused"
     )
     block = "megatron.core.transformer.transformer_block:TransformerBlock.forward"
     stack = "megatron.core.models.hybrid.hybrid_block:HybridStack.forward"

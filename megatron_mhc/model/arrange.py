@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mhc.costs.recompute_plan import blocks
 
+from .inference import refuse_stages
 from .layer import MHCLayer
 from .recompute import Block
 
@@ -34,12 +35,8 @@ def arrange(block: Any, inference_context: Any = None) -> None:
     layers = list(block.layers)
     if not layers or not all(isinstance(layer, MHCLayer) for layer in layers):
         return
-    if inference_context is not None and block.config.pipeline_model_parallel_size > 1:
-        raise ValueError(
-            "Megatron's inference sends one stream between pipeline stages, and mHC has"
-            f" {layers[0].mhc.num_streams}: load the checkpoint with"
-            " --pipeline-model-parallel-size 1"
-        )
+    if inference_context is not None:
+        refuse_stages(layers[0])
     for layer in layers:
         # a chunk in the middle of a pipeline begins and ends with streams
         is_entry = layer is layers[0] and (block.pre_process or layer.is_entry)

@@ -21,6 +21,7 @@ from megatron_mhc.patches.checkpoint_load import (
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.hybrid import gpt_checkpoint_patches, hybrid_spec_patch, stack_patch
+from megatron_mhc.patches.inference_wrapper import inference_wrapper_patch
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -114,6 +115,13 @@ def _arrange(block: Any, inference_context: Any) -> None:
     arrange(block, inference_context)
 
 
+def _check_inference(model: Any) -> None:
+    """`inference.check_model`, imported when there is a model to run."""
+    from megatron_mhc.model.inference import check_model
+
+    check_model(model)
+
+
 def _place(stack: Any) -> None:
     """`stack.place`, imported when there is a HybridStack to build."""
     from megatron_mhc.model.stack import place
@@ -164,6 +172,7 @@ def model_patches() -> tuple[Patch, ...]:
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
         *block_forward_patches(_arrange),
+        inference_wrapper_patch(_check_inference),
         spec_patch(),
         stack_patch(_place),
         *schedule_plan_patches(_prepare_plan),

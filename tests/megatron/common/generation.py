@@ -66,6 +66,11 @@ def generated(model: GPTModel) -> dict[str, list[str]]:
     prompts, letters, length = ["to be or", "not to be"], Letters(), 8
     model.eval()
     model.config.attention_backend = AttnBackend.local
+    # before the forwards, for which a later pipeline stage would have nothing to read
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=SEQUENCE)
+    controller = TextGenerationController(GPTInferenceWrapper(model, context), letters)
+    engine = StaticInferenceEngine(controller, legacy=True)
+    InferenceMode.unset_active()
     texts = []
     for prompt in prompts:
         tokens = letters.tokenize(prompt)
@@ -75,9 +80,6 @@ def generated(model: GPTModel) -> dict[str, list[str]]:
                 logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], mask)
             tokens.append(int(logits[0, -1].argmax()))
         texts.append(letters.detokenize(tokens[len(prompt) :]))
-    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=SEQUENCE)
-    controller = TextGenerationController(GPTInferenceWrapper(model, context), letters)
-    engine = StaticInferenceEngine(controller, legacy=True)
     sampling = SamplingParams(num_tokens_to_generate=length, top_k=1, return_log_probs=True)
     requests = engine.generate(prompts=prompts, sampling_params=sampling)
     InferenceMode.unset_active()  # of this process: other models of it train

@@ -245,11 +245,14 @@ def test_decoding_with_a_cache_gives_the_logits_of_a_whole_forward(
     assert logits["whole"].std() > 0.1
 
 
-@pytest.mark.parametrize("model", [{}, {"pattern": "*-*-|*-*-"}], ids=["gpt", "hybrid"])
+@pytest.mark.parametrize(
+    "model",
+    [{"decode": True}, {"decode": True, "pattern": "*-*-|*-*-"}, {"generate": True}],
+    ids=["gpt", "hybrid", "engine"],
+)
 def test_inference_over_pipeline_stages_is_refused(model: dict[str, Any]) -> None:
-    """By whichever stage comes first, before it misses what it reads."""
-    stages = {"parallel": {"pipeline_model_parallel_size": 2}}
-    settings = {"steps": 0, "decode": True, **stages, **model}
+    """By whichever stage comes first, before it misses what it reads, or waits for it."""
+    settings = {"steps": 0, "parallel": {"pipeline_model_parallel_size": 2}, **model}
     with pytest.raises(AssertionError, match="inference sends one stream between pipeline stages"):
         run_scenarios(2, {"bad": settings})
 
