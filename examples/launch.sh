@@ -9,7 +9,7 @@
 #   CHECK=1       no training: what Megatron makes of the flags, parameters and memory a GPU
 #   PYTHON        the interpreter: else an active environment's, else .venv's, else `python`
 #   SCRIPT        the script to launch
-# the environment that `make train` makes, where it is there and no other is active
+
 [ -n "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 PYTHON=${PYTHON:-python}
 SCRIPT=${SCRIPT:-examples/pretrain_gpt.py}

@@ -134,7 +134,7 @@ def hc_coefficients(
 def hc_from_projection(
     projected: Tensor, alpha: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`hc_coefficients` from each stream's norm times theta, [..., n, n + 2]."""
+    """`hc_coefficients` from what theta makes of each normed stream, [..., n, n + 2]."""
     n = projected.shape[-2]
     mixed = torch.tanh(projected).transpose(-1, -2)  # [..., n + 2, n (the stream it came from)]
     bias_pre, bias_post, bias_res = bias.split([n, n, n * n])

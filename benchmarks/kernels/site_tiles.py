@@ -19,7 +19,7 @@ from megatron_mhc.kernels.triton.passes.projection import (
 from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 
 
-def floors(n: int) -> dict[str, int]:
+def kernel_floors(n: int) -> dict[str, int]:
     """Passes that each kernel must move with n streams, partial sums left out."""
     return {
         "combine_and_project": 2 * n + 1,

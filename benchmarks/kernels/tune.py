@@ -37,8 +37,8 @@ from benchmarks.kernels.site_tiles import (
     KERNELS,
     NOT_IN_SINGLE_PASS,
     NOT_IN_TWO,
-    floors,
     grid,
+    kernel_floors,
     named_tile,
     running,
     subjects,
@@ -187,7 +187,7 @@ def main() -> None:
         results = sorted(timed(kernel, listed, times_us, options.seconds / len(grids)))
         if results:
             fastest[kernel] = results[0][2]
-        print(f"{kernel}: floor {floors(options.streams)[kernel]} passes")
+        print(f"{kernel}: floor {kernel_floors(options.streams)[kernel]} passes")
         for site_us, time_us, numbers in results[:12]:
             mark = (
                 "  (what runs)"

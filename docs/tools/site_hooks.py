@@ -76,7 +76,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     Reports have wide tables, which the column of contents would cut.
     """
-    if page.file.src_uri in PAGES:
+    if page.file.src_uri.startswith(("reports/", "stability/")):
         page.meta.setdefault("hide", ["toc"])
     here = posixpath.dirname(repository_path(page.file.src_uri))
     from_uri = posixpath.dirname(page.file.src_uri)

@@ -49,7 +49,7 @@ def _reason(error: Exception) -> str:
         return str(error)
     line = traceback.extract_tb(error.__traceback__)[-1]
     if found := re.fullmatch(r"assert args\.(\w+) is not None", line.line or ""):
-        flag = found[1].removeprefix("encoder_").replace("_", "-")  # Megatron's older --seq-length
+        flag = found[1].removeprefix("encoder_").replace("_", "-")  # which --seq-length sets
         return f"--{flag} is missing: add it"
     return f"{type(error).__name__} at `{line.line}` ({line.filename}:{line.lineno})"
 

@@ -124,7 +124,9 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
 
 def test_tuning_looks_for_kernels_that_there_are() -> None:
     """By the name that the profiler gives them; one that is not there would have no times."""
-    assert site_tiles.KERNELS.keys() == site_tiles.GRIDS.keys() == site_tiles.floors(4).keys()
+    assert (
+        site_tiles.KERNELS.keys() == site_tiles.GRIDS.keys() == site_tiles.kernel_floors(4).keys()
+    )
     assert site_tiles.WIDE_GRIDS.keys() == site_tiles.GRIDS.keys()
     assert {*site_tiles.KERNELS.values()} <= timeline.own_kernels()
 

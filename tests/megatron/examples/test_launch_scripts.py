@@ -32,6 +32,34 @@ def shown_to_a_reader(folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.parametrize(
+    ("made", "given", "taken"),
+    [
+        (True, {}, ".venv/bin/python"),
+        (False, {}, "python"),
+        (True, {"VIRTUAL_ENV": "/mine"}, "python"),
+        (True, {"CONDA_PREFIX": "/mine"}, "python"),
+        (True, {"PYTHON": "python3.12"}, "python3.12"),
+    ],
+    ids=["made", "none", "active", "conda", "asked for"],
+)
+def test_the_scripts_find_the_environment_that_make_train_made(
+    made: bool, given: dict[str, str], taken: str, tmp_path: Path
+) -> None:
+    if made:
+        python = tmp_path / ".venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.touch(0o755)
+    others = ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX")
+    environment = {k: v for k, v in os.environ.items() if k not in others} | given
+    program = f'set -euo pipefail; NAME=x; source {EXAMPLES}/launch.sh; echo "$PYTHON"'
+    command = ["bash", "-c", program]
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == f"{taken}\n"
+
+
 def test_a_line_of_progress_is_shown_when_it_is_printed(tmp_path: Path) -> None:
     """And what nobody wants to see is in the log alone."""
     line = " iteration       10/      20 | lm loss: 1.0\n"

@@ -142,8 +142,9 @@ def test_the_tiles_of_every_card_fit_it(
             assert tile.splits >= 1
         for projection in (tiles.combine_and_project, tiles.project_delayed):
             assert projections_need(n, dtype, projection(n, width, dtype)) <= shared_memory
-        if n == 8:  # compiled: what the streams' gradient takes in fp32
-            assert shared_memory >= 93_184
+        if n == 8:  # compiled in fp32, by the rows of a product of the streams' gradient
+            part = tiles.rows_at_a_time(n * n + 2 * n)
+            assert {16: 93_184, 128: 155_648}[part] <= shared_memory
     different = {kernel for kernel, shapes in chosen.items() if len(shapes) > 1}
     assert different <= {"combine_and_project", "project_delayed"}
 
