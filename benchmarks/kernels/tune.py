@@ -17,6 +17,8 @@ T*C bf16 elements at the measured copy bandwidth. What is saved serves this GPU,
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import multiprocessing
 import sys
@@ -62,15 +64,21 @@ def save(file: Path, fastest: dict[str, Numbers], n: int, width: int) -> None:
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def compile_tiles(n: int, width: int, listed: list[tuple[str, Numbers]]) -> None:
-    """Fill Triton's cache on disk: a token count compiles nothing, so a few tokens will do."""
-    calls = subjects(64, width, n)
-    for kernel, numbers in listed:
-        default = getattr(tiles, kernel)
-        use_tile(kernel, numbers)
-        with contextlib.suppress(Exception):  # main reports it
-            calls[kernel]()
-        setattr(tiles, kernel, default)
+@functools.cache
+def _calls(n: int, width: int) -> dict[str, Callable[[], object]]:
+    """A process's own subjects: a token count compiles nothing, so a few tokens will do."""
+    return subjects(64, width, n)
+
+
+def compile_tile(n: int, width: int, named: tuple[str, Numbers]) -> tuple[str, Numbers]:
+    """Put a tile into Triton's cache on disk; returns what it was given."""
+    kernel, numbers = named
+    default = getattr(tiles, kernel)
+    use_tile(kernel, numbers)
+    with contextlib.suppress(Exception):  # main reports it
+        _calls(n, width)[kernel]()
+    setattr(tiles, kernel, default)
+    return named
 
 
 def in_site(shapes: Shapes, is_single: bool) -> Callable[[str], tuple[float, float]]:
@@ -134,21 +142,28 @@ def asked(options: argparse.Namespace) -> Grids:
     return grids
 
 
-def compile_all(grids: Grids, options: argparse.Namespace) -> None:
-    """Compile every tile, in processes; one that takes half the time is not waited for."""
-    everything = [(kernel, numbers) for kernel, listed in grids.items() for numbers in listed]
-    spawn = multiprocessing.get_context("spawn")
-    workers = [
-        spawn.Process(
-            target=compile_tiles,
-            args=(options.streams, options.width, everything[i :: options.processes]),
-        )
-        for i in range(options.processes)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(options.seconds / 2)
+def compile_all(grids: Grids, options: argparse.Namespace) -> Grids:
+    """Compile every tile, in processes, for at most half the time; returns those that are ready.
+
+    The first of every kernel come first: what runs is among them.
+    """
+    turns = itertools.zip_longest(*([(k, numbers) for numbers in grids[k]] for k in grids))
+    everything = [named for turn in turns for named in turn if named]
+    compiling = functools.partial(compile_tile, options.streams, options.width)
+    end = time.monotonic() + options.seconds / 2
+    ready: set[tuple[str, Numbers]] = set()
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        compiled = pool.imap_unordered(compiling, everything)
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in everything:
+                ready.add(compiled.next(max(0.1, end - time.monotonic())))
+    for kernel, numbers in everything:
+        if (kernel, numbers) not in ready:
+            print(f"{kernel}: no time left to compile {numbers}")
+    return {
+        kernel: [numbers for numbers in listed if (kernel, numbers) in ready]
+        for kernel, listed in grids.items()
+    }
 
 
 def timed(
@@ -176,7 +191,7 @@ def main() -> None:
     options = parse()
     start = time.monotonic()
     grids = asked(options)
-    compile_all(grids, options)
+    grids = compile_all(grids, options)
     print(f"compiled for {time.monotonic() - start:.0f} s")
     one_pass = options.tokens * options.width * 2 / copy_bandwidth() * 1e6
     print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt import gpt_layer_specs as specs
 
 from benchmarks.common import gpt
 from megatron_mhc import MHCConfig
@@ -17,8 +17,12 @@ def build(options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -
         mhc: None builds the ordinary model.
         settings: of TransformerConfig, beyond the options'.
     """
-    config = gpt.dense_config(options, **settings)
-    spec = get_gpt_layer_with_transformer_engine_spec()
+    if getattr(options, "moe", False):
+        config = gpt.paper_config(options, **settings)
+        spec = specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    else:
+        config = gpt.dense_config(options, **settings)
+        spec = specs.get_gpt_layer_with_transformer_engine_spec()
     return gpt.build(config, spec, mhc, options.sequence)
 
 

@@ -1,13 +1,20 @@
 """Step time and memory of a Megatron-Core GPT with mHC beside the ordinary one, on one GPU.
 
     python benchmarks/model/layers.py --json layers.json
+    python benchmarks/model/layers.py --moe --batch 4       # the paper's layers: MLA, experts
     python benchmarks/model/layers.py --train 200 --layers 4 --hidden 512 --ffn 1408 \\
         --heads 8 --groups 8 --sequence 512 --batch 8
 
 Forward and backward of whole models with Transformer Engine's layer spec in bf16: ordinary, mHC
-with Triton kernels, and (with --reference) mHC with the PyTorch reference. CUDA events, the median
-of --steps steps after three that warm up; peak memory by PyTorch's allocator. `--train N` instead
-trains N steps from the same start with both backends and prints both curves.
+with Triton kernels, and (with --reference) mHC with the PyTorch reference. All are in memory and
+take turns a step at a time, --rounds of them behind three that warm up, so that a clock that drifts
+drifts for all. Milliseconds are medians by CUDA events; "over ordinary" is the median of each
+round's own ratio, low and high its tenths and nine tenths. Memory is that of PyTorch's allocator
+in GiB, the peak of a step beyond what stands before it. `--train N` instead trains N steps from the
+same start with both backends and prints both curves.
+
+--moe: C 2560, a dense layer and 12 routed experts of 1536 (six a token) and a shared one in each
+of the others, multi-latent attention: `examples/moe/cluster.sh`'s layers with fewer experts.
 """
 
 import argparse
@@ -23,60 +30,70 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import command_line, gpt, plotting
 from benchmarks.common.timing import events
+from benchmarks.common.turns import in_turn, ratio
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig
 from megatron_mhc.metrics import strict_json
 
-COLUMNS = ("forward_ms", "step_ms", "spread_ms", "activations_gib", "peak_gib")
+COLUMNS = (
+    *("forward_ms", "step_ms", "over_ordinary", "low", "high"),
+    *("activations_gib", "peak_gib", "parameters_gib"),
+)
 
 
-def measure(options: argparse.Namespace, mhc: MHCConfig | None) -> dict[str, float]:
-    """Median milliseconds of forward, and of forward and backward; memory in GiB."""
-    model = build(options, mhc)
-    tokens = random_tokens(options)
-    forward, whole = [], []
-    held = 0.0
-    for step in range(options.steps + 3):
+class Case:
+    """A model and its steps."""
+
+    def __init__(self, options: argparse.Namespace, mhc: MHCConfig | None) -> None:
+        self.options, self.tokens = options, random_tokens(options)
+        self.model = build(options, mhc)
+
+    def step(self) -> tuple[float, float]:
+        """Milliseconds of forward, and of forward and backward."""
         begin, middle, end = events(3)
-        before = torch.cuda.memory_allocated()
         begin.record()
-        loss = loss_of(model, options, tokens)
+        loss = loss_of(self.model, self.options, self.tokens)
         middle.record()
-        held = (torch.cuda.memory_allocated() - before) / 2**30
         loss.backward()
         end.record()
         torch.cuda.synchronize()
-        if step == 2:
-            torch.cuda.reset_peak_memory_stats()
-        if step > 2:
-            forward.append(begin.elapsed_time(middle))
-            whole.append(begin.elapsed_time(end))
-    result = {
-        "forward_ms": statistics.median(forward),
-        "step_ms": statistics.median(whole),
-        "spread_ms": max(whole) - min(whole),
-        "activations_gib": held,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "parameters_gib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
-    }
-    del model, loss
-    torch.cuda.empty_cache()
-    return result
+        return begin.elapsed_time(middle), begin.elapsed_time(end)
+
+    def memory(self) -> dict[str, float]:
+        """GiB: what the forward leaves for the backward, the peak of both, the parameters."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = loss_of(self.model, self.options, self.tokens)
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        sizes = {
+            "activations_gib": held,
+            "peak_gib": torch.cuda.max_memory_allocated() - before,
+            "parameters_gib": sum(p.nbytes for p in self.model.parameters()),
+        }
+        return {name: size / 2**30 for name, size in sizes.items()}
 
 
 def compare_times(options: argparse.Namespace) -> dict[str, Any]:
-    """Print and return a row a model; the ordinary one again at the end shows what drifts."""
-    cases: dict[str, MHCConfig | None] = {"ordinary": None, "mHC": MHCConfig(backend="triton")}
+    """Print and return a row a model."""
+    wanted: dict[str, MHCConfig | None] = {"ordinary": None, "mHC": MHCConfig(backend="triton")}
     if options.reference:
-        cases["mHC, reference"] = MHCConfig(backend="torch")
-    cases["ordinary again"] = None
+        wanted["mHC, reference"] = MHCConfig(backend="torch")
+    cases = {name: Case(options, mhc) for name, mhc in wanted.items()}
     results: dict[str, Any] = {}
-    print(f"{'':16}" + "".join(f"{name:>17}" for name in COLUMNS) + "   step over ordinary")
-    for name, mhc in cases.items():
-        results[name] = measure(options, mhc)
-        ratio = results[name]["step_ms"] / results["ordinary"]["step_ms"]
-        values = "".join(f"{results[name][column]:17.3f}" for column in COLUMNS)
-        print(f"{name:16}{values}   {ratio:.4f}", flush=True)
+    for name, case in cases.items():
+        for _ in range(3):  # warms up: kernels, the allocator, gradients
+            case.step()
+        results[name] = case.memory()
+    times = in_turn({name: case.step for name, case in cases.items()}, options.rounds)
+    wholes = {name: [whole for _, whole in pairs] for name, pairs in times.items()}
+    print(f"{'':16}" + "".join(f"{name:>17}" for name in COLUMNS))
+    for name, row in results.items():
+        row["forward_ms"] = statistics.median(forward for forward, _ in times[name])
+        row["step_ms"] = statistics.median(wholes[name])
+        beside = ratio(wholes[name], wholes["ordinary"])
+        row |= {"over_ordinary": beside.median, "low": beside.low, "high": beside.high}
+        print(f"{name:16}" + "".join(f"{row[column]:17.3f}" for column in COLUMNS), flush=True)
     return results
 
 
@@ -133,7 +150,8 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
-    command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "steps": 15})
+    command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "rounds": 20})
+    parser.add_argument("--moe", action="store_true", help="the paper's layers, C 2560")
     parser.add_argument("--train", type=int, default=0, metavar="N", help="compare N steps instead")
     parser.add_argument("--reference", action="store_true", help="time the PyTorch reference too")
     parser.add_argument("--json", type=Path, help="write the results here")

@@ -4,8 +4,9 @@
 
 The model of `layers.py` (Transformer Engine's spec, bf16, one microbatch): ordinary,
 mHC, mHC with recompute in blocks of several lengths, and mHC under Megatron's full recompute. All
-cases are timed in turn, --rounds times, so that a clock that drifts drifts for all; step times are
-medians over all rounds.
+are in memory at once and take turns a step at a time, so that a clock that drifts drifts for all.
+Step times are medians over the rounds; "over ordinary" is the median of each round's own ratio, and
+low and high are its tenths and nine tenths. `--blocks auto` has fewer models.
 
 What is measured, in GiB beyond the ordinary model:
   starts   n-wide storages among the tensors saved for the backward: the block starts
@@ -30,6 +31,7 @@ import torch.distributed as dist
 
 from benchmarks.common import command_line, gpt, plotting
 from benchmarks.common.timing import elapsed_ms
+from benchmarks.common.turns import in_turn, ratio
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.costs.recompute_plan import Plan, plan_of
@@ -51,7 +53,6 @@ class Case:
         self.options = options
         self.model = build(options, mhc, **settings)
         self.plan: Plan | None = plan_of([self.model])
-        self.times: list[float] = []
         self.tokens = random_tokens(options)
         self.wide = options.batch * options.sequence * options.hidden * 2  # bytes of one stream
         self.streams = 0 if mhc is None else mhc.num_streams
@@ -60,9 +61,9 @@ class Case:
         """The loss of the one microbatch."""
         return loss_of(self.model, self.options, self.tokens)
 
-    def time(self, steps: int) -> None:
-        """Forward and backward, by CUDA events."""
-        self.times += [elapsed_ms(lambda: self.forward().backward()) for _ in range(steps)]
+    def step(self) -> float:
+        """Milliseconds of a forward and a backward."""
+        return elapsed_ms(lambda: self.forward().backward())
 
     def memory(self) -> dict[str, float]:
         """GiB: held, starts (a part of held), rebuilt; and the peak of a step."""
@@ -103,13 +104,9 @@ class Case:
         return {name: size / GIB for name, size in sizes.items()}
 
 
-def compare(
-    case: Case, memory: dict[str, float], ordinary: dict[str, float], step: float
-) -> dict[str, float]:
+def compare(case: Case, memory: dict[str, float], ordinary: dict[str, float]) -> dict[str, float]:
     """A case's memory beyond the ordinary model's, in GiB, and what the formula says of it."""
     row = {
-        "step_ms": statistics.median(case.times),
-        "spread_ms": max(case.times) - min(case.times),
         "held": memory["held"],
         "starts": memory["starts"],
         "rest": memory["held"] - ordinary["held"] - memory["starts"],
@@ -117,7 +114,6 @@ def compare(
         "peak": memory["peak"] - ordinary["peak"],
     }
     row["sum"] = row["starts"] + row["rest"] + row["rebuilt"]
-    row["step_over_ordinary"] = row["step_ms"] / step
     if case.plan is not None:
         tokens = case.options.batch * case.options.sequence
         terms = {name: size * tokens / GIB for name, size in case.plan.bytes_a_token.items()}
@@ -161,7 +157,7 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
 
 
 COLUMNS = (
-    *("step_ms", "spread_ms", "step_over_ordinary", "held", "peak"),
+    *("step_ms", "over_ordinary", "low", "high", "held", "peak"),
     *("starts", "formula_starts", "rest", "formula_rest", "rebuilt", "formula_rebuilt"),
     *("sum", "formula", "sum_over_formula"),
 )
@@ -209,7 +205,7 @@ def plot(results: dict[str, dict[str, float]], file: Path) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
-    command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "steps": 4, "rounds": 3})
+    command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "rounds": 20})
     parser.add_argument(
         "--blocks", default="1,2,4,auto", help="layers a block, by commas (default: 1,2,4,auto)"
     )
@@ -231,29 +227,28 @@ def wanted(blocks: str) -> dict[str, tuple[MHCConfig | None, dict[str, Any]]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """A row a case, from rounds in which all take turns; one model at a time is in memory."""
-    memories: dict[str, dict[str, float]] = {}
-    cases: dict[str, Case] = {}
-    asked = wanted(options.blocks)
-    times: dict[str, list[float]] = {name: [] for name in asked}
-    for turn in range(options.rounds):
-        for name, (mhc, settings) in asked.items():
-            case = cases[name] = Case(options, mhc, **settings)
-            case.time(2)  # warms up: kernels, the allocator, gradients
-            case.times.clear()
-            if turn == 0:
-                memories[name] = case.memory()
-            case.time(options.steps)
-            times[name] += case.times
-            case.model = None  # type: ignore[assignment]
-            torch.cuda.empty_cache()
-    ordinary = statistics.median(times["ordinary"])
-    for name, case in cases.items():
-        case.times = times[name]
-    return {
-        name: compare(case, memories[name], memories["ordinary"], ordinary)
-        for name, case in cases.items()
+    """A row a case, from rounds in which each takes one step."""
+    cases = {
+        name: Case(options, mhc, **settings)
+        for name, (mhc, settings) in wanted(options.blocks).items()
     }
+    memories: dict[str, dict[str, float]] = {}
+    for name, case in cases.items():
+        for _ in range(2):  # warms up: kernels, the allocator, gradients
+            case.step()
+        memories[name] = case.memory()
+    times = in_turn({name: case.step for name, case in cases.items()}, options.rounds)
+    rows = {}
+    for name, case in cases.items():
+        beside = ratio(times[name], times["ordinary"])
+        rows[name] = {
+            "step_ms": statistics.median(times[name]),
+            "over_ordinary": beside.median,
+            "low": beside.low,
+            "high": beside.high,
+            **compare(case, memories[name], memories["ordinary"]),
+        }
+    return rows
 
 
 def main() -> None:

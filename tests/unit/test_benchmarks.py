@@ -1,5 +1,6 @@
 """The benchmarks: what their command lines and documents say, and how they count."""
 
+import argparse
 import gzip
 import json
 import os
@@ -15,7 +16,8 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.common import spans
-from benchmarks.kernels import site_tiles, sites_plot
+from benchmarks.common.turns import in_turn, ratio
+from benchmarks.kernels import site_tiles, sites_plot, tune
 from benchmarks.kernels.by_kernel import medians
 from benchmarks.pipeline import timeline
 from tests.megatron.common.launch import forked_python
@@ -129,6 +131,43 @@ def test_tuning_looks_for_kernels_that_there_are() -> None:
     )
     assert site_tiles.WIDE_GRIDS.keys() == site_tiles.GRIDS.keys()
     assert {*site_tiles.KERNELS.values()} <= timeline.own_kernels()
+
+
+@pytest.mark.parametrize("seconds", [0, 600])
+def test_tiles_that_are_not_compiled_in_time_are_left_out(
+    seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing waits for them: a process that compiles for minutes is ended."""
+    grids: tune.Grids = {"coefficients": [(8, 1, 1, 1), (4, 1, 1, 1)], "aggregate": [(4, 512)]}
+    asked = argparse.Namespace(streams=4, width=64, processes=1, seconds=seconds)
+    ready = tune.compile_all(grids, asked)
+    said = capsys.readouterr().out.splitlines()
+    if seconds:
+        assert (ready, said) == (grids, [])
+    else:
+        assert ready == {"coefficients": [], "aggregate": []}
+        assert said[:2] == [
+            "coefficients: no time left to compile (8, 1, 1, 1)",
+            "aggregate: no time left to compile (4, 512)",
+        ]
+
+
+def test_what_a_step_costs_is_told_within_each_round() -> None:
+    """One model always takes a quarter more, while the clock of both doubles."""
+    clock = iter(range(1, 100))
+    now = [0.0]
+
+    def ordinary() -> float:
+        now[0] = float(next(clock))
+        return now[0]
+
+    times = in_turn({"ordinary": ordinary, "wider": lambda: 1.25 * now[0]}, 20)
+    assert len(times["ordinary"]) == len(times["wider"]) == 20
+    assert ratio(times["wider"], times["ordinary"]) == (1.25, 1.25, 1.25)
+    beside = ratio([float(i) for i in range(1, 21)], [1.0] * 20)
+    assert beside == (10.5, 3.0, 18.0)
+    with pytest.raises(ValueError, match="longer"):
+        ratio([1.0], [1.0, 2.0])
 
 
 def test_a_timeline_tells_messages_that_nothing_runs_beside(tmp_path: Path) -> None:

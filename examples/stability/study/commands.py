@@ -59,7 +59,7 @@ def arguments(job: Job, size: Size, steps: int, rate: float, folder: Path, data:
     mhc = MODELS[job.model]
     if mhc:
         mhc = (*mhc, "--mhc-log-interval", str(every(steps, LOGGED)))
-    if mhc and size.fusing and job.model != "hc":
+    if mhc and size.fusing:
         mhc = (*mhc, "--mhc-backend", "triton")
     memory = ("--log-memory-to-tensorboard",) if size.fusing else ()
     return [
