@@ -64,6 +64,7 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     ],
     "coefficient_gradients": [
         *itertools.product((8, 16, 32), (64, 128), (1,), (4,), (1, 2)),
+        *itertools.product((4, 8), (64, 128), (1,), (1, 2), (1,)),
         *itertools.product((8, 16), (256, 512), (1,), (8,), (2,)),
     ],
     "stream_gradients": [

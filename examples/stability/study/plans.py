@@ -106,7 +106,7 @@ PAPER_RATIO = Size(
     sequence=1024,
     batch=128,
     # a micro-batch of 65,536 tokens keeps the GPU busier than the host
-    micro={"": 64, "hc": 32, "mhc_n8": 32, "moe_ordinary": 32, "moe_mhc": 32},
+    micro={"": 64, "mhc_n8": 32, "moe_ordinary": 32, "moe_mhc": 32},
     tokens=2**28,
     validation=2**20,
     vocab_size=16384,
