@@ -22,6 +22,7 @@ from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
 from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.hybrid import gpt_checkpoint_patches, hybrid_spec_patch, stack_patch
 from megatron_mhc.patches.inference_wrapper import inference_wrapper_patch
+from megatron_mhc.patches.layer_wise_gather import layer_wise_gather_patch
 from megatron_mhc.patches.metrics import metrics_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
@@ -166,6 +167,7 @@ def model_patches() -> tuple[Patch, ...]:
     """What every model with mHC needs, however it was turned on; `with_mhc` applies them."""
     return (
         *parameter_group_patches(parameters.MARK),
+        layer_wise_gather_patch(),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(stored_settings.check_load),
         pipeline_width_patch(config_marks.message_width),

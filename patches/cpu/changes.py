@@ -150,6 +150,24 @@ def _coalesced_for_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
     return coalesced
 
 
+def _uneven_for_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **how: Any
+    ) -> Any:
+        if len({part.numel() for part in tensor_list}) < 2:
+            return original(tensor_list, tensor, group, **how)
+        dtypes = {tensor.dtype, *(part.dtype for part in tensor_list)}
+        if len(dtypes) > 1:  # as torch says in front of NCCL
+            raise ValueError(f"Invalid usage of tensors with different dtypes: {dtypes}")
+        tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+        return _CoalescingManager() if how.get("async_op") else None
+
+    return all_gather
+
+
 SHIPPED_HELPERS = Patch(
     "shipped-dataset-helpers",
     "megatron.core.datasets.utils:compile_helpers",
@@ -231,6 +249,12 @@ CPU_PATCHES: tuple[Patch, ...] = (
         _coalesced_for_gloo,
         "the same, of shards",
         optional=True,
+    ),
+    Patch(
+        "cpu-uneven-gathers",
+        "torch.distributed:all_gather",
+        _uneven_for_gloo,
+        "gloo gathers tensors of one size alone; Muon's ranks have as many parameters as there are",
     ),
     *HYBRID,
     *WITHOUT_KERNELS,

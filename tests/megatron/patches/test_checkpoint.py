@@ -22,6 +22,7 @@ MLA = [
     *("--q-lora-rank", "16", "--kv-lora-rank", "16", "--qk-head-dim", "16"),
     *("--qk-pos-emb-head-dim", "8", "--v-head-dim", "16"),
 ]
+MUON = ["--optimizer", "muon"]
 STAGES = ["--pipeline-model-parallel-size", "2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "bf16": (1, []),
@@ -51,6 +52,12 @@ CASES: dict[str, tuple[int, list[str]]] = {
         [*STAGES, "--expert-model-parallel-size", "2", *MOE, "--disable-bias-linear"],
     ),
     "bf16 latent attention, tensor parallel": (2, ["--tensor-model-parallel-size", "2", *MLA]),
+    "bf16 Muon": (2, MUON),
+    "bf16 Muon, each rank its own matrices": (2, [*MUON, "--use-distributed-optimizer"]),
+    "bf16 Muon, experts, overlap": (
+        2,
+        [*MUON, *DISTRIBUTED, "--expert-model-parallel-size", "2", *MOE, "--disable-bias-linear"],
+    ),
     "bf16 multi-token prediction": (
         1,
         ["--mtp-num-layers", "1", "--position-embedding-type", "rope"],
