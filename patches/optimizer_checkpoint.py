@@ -4,8 +4,7 @@
 optimizer's state numbers the fp32 ones among them: states swap places, or the shapes do not fit
 and it stops (Megatron-LM issue 5835). From 0.20 on it numbers all, but a group of fp32 parameters
 alone, which has an empty list of copies, does not come back. The distributed optimizer numbers them
-rightly, but loads its default format and the legacy one into fp32 parameters themselves, which
-autograd refuses.
+rightly.
 """
 
 import functools
@@ -13,8 +12,6 @@ import inspect
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
-
-import torch
 
 from .registry import Patch, is_there, locate
 from .supported_versions import is_installed
@@ -99,10 +96,6 @@ def _tell_decay_apart(original: Any) -> Any:
     return staticmethod(_filter_and_reorder_param_groups)
 
 
-def _without_autograd(original: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.no_grad()(original)
-
-
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
 _SAVE = f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict"
@@ -133,14 +126,6 @@ _PATCHES = (
         target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.load_state_dict",
         replace=_put_empty_groups_back,
         why="a group of fp32 parameters has no fp32 copies to load",
-    ),
-    Patch(
-        id="optimizer-checkpoint-fp32",
-        target="megatron.core.optimizer.distrib_optimizer:"
-        # what the loader of every format ends in
-        "DistributedOptimizer._set_main_param_and_optimizer_states",
-        replace=_without_autograd,
-        why="the distributed optimizer loads into fp32 parameters themselves",
     ),
 )
 _GROUPS = Patch(

@@ -19,6 +19,7 @@ from megatron_mhc.patches.checkpoint_load import (
     state_dict_load_patches,
 )
 from megatron_mhc.patches.cpu import CPU_PATCHES, SHIPPED_HELPERS
+from megatron_mhc.patches.fp32_shards import fp32_shards_patches
 from megatron_mhc.patches.fsdp import fsdp_patches
 from megatron_mhc.patches.hybrid import gpt_checkpoint_patches, hybrid_spec_patch, stack_patch
 from megatron_mhc.patches.inference_wrapper import inference_wrapper_patch
@@ -168,6 +169,7 @@ def model_patches() -> tuple[Patch, ...]:
     return (
         *parameter_group_patches(parameters.MARK),
         layer_wise_gather_patch(),
+        *fp32_shards_patches(),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(stored_settings.check_load),
         pipeline_width_patch(config_marks.message_width),

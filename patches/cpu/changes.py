@@ -168,6 +168,15 @@ def _uneven_for_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_gather
 
 
+def _all_on_device(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def split(self: Any, offload_fraction: float) -> Any:
+        groups, _, _, _, fp32 = original(self, 0.0)
+        return [], groups, {}, {}, fp32
+
+    return split
+
+
 SHIPPED_HELPERS = Patch(
     "shipped-dataset-helpers",
     "megatron.core.datasets.utils:compile_helpers",
@@ -255,6 +264,13 @@ CPU_PATCHES: tuple[Patch, ...] = (
         "torch.distributed:all_gather",
         _uneven_for_gloo,
         "gloo gathers tensors of one size alone; Muon's ranks have as many parameters as there are",
+    ),
+    Patch(
+        "cpu-optimizer-offload",
+        "megatron.core.optimizer.cpu_offloading.hybrid_optimizer:"
+        "HybridDeviceOptimizer._get_sub_optimizer_param_groups",
+        _all_on_device,
+        "parameters that are on a CPU already are the device's: none is taken off it",
     ),
     *HYBRID,
     *WITHOUT_KERNELS,

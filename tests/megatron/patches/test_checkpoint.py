@@ -23,6 +23,10 @@ MLA = [
     *("--qk-pos-emb-head-dim", "8", "--v-head-dim", "16"),
 ]
 MUON = ["--optimizer", "muon"]
+OFFLOADED = [
+    *("--use-distributed-optimizer", "--use-precision-aware-optimizer"),
+    *("--optimizer-cpu-offload", "--use-torch-optimizer-for-cpu-offload"),
+]
 STAGES = ["--pipeline-model-parallel-size", "2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "bf16": (1, []),
@@ -52,6 +56,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         [*STAGES, "--expert-model-parallel-size", "2", *MOE, "--disable-bias-linear"],
     ),
     "bf16 latent attention, tensor parallel": (2, ["--tensor-model-parallel-size", "2", *MLA]),
+    "bf16 optimizer offloaded": (2, OFFLOADED),
     "bf16 Muon": (2, MUON),
     "bf16 Muon, each rank its own matrices": (2, [*MUON, "--use-distributed-optimizer"]),
     "bf16 Muon, experts, overlap": (

@@ -12,7 +12,7 @@ MUON = [
 
 
 def train(flags: list[str], **environment: str) -> tuple[list[str], str]:
-    status, printed = forked_run(4, HYBRID_SCRIPT, *ONE_SITE, *flags, **environment)
+    _, printed = forked_run(4, HYBRID_SCRIPT, *ONE_SITE, *flags, **environment)
     return losses(printed), printed
 
 
