@@ -12,12 +12,35 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mhc.costs.recompute_plan import blocks
 
+from .bare_stages import Finish, one_stream_as_message, take_one_stream
+from .config_marks import is_marked
 from .inference import refuse_stages
 from .layer import MHCLayer
 from .recompute import Block
 
 BLOCKS = (TransformerBlock, HybridStack)
 """What holds layers one behind the other."""
+
+
+def begin(block: Any, inference_context: Any = None) -> Finish | None:
+    """What runs in front of a block's forward: `arrange`, and what its links want.
+
+    Returns:
+        What its output becomes, for the link to the next stage; None where it stays as it is. The
+        rest as for `arrange`.
+    """
+    arrange(block, inference_context)
+    layers = list(block.layers)
+    if layers and not isinstance(layers[0], MHCLayer):
+        return None
+    if layers:
+        begins, ends = layers[0].is_entry, layers[-1].is_exit
+    elif is_marked(block.config):
+        begins, ends = block.post_process, block.pre_process
+    else:
+        return None
+    take_one_stream(block, begins and not block.pre_process)
+    return one_stream_as_message(block.config) if ends and not block.post_process else None
 
 
 def arrange(block: Any, inference_context: Any = None) -> None:

@@ -110,11 +110,11 @@ def _like_decoder(decoder: Any, mtp: Any) -> Any:
     return like_decoder(decoder, mtp)
 
 
-def _arrange(block: Any, inference_context: Any) -> None:
-    """`arrange.arrange`, imported when there is a model to run."""
-    from megatron_mhc.model.arrange import arrange
+def _begin(block: Any, inference_context: Any) -> Any:
+    """`arrange.begin`, imported when there is a model to run."""
+    from megatron_mhc.model.arrange import begin
 
-    arrange(block, inference_context)
+    return begin(block, inference_context)
 
 
 def _check_inference(model: Any) -> None:
@@ -175,7 +175,7 @@ def model_patches() -> tuple[Patch, ...]:
         pipeline_width_patch(config_marks.message_width),
         *pipeline_schedule_patches(_run_schedule),
         mtp_patch(_like_decoder),
-        *block_forward_patches(_arrange),
+        *block_forward_patches(_begin),
         inference_wrapper_patch(_check_inference),
         spec_patch(),
         stack_patch(_place),

@@ -46,6 +46,13 @@ VARIABLE: dict[str, Any] = {
 }
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
 EMBEDDING = {"num_layers": 3, "account_for_embedding_in_pipeline_split": True}
+
+
+def layout(stages: str) -> dict[str, Any]:
+    """Megatron's `--pipeline-model-parallel-layout`: E the embedding, t a layer, L the loss."""
+    return {"pipeline_model_parallel_layout": stages}
+
+
 # microbatches fewer than, as many as and more than the stages
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "1F1B, 1 microbatch": (2, {"microbatches": 1}, {"parallel": stages(2)}),
@@ -63,6 +70,32 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         2,
         {"microbatches": 4, "config": {"num_layers": 3}},
         {"parallel": stages(2), "config": EMBEDDING},
+    ),
+    # stages without layers: one stream in a message of n
+    "the loss alone": (
+        2,
+        {"microbatches": 4},
+        {"parallel": stages(2), "config": layout("Etttt|L")},
+    ),
+    "the embedding alone, learned head": (
+        2,
+        {"microbatches": 4, "mhc": HEAD},
+        {"parallel": stages(2), "config": layout("E|ttttL")},
+    ),
+    "both ends alone, delayed sites, bf16, interleaved": (
+        2,
+        {"microbatches": 4, "bf16": True, "mhc": DELAYED},
+        {"parallel": VIRTUAL, "config": layout("E|tt|tt|L")},
+    ),
+    "both ends alone, one stage in the middle bare": (
+        4,
+        {"microbatches": 4},
+        {"parallel": stages(4), "config": layout("E||tttt|L")},
+    ),
+    "the loss alone, variable lengths": (
+        2,
+        VARIABLE,
+        {"parallel": stages(2), "config": VARIABLE["config"] | layout("Etttt|L")},
     ),
     "learned head": (2, {"microbatches": 4, "mhc": HEAD}, {"parallel": stages(2)}),
     "MoE": (2, {"microbatches": 4, "kind": "moe"}, {"parallel": stages(2)}),
@@ -163,9 +196,10 @@ def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
     assert_same_training(split, alone, bound=SUMMATION_ORDER)
 
 
-def test_a_stage_without_sites_is_refused() -> None:
-    settings = {"config": {"pipeline_model_parallel_layout": "Etttt|L"}, "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="no layer with mHC, so no site"):
+def test_a_stage_without_layers_is_refused_with_overlap() -> None:
+    settings: dict[str, Any] = {"config": layout("Etttt|L"), "parallel": stages(2)}
+    settings["mhc"] = {"overlap_p2p": True}
+    with pytest.raises(AssertionError, match=r"--mhc-overlap-p2p .* has no layers"):
         run_scenarios(2, {"bad": settings})
 
 
