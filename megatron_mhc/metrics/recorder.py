@@ -102,18 +102,18 @@ class Recorder:
             RuntimeError: a site of this rank did not run inside the `with` statement.
         """
         missing = [site for site in self.connections if site not in self.h_res]
-        if missing or not self.connections:
+        mhc = of_any_stage(next((c.mhc for c in self.connections.values()), None))
+        if missing or mhc is None:
             raise RuntimeError(
                 f"--mhc-log-interval: no forward of the sites {missing or '(there are none)'} ran"
                 " in this step, so there is nothing to log of them: if the script drops layers or"
                 " runs them outside the training step, turn the metrics off"
             )
-        mhc = next(iter(self.connections.values())).mhc
         squares, total = gradient_squares(self.chunks, self.connections, optimizer)
         own = list(self.connections)
-        h_res = torch.stack([self.h_res[site] for site in own])
-        streams = torch.stack([self.summaries[site] for site in own])
-        sites, (h_res, streams, squares) = gather_stages(own, h_res, streams, squares)
+        recorded = [[values[site] for site in own] for values in (self.h_res, self.summaries)]
+        parts_of_model = [torch.stack(values) if values else None for values in recorded]
+        sites, (h_res, streams, squares) = gather_stages(own, *parts_of_model, squares)
         n = mhc.num_streams
         means, maxima = residual_metrics(h_res)
         names = ("h_pre", "h_post", "stream_norm", "stream_cosine")
@@ -167,9 +167,8 @@ def gradient_squares(
 
     every = [p for chunk in chunks for p in chunk.parameters() if is_hyper_connection(p)]
     groups = [list(connection.parameters()) for connection in sites.values()]
-    sums = torch.stack(
-        [torch.stack([square(p) for p in group]).sum() for group in (*groups, every)]
-    )
+    none = torch.zeros((), dtype=torch.float64, device="cuda")
+    sums = torch.stack([sum(map(square, group), start=none) for group in (*groups, every)])
     if sharded:
         dist.all_reduce(sums, group=sharded[0].data_parallel_group)
     if optimizer is not None:
@@ -180,13 +179,24 @@ def gradient_squares(
     return sums[:-1], total
 
 
-def gather_stages(sites: list[int], *tensors: Tensor) -> tuple[list[int], list[Tensor]]:
+def of_any_stage[T](value: T | None) -> T | None:
+    """What the first of the pipeline's stages has that has anything."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    values: list[T | None] = [value] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(values, value, group=group)
+    return next((one for one in values if one is not None), None)
+
+
+def gather_stages(sites: list[int], *tensors: Tensor | None) -> tuple[list[int], list[Tensor]]:
     """Put what the pipeline's stages hold together, in the order of the sites, on every stage.
 
     Args:
-        sites: the l sites of this stage, by index; stages may have different numbers of them, and
-            chunks of an interleaved pipeline any order.
-        tensors: each [l, ...].
+        sites: the l sites of this stage, by index; stages may have different numbers of them, also
+            none, and chunks of an interleaved pipeline any order.
+        tensors: each [l, ...]; None where there are no sites.
 
     Returns:
         All L sites in order, and the tensors [L, ...].
@@ -195,17 +205,20 @@ def gather_stages(sites: list[int], *tensors: Tensor) -> tuple[list[int], list[T
 
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
-        return sites, list(tensors)
+        return sites, [tensor for tensor in tensors if tensor is not None]
     stages: list[Any] = [None] * group.size()
     dist.all_gather_object(stages, sites, group=group)
     found = [site for stage in stages for site in stage]
     order = sorted(range(len(found)), key=found.__getitem__)
     whole = []
     for tensor in tensors:
+        like = of_any_stage(None if tensor is None else (tensor.shape[1:], tensor.dtype))
+        assert like is not None
+        shape, dtype = like
         parts = []
         for stage, theirs in enumerate(stages):
-            part = tensor.new_empty((len(theirs), *tensor.shape[1:]))
-            if stage == group.rank():
+            part = torch.empty((len(theirs), *shape), dtype=dtype, device="cuda")
+            if stage == group.rank() and tensor is not None:
                 part = tensor.contiguous()
             dist.broadcast(part, dist.get_global_rank(group, stage), group=group)
             parts.append(part)

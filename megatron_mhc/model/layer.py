@@ -50,7 +50,8 @@ class MHCLayer(GraphableMegatronModule):
             by its number. The rest as for the layer class.
 
     Attributes:
-        is_any_built: of the class: whether this process has built a layer with sites.
+        is_any_built: of the class: whether this process has built a layer with sites, or a stage
+            without layers of a model that was to have them.
         SLOTS: of the class: where it may add to the residual, in the order of running.
         sites: the sites, in that order.
         is_mtp: whether it belongs to multi-token prediction.

@@ -38,12 +38,18 @@ def place(stack: Any) -> None:
             f"a HybridStack has layers with mHC and {names} without: give with_mhc the whole"
             " stack's spec, not that of some layers"
         )
+    first, last = layers[0], layers[-1]
+    begins, ends = stack.pre_process, stack.post_process
     if getattr(stack, "is_mtp_layer", False):
         for layer in layers:
             _continue_behind_the_decoder(layer)
-    if stack.post_process:
-        layers[-1].add_head()
-    first = layers[0]
+    else:  # the embedding, or the loss, may have a stage of its own
+        begins = begins or first.layer_number == 1
+        ends = ends or last.layer_number == stack.config.num_layers
+    if ends:
+        last.add_head()
+    for layer in layers:
+        layer.set_place(is_entry=begins and layer is first, is_exit=ends and layer is last)
     if first.mhc.recompute is not None:
         norms = sum(layer.own_norms for layer in layers) / len(layers)
         found = plan(stack.config, first.mhc, norms, get_pg_rank(stack.pp_group), sites=1)

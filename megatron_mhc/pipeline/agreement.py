@@ -1,13 +1,13 @@
 """What is checked of a pipeline's stages before a step: that they exchange what they mean to."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.model.arrange import BLOCKS
+from megatron_mhc.model.arrange import BLOCKS, arrange
 from megatron_mhc.model.config_marks import is_marked, mark_streams
 from megatron_mhc.model.layer import MHCLayer
 
@@ -36,19 +36,17 @@ def check_stages(
 
     Raises:
         ValueError: on every rank: a chunk of layers without sites beside others that have them;
-            stages that differ in what is EXCHANGED; a stage without layers under a schedule that
-            overlaps; a model without sites whose TransformerConfig a model with sites was built
-            with.
+            stages that differ in what is EXCHANGED; a stage without layers beside what does not
+            work with one (`_check_bare`); a model without sites whose TransformerConfig a model
+            with sites was built with.
     """
     found = state_of(chunks[0]).has_sites
     kind = bool(arguments.get("forward_only"))
     if kind not in found:
-        mhc, has_bare = _agreed([_of_chunk(chunk, arguments) for chunk in chunks], chunks, group)
+        mhc = _agreed(_said(chunks, arguments), config, group)
         found[kind] = mhc is not None
         if mhc is not None:
             mark_streams(config, mhc)
-            if has_bare:
-                _check_bare(config, mhc)
     if is_marked(config) and not found[kind]:
         raise ValueError(
             "this model has no mHC, but its TransformerConfig has served to build one that does,"
@@ -67,9 +65,16 @@ def _layers(chunk: Any) -> list[MHCLayer]:
 
 
 def _is_bare(chunk: Any) -> bool:
-    """Whether this chunk's blocks have no layers."""
+    """Whether this chunk's blocks have no layers, but for those of multi-token prediction."""
     blocks = [module for module in chunk.modules() if isinstance(module, BLOCKS)]
-    return bool(blocks) and not any(len(block.layers) for block in blocks)
+    layers = [layer for block in blocks for layer in block.layers]
+    return bool(blocks) and all(isinstance(one, MHCLayer) and one.is_mtp for one in layers)
+
+
+def _predicts_apart(chunk: Any) -> bool:
+    """Whether multi-token prediction stands in this chunk, and the loss in another."""
+    predicts = any(isinstance(m, MHCLayer) and m.is_mtp for m in chunk.modules())
+    return predicts and not get_attr_wrapped_model(chunk, "post_process")
 
 
 def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> Exchanged | None:
@@ -93,24 +98,53 @@ def _of_chunk(chunk: Any, arguments: Mapping[str, Any]) -> Exchanged | None:
     return (*model, *lengths, arguments["micro_batch_size"])
 
 
-def _agreed(
-    mine: list[Exchanged | None], chunks: Sequence[Any], group: Any
-) -> tuple[MHCConfig | None, bool]:
-    """The settings of this model's mHC (None without it) and whether some chunk has no layers,
-    after it is clear that every stage thinks the same."""
+class _Said(NamedTuple):
+    """What a stage tells the others.
+
+    Attributes:
+        chunks: what each of its chunks exchanges.
+        mhc: the settings of its layers; None without any.
+        enters, leaves: whether one of its layers replicates one stream, or contracts to one.
+        predicts_apart: `_predicts_apart`, of any of its chunks.
+    """
+
+    chunks: list[Exchanged | None]
+    mhc: MHCConfig | None
+    enters: bool
+    leaves: bool
+    predicts_apart: bool
+
+
+def _said(chunks: Sequence[Any], arguments: Mapping[str, Any]) -> _Said:
+    for chunk in chunks:
+        for block in chunk.modules():
+            if isinstance(block, BLOCKS):
+                arrange(block)  # before it is asked which layers are the ends
     layers = [layer for chunk in chunks for layer in _layers(chunk)]
-    both: list[Any] = [(mine, layers[0].mhc if layers else None)]
+    return _Said(
+        chunks=[_of_chunk(chunk, arguments) for chunk in chunks],
+        mhc=layers[0].mhc if layers else None,
+        enters=any(layer.is_entry for layer in layers),
+        leaves=any(layer.is_exit for layer in layers),
+        predicts_apart=any(map(_predicts_apart, chunks)),
+    )
+
+
+def _agreed(mine: _Said, config: Any, group: Any) -> MHCConfig | None:
+    """The settings of this model's mHC, None without, after it is clear that every stage thinks the
+    same."""
+    stages = [mine]
     if isinstance(group, torch.distributed.ProcessGroup):
-        of_this_stage, both = both[0], [None] * group.size()
-        torch.distributed.all_gather_object(both, of_this_stage, group=group)
-    stages = [exchanged for exchanged, _ in both]
-    mhc: MHCConfig | None = next((mhc for _, mhc in both if mhc is not None), None)
+        stages = [mine] * group.size()
+        torch.distributed.all_gather_object(stages, mine, group=group)
+    mhc = next((stage.mhc for stage in stages if stage.mhc is not None), None)
     if mhc is None:
-        return None, False
-    described = "; ".join(f"stage {i}: {stage}" for i, stage in enumerate(stages))
+        return None
+    described = "; ".join(f"stage {i}: {stage.chunks}" for i, stage in enumerate(stages))
     described = f" ({EXCHANGED}) of each chunk: {described}"
-    flat = {chunk for stage in stages for chunk in stage}
-    if None in flat:
+    every = {chunk for stage in stages for chunk in stage.chunks}
+    flat = {chunk for chunk in every if chunk is not None}
+    if len(flat) < len(every):
         raise ValueError(
             "a pipeline stage or model chunk has layers and none with mHC, so no site, and mHC"
             " needs them in all (one of multi-token prediction does not count: it reads one"
@@ -122,11 +156,13 @@ def _agreed(
             "pipeline stages differ in what they exchange; start all of them with the same flags."
             f"{described}"
         )
-    return mhc, any(chunk[0] is BARE for chunk in flat)
+    if any(chunk[0] is BARE for chunk in flat):
+        _check_bare(stages, config, mhc)
+    return mhc
 
 
-def _check_bare(config: Any, mhc: MHCConfig) -> None:
-    """Refuse what reads a stage's layers to know its links."""
+def _check_bare(stages: Sequence[_Said], config: Any, mhc: MHCConfig) -> None:
+    """Refuse what does not work where some stage or chunk has no layers."""
     overlaps = {
         "--mhc-overlap-p2p (overlap_p2p)": mhc.overlap_p2p,
         "--overlap-moe-expert-parallel-comm": config.overlap_moe_expert_parallel_comm,
@@ -135,6 +171,19 @@ def _check_bare(config: Any, mhc: MHCConfig) -> None:
         raise ValueError(
             f"{' and '.join(given)} with mHC, and a pipeline stage or model chunk has no layers:"
             " its messages are not overlapped. Give every one a layer, or drop the flag"
+        )
+    if any(stage.predicts_apart for stage in stages):
+        raise ValueError(
+            "multi-token prediction with mHC stands on a pipeline stage without the loss, whose"
+            " link would be of another width: put it beside the loss (m and L in one stage of"
+            " --pipeline-model-parallel-layout)"
+        )
+    ends = {"first": any(s.enters for s in stages), "last": any(s.leaves for s in stages)}
+    if absent := [which for which, is_there in ends.items() if not is_there]:
+        raise ValueError(
+            f"the model's {' and '.join(absent)} layer is gone, where the streams begin or end, and"
+            " the embedding or the loss stands on a pipeline stage without layers, which cannot"
+            " take its place: keep that layer, or give that stage one"
         )
 
 

@@ -83,7 +83,9 @@ def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
         return
     sites = Sites.of(args)
     counts = (sites.built, formulas.parameters_of(config, sites, args.hidden_size))
-    device = next(p.device for chunk in chunks for p in chunk.parameters())
+    device = next((p.device for chunk in chunks for p in chunk.parameters()), None)
+    if device is None:  # a pipeline stage that hands on what it gets
+        return
     plan = recompute_plan.plan_of(chunks)
     seen.banner = banner.banner(config, source, *counts, device, args.params_dtype, plan)
     banner.print_banner(seen.banner)

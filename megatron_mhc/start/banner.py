@@ -109,7 +109,9 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
             " ordinary needs a TransformerConfig of its own"
         )
     stages = parallel_state.get_pipeline_model_parallel_world_size() if trained else 1
-    # a pipeline stage without layers is `stages.check_stages`'s to refuse, on all ranks at once
+    is_bare = trained and not (wide or dense) and stages > 1
+    if is_bare:
+        MHCLayer.is_any_built = True
     if trained and not wide and not MHCLayer.is_any_built and (dense or stages == 1):
         raise DenseModelError(
             "mHC was asked for, but "
@@ -124,7 +126,7 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
     for layer in wide[:1]:
         device = next(layer.parameters()).device
         kernels.resolve_backend(mhc.backend, mhc.num_streams, device)
-    return bool(wide)
+    return bool(wide) or is_bare
 
 
 def print_banner(line: str) -> None:

@@ -50,6 +50,14 @@ TWO: dict[str, dict[str, Any]] = {
         "mhc": {"recompute": 1},
     },
     "two stages, deepseek_v4_1": {"parallel": stages(2), "mhc": DELAYED},
+    "the loss on a stage of its own": {
+        "parallel": stages(2),
+        "config": {"pipeline_model_parallel_layout": "Etttt|L"},
+    },
+    "the embedding on a stage of its own": {
+        "parallel": stages(2),
+        "config": {"pipeline_model_parallel_layout": "E|ttttL"},
+    },
     "two interleaved stages": {
         "parallel": VIRTUAL,
     },

@@ -59,6 +59,8 @@ CASES: dict[str, tuple[float | None, dict[str, Any], dict[str, Any]]] = {
         EXACT,
         {"pattern": "*|-M|*|-", "parallel": VIRTUAL},
     ),
+    "the loss alone": (None, EXACT, {"pattern": "*-M*-|", "parallel": stages(2)}),
+    "the embedding alone": (None, EXACT, {"pattern": "|*-M*-", "parallel": stages(2)}),
     "learned head": (
         None,
         {**EXACT, "mhc": HEAD},
@@ -138,9 +140,3 @@ def test_it_trains_as_in_one_process(case: str) -> None:
     got, want = results(case)
     assert_same_training(got, want, bound=CASES[case][0])
     assert want["losses"][0] != want["losses"][1]
-
-
-def test_a_segment_without_layers_is_refused() -> None:
-    settings = {"pattern": "*-*-|", "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="has no layer with mHC, so no site"):
-        run_scenarios(2, {"bad": settings})

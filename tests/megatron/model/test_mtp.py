@@ -53,6 +53,11 @@ PAIR: dict[str, dict[str, Any]] = {
         "parallel": VIRTUAL,
     },
     "overlapped": {**PIPELINED, "parallel": stages(2), "mhc": {"overlap_p2p": True}},
+    "beside the loss alone": {
+        **PIPELINED,
+        "parallel": stages(2),
+        "config": {**PIPELINED["config"], "pipeline_model_parallel_layout": "Etttt|mL"},
+    },
     "delayed": {**PIPELINED, "parallel": stages(2), "mhc": DELAYED},
     "tensor parallel": {
         **PIPELINED,
@@ -126,11 +131,13 @@ def test_it_stands_on_the_last_stage_and_under_tensor_parallelism(
         assert mine == pytest.approx(theirs, rel=SUMMATION_ORDER)
 
 
-def test_a_stage_of_its_own_is_refused() -> None:
-    layout = {"pipeline_model_parallel_layout": "Etttt|mL"}
-    settings = {"tied": False, "config": {**ONE, **layout}, "parallel": stages(2)}
-    with pytest.raises(AssertionError, match="multi-token prediction does not count"):
-        run_scenarios(2, {"bad": settings})
+def test_a_stage_without_the_loss_is_refused() -> None:
+    layout = {"pipeline_model_parallel_layout": "Ett|tt|m|L"}
+    settings = {"tied": False, "config": {**ONE, **layout}, "parallel": stages(4)}
+    with pytest.raises(
+        AssertionError, match=r"prediction with mHC stands on a .* without the loss"
+    ):
+        run_scenarios(4, {"bad": settings})
 
 
 def test_the_runner_gives_it_sites() -> None:

@@ -196,10 +196,19 @@ def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
     assert_same_training(split, alone, bound=SUMMATION_ORDER)
 
 
-def test_a_stage_without_layers_is_refused_with_overlap() -> None:
-    settings: dict[str, Any] = {"config": layout("Etttt|L"), "parallel": stages(2)}
-    settings["mhc"] = {"overlap_p2p": True}
-    with pytest.raises(AssertionError, match=r"--mhc-overlap-p2p .* has no layers"):
+@pytest.mark.parametrize(
+    ("stages_", "more", "says"),
+    [
+        ("Etttt|L", {"mhc": {"overlap_p2p": True}}, r"--mhc-overlap-p2p .* has no layers"),
+        ("Etttt|L", {"drop": [3]}, "the model's last layer is gone"),
+        ("E|ttttL", {"drop": [0]}, "the model's first layer is gone"),
+    ],
+)
+def test_a_stage_without_layers_is_refused_with(
+    stages_: str, more: dict[str, Any], says: str
+) -> None:
+    settings = {"config": layout(stages_), "parallel": stages(2), **more}
+    with pytest.raises(AssertionError, match=says):
         run_scenarios(2, {"bad": settings})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.megatron.common.flags import BANNER, RUN, SCRIPT, TINY, losses
-from tests.megatron.common.launch import ROOT, RUNNER, cold_python, forked_python
+from tests.megatron.common.launch import ROOT, RUNNER, cold_python, forked_python, forked_run
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,17 @@ def test_the_guides_command_without_a_gpu_trains() -> None:
     result = forked_python(*command[1].split(), SCRIPT, *command[2].split(), stage="torch")
     assert result.returncode == 0, result.stdout[-3000:]
     assert "> mHC is on: 4 streams" in result.stdout and len(losses(result.stdout)) == 3
+
+
+@pytest.mark.parametrize("layout", ["E|ttL", "Ett|L"])
+def test_a_stage_without_layers_trains_and_ends_well(layout: str) -> None:
+    """The first rank prints the banner and the last one the metrics, with sites or without."""
+    flags = ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", layout]
+    status, printed = forked_run(2, SCRIPT, *TINY, *flags, "--mhc", "--mhc-log-interval", "1")
+    assert status == 0, printed[-3000:]
+    assert printed.count("mHC is on") == 1 and BANNER in printed
+    assert len(set(losses(printed))) == 3, "it does not train"
+    assert re.findall("> mHC at step (.): composite gain", printed) == ["1", "2", "3"]
 
 
 def test_the_runner_says_how_it_recomputes() -> None:
