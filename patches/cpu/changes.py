@@ -153,17 +153,20 @@ def _coalesced_for_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
 def _uneven_for_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def all_gather(
-        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **how: Any
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if len({part.numel() for part in tensor_list}) < 2:
-            return original(tensor_list, tensor, group, **how)
+            return original(tensor_list, tensor, group, async_op)
         dtypes = {tensor.dtype, *(part.dtype for part in tensor_list)}
         if len(dtypes) > 1:  # as torch says in front of NCCL
             raise ValueError(f"Invalid usage of tensors with different dtypes: {dtypes}")
         tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
         for rank, part in enumerate(tensor_list):
             torch.distributed.broadcast(part, group=group, group_src=rank)
-        return _CoalescingManager() if how.get("async_op") else None
+        return _CoalescingManager() if async_op else None
 
     return all_gather
 
