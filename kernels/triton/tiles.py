@@ -252,9 +252,9 @@ def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
     blocks = -(-n * width // 128)
     if blocks > 160:  # above C 5120 at n = 4; measured at C 7168 (docs/measured-facts.md)
         return Tile(32, 128, splits=4, warps=4, stages=2)
-    if blocks <= 16:  # up to C 512 at n = 4, which was measured (docs/measured-facts.md)
-        return Tile(64, 128, splits=min(max(128 // blocks, 8), 16), warps=4, stages=3)
-    return Tile(64, 128, splits=min(max(512 // blocks, 4), 16), warps=4, stages=2)
+    # the third stage: up to C 512 at n = 4, which was measured (docs/measured-facts.md)
+    stages = 3 if blocks <= 16 else 2
+    return Tile(64, 128, splits=min(max(512 // blocks, 4), 16), warps=4, stages=stages)
 
 
 @tunable

@@ -206,17 +206,16 @@ def gather_stages(sites: list[int], *tensors: Tensor | None) -> tuple[list[int],
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return sites, [tensor for tensor in tensors if tensor is not None]
+    kinds = [None if tensor is None else (tensor.shape[1:], tensor.dtype) for tensor in tensors]
     stages: list[Any] = [None] * group.size()
-    dist.all_gather_object(stages, sites, group=group)
-    found = [site for stage in stages for site in stage]
+    dist.all_gather_object(stages, (sites, kinds), group=group)
+    found = [site for theirs, _ in stages for site in theirs]
     order = sorted(range(len(found)), key=found.__getitem__)
     whole = []
-    for tensor in tensors:
-        like = of_any_stage(None if tensor is None else (tensor.shape[1:], tensor.dtype))
-        assert like is not None
-        shape, dtype = like
+    for index, tensor in enumerate(tensors):
+        shape, dtype = next(kinds[index] for _, kinds in stages if kinds[index] is not None)
         parts = []
-        for stage, theirs in enumerate(stages):
+        for stage, (theirs, _) in enumerate(stages):
             part = torch.empty((len(theirs), *shape), dtype=dtype, device="cuda")
             if stage == group.rank() and tensor is not None:
                 part = tensor.contiguous()

@@ -31,7 +31,7 @@ def begin(block: Any, inference_context: Any = None) -> Finish | None:
     """
     arrange(block, inference_context)
     layers = list(block.layers)
-    if layers and (not isinstance(layers[0], MHCLayer) or layers[0].is_mtp):
+    if layers and not isinstance(layers[0], MHCLayer):
         return None
     if layers:
         begins, ends = layers[0].is_entry, layers[-1].is_exit

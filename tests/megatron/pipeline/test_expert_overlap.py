@@ -71,6 +71,12 @@ def both(case: str, cases: dict[str, dict[str, Any]], processes: int) -> dict[st
     return run_scenarios(processes, scenarios)
 
 
+def test_a_stage_without_layers_is_refused_with_it() -> None:
+    layout = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
+    with pytest.raises(AssertionError, match=r"--overlap-moe-expert-parallel-comm .* no layers"):
+        run_scenarios(4, {"bad": BASE | STAGES | {"config": OVERLAP | layout}})
+
+
 @pytest.mark.parametrize("case", parameters(CASES, THOROUGH))
 def test_nodes_train_as_whole_layers(case: str) -> None:
     results = both(case, CASES, 2)
