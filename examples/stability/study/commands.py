@@ -20,7 +20,8 @@ COMMON = (
 )
 """Flags of every run of the study, the older sizes' too."""
 WARM_UP = 20
-"""One part in so many of a run's steps."""
+"""One part in so many of a whole run's steps, for shorter runs too: what a rate does to the first
+steps depends on how fast it is reached, so a sweep with a shorter warm-up would rank other runs."""
 VALIDATIONS = 32
 LOGGED = 20
 """Steps of a run at which mHC's metrics and updates are written."""
@@ -53,7 +54,9 @@ def rate_of(job: Job, rates: Mapping[str, float]) -> float:
     return rates[job.rate_of]
 
 
-def arguments(job: Job, size: Size, steps: int, rate: float, folder: Path, data: Path) -> list[str]:
+def arguments(
+    job: Job, size: Size, steps: int, warm_up: int, rate: float, folder: Path, data: Path
+) -> list[str]:
     """What follows `python -m megatron_mhc.run`, but for --load."""
     held = json.loads((data / "data.json").read_text())
     mhc = MODELS[job.model]
@@ -74,7 +77,7 @@ def arguments(job: Job, size: Size, steps: int, rate: float, folder: Path, data:
         *("--log-interval", str(every(steps, 128)), "--train-iters", str(steps)),
         *("--eval-interval", str(every(steps, VALIDATIONS if steps >= 200 else 4))),
         *("--eval-iters", str(evaluations(held, size))),
-        *("--lr-warmup-iters", str(every(steps, WARM_UP)), "--lr", str(rate)),
+        *("--lr-warmup-iters", str(warm_up), "--lr", str(rate)),
         *("--min-lr", str(rate / 10), "--seed", str(job.seed), *mhc),
     ]
 
@@ -104,6 +107,7 @@ def runs_of(
     """
     made = json.loads((data / "data.json").read_text())
     kept = ("digest", "train_tokens", "valid_tokens", "valid_bytes")
+    warm_up = every(round(tokens / size.step), WARM_UP)
     found = []
     for job in PLANS[plan]:
         if models is not None and job.model not in models:
@@ -112,9 +116,9 @@ def runs_of(
         rate = rate_of(job, rates)
         name = f"{job.model}-lr{rate:g}-seed{job.seed}-{steps}steps"
         described = {"model": job.model, "learning_rate": rate, "seed": job.seed, "plan": plan}
-        described |= {"train_iters": steps, "tokens_per_step": size.step}
+        described |= {"train_iters": steps, "warm_up": warm_up, "tokens_per_step": size.step}
         described |= {"data": {key: made[key] for key in kept}, "flags": more}
         own = folder / plan / name
-        command = [*arguments(job, size, steps, rate, own, data), *more]
+        command = [*arguments(job, size, steps, warm_up, rate, own, data), *more]
         found.append(Run(own, described, command, curves / plan / f"{name}.json"))
     return found

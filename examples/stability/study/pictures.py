@@ -73,7 +73,7 @@ def over_tokens(study: Study) -> Figure:
 def over_time(study: Study) -> Figure:
     """Validation loss over the time of training, a line a run."""
     figure, axes = _axes(
-        "Held-out loss over training time on one GPU (steps times the median step)",
+        "Held-out loss over training time on one GPU (steps times the time of one)",
         "minutes of training, without start-up and validation",
         "validation loss (nats a token)",
     )

@@ -5,7 +5,6 @@ import statistics
 from typing import Any
 
 from . import plans
-from .commands import WARM_UP
 from .statistics import Points, band, outcome, spikes
 
 ORDER = list(plans.MODELS)
@@ -23,6 +22,9 @@ class Result:
         self.losses: list[float] = kept["loss"]
         self.memory: float | None = kept.get("memory")
         self.logged: list[dict[str, Any]] = kept.get("logged", [])
+        self.step_time = self.median_step
+        """Seconds a step. In a `Study` the least median of the model's runs on that hardware: a
+        host that is busy with something else can only make steps longer."""
 
     @property
     def outcome(self) -> str:
@@ -51,19 +53,19 @@ class Result:
         return self.validation[-1][1] if self.validation else None
 
     @property
-    def step_time(self) -> float | None:
-        """The median time of a step, seconds."""
+    def median_step(self) -> float | None:
+        """The median time of its own steps, seconds."""
         times = [seconds for _, seconds in self.kept["step_seconds"]]
         return statistics.median(times) if times else None
 
     @property
     def seconds(self) -> float | None:
-        """Steps times the median step: training alone."""
+        """Steps times the time of one: training alone."""
         return None if self.step_time is None else self.step_time * self.kept["steps"]
 
     @property
     def over_time(self) -> Points:
-        """(seconds, nats a token) of validation, by the median step."""
+        """(seconds, nats a token) of validation, by the time of a step."""
         if self.step_time is None:
             return []
         return [(step * self.step_time, loss) for step, loss in self.kept["validation"]]
@@ -71,7 +73,7 @@ class Result:
     @property
     def spikes(self) -> list[int]:
         """The steps at which the training loss spikes."""
-        return spikes(self.losses, max(1, self.kept["train_iters"] // WARM_UP))
+        return spikes(self.losses, self.kept["warm_up"])
 
     def logged_over_tokens(self, name: str) -> Points:
         """(tokens, value) of a number of the logged steps; the first of several."""
@@ -87,6 +89,13 @@ class Study:
 
     def __init__(self, results: list[Result]) -> None:
         self.results = sorted(results, key=lambda r: (ORDER.index(r.model), r.rate, r.seed))
+        least: dict[tuple[str, str], float] = {}
+        for r in self.results:
+            if r.median_step is not None:
+                kind = r.model, r.kept["hardware"]
+                least[kind] = min(r.median_step, least.get(kind, math.inf))
+        for r in self.results:
+            r.step_time = least.get((r.model, r.kept["hardware"]))
 
     def of(self, plan: str, model: str | None = None) -> list[Result]:
         """Those of a plan, and of a model."""

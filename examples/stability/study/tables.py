@@ -27,11 +27,14 @@ def _gib(value: float | None) -> float | None:
 
 
 def _milliseconds(result: Result) -> float | None:
-    return None if result.step_time is None else 1000 * result.step_time
+    return None if result.median_step is None else 1000 * result.median_step
 
 
 def compared(study: Study) -> str:
-    """Last validation loss (nats a token): mean and range over seeds that came to the end."""
+    """Last validation loss (nats a token): mean and range over seeds that came to the end.
+
+    Milliseconds a step: the least median of the model's runs, of all plans, on that hardware.
+    """
     head = ["model", "rate", "seeds", "validation loss", "minus the ordinary model's, same seed"]
     head += ["ms a step", "of the ordinary model's", "GiB", "spikes a run"]
     rows = []
@@ -102,7 +105,7 @@ def _by_whole_runs(
 
 
 def at_equal_time(study: Study) -> str:
-    """Validation loss once each has trained as long as the fastest: steps times the median step.
+    """Validation loss once each has trained as long as the fastest: steps times the time of one.
 
     A slower model's rate has not decayed to its end by then.
     """
@@ -235,7 +238,7 @@ def ablations(study: Study) -> str:
 
 
 def every_run(study: Study) -> str:
-    """Every run; its minutes are those of its processes, start and validation too."""
+    """Every run, its own median step, the minutes of its processes (start and validation too)."""
     head = ["plan", "model", "rate", "seed", "million tokens", "outcome", "validation loss"]
     head += ["spikes at steps", "largest gradient norm", "ms a step", "GiB", "minutes"]
     rows = []

@@ -27,6 +27,7 @@ def made(
         "state": "finished",
         "seconds": 600,
         "train_iters": tokens,
+        "warm_up": 5,
         "tokens_per_step": MILLION,
         "data": {"digest": "d" * 64, "train_tokens": 50, "valid_tokens": 2, "valid_bytes": 8},
         "hardware": "made",
@@ -167,3 +168,15 @@ def test_the_whole_report_and_its_pictures(tmp_path: Path) -> None:
     assert {file.stem for file in drawn} == names
     for file in drawn:
         assert imread(file)[..., :3].std() > 0.05, file
+
+
+def test_a_step_takes_the_least_median_of_the_model_on_that_card() -> None:
+    """A host that did something else beside one of the runs does not make the model slower."""
+    runs = (
+        made("ordinary", "main", 2.0),
+        made("mhc", "main", 1.9, step_seconds=[[1, 0.9], [2, 0.7], [3, 0.8]]),
+        made("mhc", "sweep", 2.4, step_seconds=[[1, 0.6], [2, 9.0], [3, 0.6]]),
+        made("mhc", "speed", 2.4, step_seconds=[[1, 0.1]], hardware="another card"),
+    )
+    assert cells(tables.compared(study(*runs)), "mhc")[5:7] == ["600", "1.20"]
+    assert cells(tables.every_run(study(*runs)), "main", "mhc")[9] == "800"

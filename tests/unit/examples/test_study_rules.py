@@ -1,5 +1,7 @@
 """The rules of the stability study on numbers whose answer is known."""
 
+import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -12,6 +14,7 @@ rules = module("study.statistics")
 text = module("study.text")
 curves = module("study.curves")
 schedule = module("study.schedule")
+plans, commands = module("study.plans"), module("study.commands")
 
 
 def noisy(steps: int) -> list[float]:
@@ -167,3 +170,19 @@ def test_each_run_has_a_gpu_of_those_that_are_visible(
         assert found == [{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
     # a CPU is shared
     assert schedule.places(count, given, False, visible) == [given] * count
+
+
+def test_the_warm_up_is_as_long_in_a_short_run_as_in_a_whole_one(tmp_path: Path) -> None:
+    """Else a sweep would find the best rate of another warm-up."""
+    held = dict.fromkeys(("digest", "train_tokens", "valid_tokens", "valid_bytes"), 10**6)
+    (tmp_path / "data.json").write_text(json.dumps(held))
+    size = plans.SIZES["paper_ratio"]
+    for plan, steps in (("main", 1200), ("sweep", 400), ("breaks", 200)):
+        every = commands.runs_of(
+            plan, size, tokens=1200 * size.step, rates=dict.fromkeys(plans.COMPARED, 1e-3),
+            models=None, folder=tmp_path, curves=tmp_path, data=tmp_path, more=[],
+        )  # fmt: skip
+        for run in every:
+            given = dict(itertools.pairwise(run.arguments))
+            assert (given["--train-iters"], given["--lr-warmup-iters"]) == (str(steps), "60")
+            assert (run.described["train_iters"], run.described["warm_up"]) == (steps, 60)
