@@ -1,4 +1,4 @@
-"""The kernels of a site both ways, each callable alone, and the tiles that may run them."""
+"""The kernels of a site both ways, and those that run elsewhere; the tiles that may run them."""
 
 import argparse
 import itertools
@@ -17,6 +17,7 @@ from megatron_mhc.kernels.triton.passes.projection import (
     combine_project_and_read,
 )
 from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
+from megatron_mhc.kernels.triton.rebuild import rebuild
 
 
 def kernel_floors(n: int) -> dict[str, int]:
@@ -30,12 +31,19 @@ def kernel_floors(n: int) -> dict[str, int]:
         "stream_gradients": 3 * n + 3,
         "read_gradients": 3 * n + 3,
         "phi_gradient": n,
+        "combine": 2 * n + 1,
+        "combine_gradients": 3 * n + 2,
+        "rebuild": n + 1 + BOUNDARIES * (n + 2),
     }
 
 
+BOUNDARIES = 8
+"""That `rebuild` goes through here: a block of four layers."""
 NOT_IN_SINGLE_PASS = ("combine_and_project", "aggregate", "stream_gradients")
 NOT_IN_TWO = ("project_delayed", "read_gradients")
 """Kernels that a site of delayed sites does not have, and that any other does not."""
+ALONE = ("combine", "combine_gradients", "rebuild")
+"""Kernels that no steady-state site has: they are timed by themselves."""
 KERNELS = {
     "combine_and_project": "combine_and_project_kernel",
     "project_delayed": "combine_and_project_kernel",
@@ -45,6 +53,9 @@ KERNELS = {
     "stream_gradients": "stream_gradients_kernel",
     "read_gradients": "stream_gradients_kernel",
     "phi_gradient": "phi_gradient_kernel",
+    "combine": "combine_and_project_kernel",
+    "combine_gradients": "stream_gradients_kernel",
+    "rebuild": "rebuild_kernel",
 }
 """What the GPU calls each."""
 GRIDS: dict[str, list[tuple[int, ...]]] = {
@@ -78,6 +89,22 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((16,), (32, 64), (4, 8), (2, 4), (1, 3), (255,)),
     ],
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4))),
+    "combine": [
+        *itertools.product((2, 4, 8), (256, 512), (1,), (4,), (1,)),
+        *itertools.product((4, 8), (256, 512), (1,), (8,), (1,)),
+        *itertools.product((32,), (128,), (1,), (4,), (3,)),
+    ],
+    "combine_gradients": [
+        *itertools.product((4,), (256,), (8, 16, 33, 4096), (4,), (1,)),
+        *itertools.product((2, 4), (512,), (33, 66, 4096), (8,), (1,)),
+        *itertools.product((8,), (128,), (8, 16, 4096), (4,), (1,)),
+        *itertools.product((2,), (256,), (33, 66, 4096), (4,), (1,)),
+        *itertools.product((1,), (1024,), (132, 264), (8,), (1,)),
+    ],
+    "rebuild": [
+        *itertools.product((2, 4, 8), (256,), (2, 4, 8), (4,), (1, 2)),
+        *itertools.product((4,), (128, 512), (4, 8), (4,), (1, 2)),
+    ],
 }
 """Tiles to try with up to four streams."""
 _WIDE_GRADIENTS: list[tuple[int, ...]] = [
@@ -94,6 +121,12 @@ WIDE_GRIDS: dict[str, list[tuple[int, ...]]] = {
     "stream_gradients": _WIDE_GRADIENTS,
     "read_gradients": _WIDE_GRADIENTS,
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (4, 8), (4, 8), (1, 2, 3))),
+    "combine": list(itertools.product((2, 4, 8), (128, 256), (1,), (4,), (1,))),
+    "combine_gradients": [
+        *itertools.product((2, 4), (128,), (8, 16, 33, 4096), (4,), (1,)),
+        *itertools.product((8,), (32, 64), (4, 8, 4096), (4,), (1,)),
+    ],
+    "rebuild": list(itertools.product((2, 4), (128, 256), (4, 8), (4,), (1, 2))),
 }
 """Those with more: four times the coefficients leave no room for as many channels."""
 
@@ -179,4 +212,7 @@ def subjects(
             h_pre=done.h_pre,
         ),
         "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),
+        "combine": lambda: combine_and_project(sizes, x, None, mixing),
+        "combine_gradients": lambda: stream_gradients(sizes, x, dy=dy, x=x, mixing=mixing),
+        "rebuild": lambda: rebuild(x, [done.h_pre] * (BOUNDARIES + 1), [mixing] * BOUNDARIES),
     }

@@ -7,11 +7,13 @@
     python benchmarks/kernels/tune.py --tiles stream_gradients=8,64,13,2,3,255 coefficients=8,1,1,4
     python benchmarks/kernels/tune.py --streams 8           # n 8 has a list of its own
     python benchmarks/kernels/tune.py --single-pass         # in a site of convention deepseek_v4_1
+    python benchmarks/kernels/tune.py --kernels combine combine_gradients rebuild    # in no site
 
 Tiles are tokens,channels,splits,warps,stages and, where wanted, the register limit. A kernel is
 timed where it runs, in a site forward and backward replayed as a CUDA graph: alone it may find in
 the L2 cache what others push out (`coefficients` took 25 us alone and 97 in a site, C 7168). The
-fastest tile is the one of the fastest site: it also decides what others have to add up. Passes are
+fastest tile is the one of the fastest site: it also decides what others have to add up. What no
+such site has (the last site's combine, `rebuild` of eight boundaries) is timed alone. Passes are
 T*C bf16 elements at the measured copy bandwidth. What is saved serves this GPU, n, C and dtype.
 """
 
@@ -35,6 +37,7 @@ from benchmarks.kernels.bandwidth import copy_bandwidth
 from benchmarks.kernels.by_kernel import captured, kernel_times
 from benchmarks.kernels.peers import Shapes, ours, single_pass
 from benchmarks.kernels.site_tiles import (
+    ALONE,
     GRIDS,
     KERNELS,
     NOT_IN_SINGLE_PASS,
@@ -81,12 +84,16 @@ def compile_tile(n: int, width: int, named: tuple[str, Numbers]) -> tuple[str, N
     return named
 
 
-def in_site(shapes: Shapes, is_single: bool) -> Callable[[str], tuple[float, float]]:
-    """A kernel's name -> us of a site both ways and of this kernel in it, with today's tiles."""
+def timer(shapes: Shapes, is_single: bool) -> Callable[[str], tuple[float, float]]:
+    """A kernel's name -> us of a site both ways and of this kernel in it, with today's tiles.
+
+    Of the kernels that are ALONE: us of an operation of its own.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # leaves live where the graph is captured
         site = (single_pass if is_single else ours)(shapes)
+    calls = subjects(shapes.tokens, shapes.width, shapes.n)
     torch.cuda.current_stream().wait_stream(side)
 
     def both() -> None:
@@ -94,11 +101,12 @@ def in_site(shapes: Shapes, is_single: bool) -> Callable[[str], tuple[float, flo
         site.backward()
 
     def times_us(kernel: str) -> tuple[float, float]:
+        call = calls[kernel] if kernel in ALONE else both
         with torch.cuda.stream(side):
-            both()  # raises what the capture would keep to itself
-        replay = captured(both)
+            call()  # raises what the capture would keep to itself
+        replay = captured(call)
         if replay is None:
-            raise RuntimeError("a site with this tile cannot be captured")
+            raise RuntimeError("what runs with this tile cannot be captured")
         times = kernel_times(lambda _: replay(), 1)
         return sum(times.values()), times[KERNELS[kernel]]
 
@@ -132,7 +140,7 @@ def parse() -> argparse.Namespace:
 def asked(options: argparse.Namespace) -> Grids:
     """The tiles of the command line; without any, what runs and this script's list."""
     if not options.tiles:
-        absent = NOT_IN_SINGLE_PASS if options.single_pass else NOT_IN_TWO
+        absent = (*ALONE, *(NOT_IN_SINGLE_PASS if options.single_pass else NOT_IN_TWO))
         kernels = options.kernels or [kernel for kernel in GRIDS if kernel not in absent]
         n, width = options.streams, options.width
         return {k: list(dict.fromkeys([running(k, n, width), *grid(k, n)])) for k in kernels}
@@ -196,7 +204,7 @@ def main() -> None:
     one_pass = options.tokens * options.width * 2 / copy_bandwidth() * 1e6
     print(f"{torch.cuda.get_device_name()}: a pass is {one_pass:.2f} us")
     shapes = Shapes(options.tokens, options.width, options.streams)
-    times_us = in_site(shapes, options.single_pass)
+    times_us = timer(shapes, options.single_pass)
     fastest: dict[str, Numbers] = {}
     for kernel, listed in grids.items():
         results = sorted(timed(kernel, listed, times_us, options.seconds / len(grids)))
@@ -210,7 +218,7 @@ def main() -> None:
                 else ""
             )
             passes = f"{time_us / one_pass:6.2f} passes"
-            print(f"  {time_us:8.1f} us {passes}, site {site_us:8.1f} us  {numbers}{mark}")
+            print(f"  {time_us:8.1f} us {passes}, in all {site_us:8.1f} us  {numbers}{mark}")
     if options.save:
         save(options.save, fastest, options.streams, options.width)
         print(f"saved to {options.save}: {', '.join(fastest)}")

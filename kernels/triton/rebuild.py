@@ -1,8 +1,10 @@
 """`rebuild` in Triton: the streams of several sites again, from what each of them kept.
 
 One kernel goes through the sites with the streams in registers: it reads f and writes y and u of
-each, n + 2 passes a site. It mixes and sums with the device functions and in the order of the
-forward kernels, so what it writes equals, bit for bit, what they wrote. Forward only.
+each, n + 2 passes a site. Stores may alias loads, so no compiler moves a site's loads before the
+stores of the one before: the kernel can do so itself. It mixes and sums with the device functions
+and in the order of the forward kernels, so what it writes equals, bit for bit, what they wrote.
+Forward only.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no starred tuples)
@@ -16,21 +18,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Mixing
+from . import tiles
 from .device import load_columns, load_streams, mixed_stream
 from .launch import Launch, prepared
-from .tiles import Tile, cdiv
-
-SITES = 4
-"""Sites that one launch goes through at most: each is compiled out in full."""
-TILE = Tile(tokens=4, channels=256, warps=4)
-TILE_OF_EIGHT = Tile(tokens=4, channels=128, warps=4)
-"""The same for n = 8, whose streams want twice the registers."""
 
 
 @triton.jit
-def store_u(u_ptr, streams, h_pre_ptr, t64, t_mask, offsets, mask, N: tl.constexpr):
-    """u = H_pre x of tiles in registers, summed as `aggregate_kernel` does."""
+def load_site(f_ptr, h_post_ptr, h_res_ptr, h_pre_ptr, t64, t_mask, offsets, mask, N: tl.constexpr):
+    """What a boundary has beside the streams: the tile of f, H_post and H_res, and H_pre behind."""
+    f = tl.load(f_ptr + offsets, mask, 0.0)
+    h_post = load_columns(h_post_ptr, t64, t_mask, N)
+    h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
     h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+    return f, h_post, h_res, h_pre
+
+
+@triton.jit
+def store_u(u_ptr, streams, h_pre, offsets, mask, N: tl.constexpr):
+    """u = H_pre x of tiles in registers, summed as `aggregate_kernel` does."""
     u = tl.zeros_like(streams[0]).to(tl.float32)
     for i in tl.static_range(N):
         u = tl.fma(h_pre[i][:, None], streams[i].to(tl.float32), u)
@@ -55,12 +60,14 @@ def rebuild_kernel(
     FIRST: tl.constexpr,
     SITES: tl.constexpr,
     BIASES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """u of the streams x (FIRST), then y and u of SITES boundaries, one tile a program.
 
-    x, y [T, N, C]; f, u [T, C]; bit k of BIASES: whether boundary k has an f_bias [C].
+    x, y [T, N, C]; f, u [T, C]; bit k of BIASES: whether boundary k has an f_bias [C]. AHEAD: what
+    the next boundary has is loaded before this one's results are stored.
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
@@ -71,20 +78,49 @@ def rebuild_kernel(
     narrow = t64[:, None] * C + c[None, :]
     streams = load_streams(x_ptr, wide, mask, C, N)
     if FIRST:
-        store_u(first_u_ptr, streams, first_h_pre_ptr, t64, t_mask, narrow, mask, N)
+        first_h_pre = load_columns(first_h_pre_ptr, t64, t_mask, N)
+    if AHEAD:
+        site = load_site(
+            f_ptrs[0], h_post_ptrs[0], h_res_ptrs[0], h_pre_ptrs[0], t64, t_mask, narrow, mask, N
+        )
+    if FIRST:
+        store_u(first_u_ptr, streams, first_h_pre, narrow, mask, N)
     for k in tl.static_range(SITES):
-        f = tl.load(f_ptrs[k] + narrow, mask, 0.0).to(tl.float32)
+        if not AHEAD:
+            site = load_site(
+                f_ptrs[k],
+                h_post_ptrs[k],
+                h_res_ptrs[k],
+                h_pre_ptrs[k],
+                t64,
+                t_mask,
+                narrow,
+                mask,
+                N,
+            )
+        f, h_post, h_res, h_pre = site
+        if AHEAD and k + 1 < SITES:
+            site = load_site(
+                f_ptrs[k + 1],
+                h_post_ptrs[k + 1],
+                h_res_ptrs[k + 1],
+                h_pre_ptrs[k + 1],
+                t64,
+                t_mask,
+                narrow,
+                mask,
+                N,
+            )
+        f = f.to(tl.float32)
         if (BIASES >> k) % 2 == 1:
             f += tl.load(f_bias_ptrs[k] + c, c < C, 0.0).to(tl.float32)[None, :]
-        h_post = load_columns(h_post_ptrs[k], t64, t_mask, N)
-        h_res = load_columns(h_res_ptrs[k], t64, t_mask, N * N)
         mixed = ()
         for i in tl.static_range(N):
             y = mixed_stream(streams, f, h_res, h_post, i, N).to(x_ptr.dtype.element_ty)
             tl.store(y_ptrs[k] + wide + i * C, y, mask)
             mixed = mixed + (y,)
         streams = mixed
-        store_u(u_ptrs[k], streams, h_pre_ptrs[k], t64, t_mask, narrow, mask, N)
+        store_u(u_ptrs[k], streams, h_pre, narrow, mask, N)
 
 
 @prepared
@@ -95,7 +131,7 @@ def _launch(
     width: int,
     first: bool,
     f_biases: tuple[torch.dtype | None, ...],
-    tile: Tile,
+    tile: tiles.Tile,
 ) -> Launch:
     """`rebuild_kernel` for as many boundaries as there are dtypes (or None) of an f_bias."""
     sites = len(f_biases)
@@ -108,9 +144,11 @@ def _launch(
         FIRST=first,
         SITES=sites,
         BIASES=sum(1 << k for k, bias in enumerate(f_biases) if bias is not None),
+        AHEAD=tile.stages > 1 and sites > 0,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
     )
 
 
@@ -129,12 +167,12 @@ def rebuild(
     tokens = x.numel() // (n * width)
     if tokens == 0:
         return ys, us
-    tile = TILE_OF_EIGHT if n == 8 else TILE
-    grid = (cdiv(tokens, tile.tokens), cdiv(width, tile.channels))
+    tile = tiles.rebuild(n, width, x.dtype)
+    grid = (tiles.cdiv(tokens, tile.tokens), tiles.cdiv(width, tile.channels))
     h_pre, streams = [weights.contiguous() for weights in h_pre], x.contiguous()
-    for start in range(0, max(len(ended), 1), SITES):
-        part = slice(start, start + SITES)
-        after = slice(start + 1, start + 1 + SITES)
+    for start in range(0, max(len(ended), 1), tile.splits):
+        part = slice(start, start + tile.splits)
+        after = slice(start + 1, start + 1 + tile.splits)
         mixings = [[_dense(tensor) for tensor in site] for site in ended[part]]
         dtypes = tuple(None if bias is None else bias.dtype for *_, bias in mixings)
         sites = [(f, f if bias is None else bias, *h) for f, *h, bias in mixings]

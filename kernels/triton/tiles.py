@@ -26,8 +26,8 @@ class Tile(NamedTuple):
 
     Attributes:
         tokens, channels: the tile that it goes through; powers of two, as warps are.
-        splits: programs that share the tokens of one block of channels; `combine_and_project`
-            ignores it where it only combines.
+        splits: programs that share the tokens of one block of channels; of `combine`, each tile
+            has its own; for `rebuild` it is the boundaries of a launch.
         warps, stages, registers: Triton's num_warps, num_stages and maxnreg.
     """
 
@@ -261,6 +261,28 @@ def phi_gradient(n: int, width: int, dtype: torch.dtype) -> Tile:
 def aggregate(n: int, width: int, dtype: torch.dtype) -> Tile:
     """The two kernels of `aggregate` alone."""
     return Tile(tokens=4, channels=512 if n <= 4 else 256, warps=8, stages=2)
+
+
+@tunable
+def combine(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`combine_and_project_kernel` where it only combines. There is no phi to keep on chip, so a
+    program has one tile of wide pieces of few tokens, as in `rebuild` (docs/measured-facts.md)."""
+    return Tile(tokens=4, channels=256 if n <= 4 else 128, warps=4, stages=1)
+
+
+@tunable
+def combine_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`stream_gradients_kernel` for the same: as `stream_gradients`, a file's too, unless a file
+    names its own."""
+    return TUNABLE["stream_gradients"].__wrapped__(n, width, dtype)  # type: ignore[attr-defined]
+
+
+@tunable
+def rebuild(n: int, width: int, dtype: torch.dtype) -> Tile:
+    """`rebuild_kernel`: so many boundaries a launch, each compiled out in full, the streams in
+    registers; with more than one stage a boundary's loads are issued before the stores of the one
+    before."""
+    return Tile(tokens=4, channels=256 if n <= 4 else 128, splits=4, warps=4, stages=1)
 
 
 SINKHORN_TOKENS = 8

@@ -139,7 +139,7 @@ def combine_and_project_kernel(
 
 
 STEP = 32
-"""Channels that a warp works on at a time: 4 threads load 8 each of one token."""
+"""Channels that a warp works on at a time where it projects: 4 threads load 8 each of a token."""
 
 
 MOST_PROGRAMS = 2**15
@@ -161,8 +161,9 @@ def _launch(
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none."""
-    tile_of = tiles.project_delayed if delayed else tiles.combine_and_project
-    tile = tile_of(n, width, dtype)
+    projecting = tiles.project_delayed if delayed else tiles.combine_and_project
+    tile = (tiles.combine if rows is None else projecting)(n, width, dtype)
+    step = tile.channels if rows is None else STEP
     terms = tiles.terms(dtype) if rows is not None else 1
     launch = Launch(
         combine_and_project_kernel,
@@ -177,8 +178,8 @@ def _launch(
         PROJECT=rows is not None,
         READ=read,
         BT=tile.tokens,
-        BC=min(tile.channels, STEP),
-        STEPS=tiles.cdiv(tile.channels, STEP),
+        BC=min(tile.channels, step),
+        STEPS=tiles.cdiv(tile.channels, step),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

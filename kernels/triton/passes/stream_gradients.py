@@ -46,8 +46,8 @@ def _launch(
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
     rows of phi and f_bias's dtype are None where there is none; `has`: whether there are dy, du, a
     combine to go through, and an h_pre of the site that ends."""
-    tile_of = tiles.read_gradients if has[3] else tiles.stream_gradients
-    tile = tile_of(n, width, dtype)
+    through = tiles.read_gradients if has[3] else tiles.stream_gradients
+    tile = (tiles.combine_gradients if rows is None else through)(n, width, dtype)
     launch = Launch(
         stream_gradients_kernel,
         device,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_mhc.kernels.triton import launch, tiles
 from tests.kernel_cases import check_rebuild
 
 CASES = [(5, 4, 131, 7), (1, 1, 33, 1), (9, 2, 40, 2), (3, 8, 40, 6), (0, 4, 24, 3)]
@@ -20,3 +21,15 @@ BOTH = [
 def test_rebuild_equals_the_forward_to_the_bit(dtype: torch.dtype, case: tuple) -> None:
     """One site alone, several launches, an odd width, every n, no tokens."""
     check_rebuild(*case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("boundaries", [1, 3, 8])
+def test_loads_ahead_of_stores_change_no_bit(
+    boundaries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a file may name any tile: few boundaries a launch or all, a site's loads early or not."""
+    tile = tiles.Tile(tokens=2, channels=64, splits=boundaries, warps=4, stages=2)
+    monkeypatch.setattr(tiles, "rebuild", lambda *_: tile)
+    launch.forget()
+    check_rebuild(5, 4, 131, 7, torch.bfloat16, "cpu")
+    launch.forget()
