@@ -8,6 +8,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.model.arrange import BLOCKS, arrange
+from megatron_mhc.model.bare_conflicts import refusal
 from megatron_mhc.model.config_marks import is_marked, mark_streams
 from megatron_mhc.model.layer import MHCLayer
 
@@ -163,21 +164,8 @@ def _agreed(mine: _Said, config: Any, group: Any) -> MHCConfig | None:
 
 def _check_bare(stages: Sequence[_Said], config: Any, mhc: MHCConfig) -> None:
     """Refuse what does not work where some stage or chunk has no layers."""
-    overlaps = {
-        "--mhc-overlap-p2p (overlap_p2p)": mhc.overlap_p2p,
-        "--overlap-moe-expert-parallel-comm": config.overlap_moe_expert_parallel_comm,
-    }
-    if given := [flag for flag, is_on in overlaps.items() if is_on]:
-        raise ValueError(
-            f"{' and '.join(given)} with mHC, and a pipeline stage or model chunk has no layers:"
-            " its messages are not overlapped. Give every one a layer, or drop the flag"
-        )
-    if any(stage.predicts_apart for stage in stages):
-        raise ValueError(
-            "multi-token prediction with mHC stands on a pipeline stage without the loss, whose"
-            " link would be of another width: put it beside the loss (m and L in one stage of"
-            " --pipeline-model-parallel-layout)"
-        )
+    if said := refusal(config, mhc, any(stage.predicts_apart for stage in stages)):
+        raise ValueError(said)
     ends = {"first": any(s.enters for s in stages), "last": any(s.leaves for s in stages)}
     if absent := [which for which, is_there in ends.items() if not is_there]:
         raise ValueError(

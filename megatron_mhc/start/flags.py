@@ -13,6 +13,7 @@ from megatron_mhc.costs.sites import PATTERN
 from megatron_mhc.metrics.monitor import add_monitor_arguments
 from megatron_mhc.metrics.monitor import check_arguments as check_monitor_arguments
 from megatron_mhc.model import native_mhc
+from megatron_mhc.model.bare_conflicts import check_placement
 from megatron_mhc.model.compatibility import check_transformer_config
 from megatron_mhc.model.native_mhc import SHARED
 from megatron_mhc.model.stored_settings import FUNCTION_FIELDS
@@ -244,7 +245,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: names every such flag and what to do about it.
     """
     if args.mhc:
-        check_transformer_config(args, config_from_arguments(args))
+        mhc = config_from_arguments(args)
+        check_transformer_config(args, mhc)
+        check_placement(args, mhc)
 
 
 def megatron_arguments() -> argparse.Namespace:
