@@ -77,6 +77,7 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((8, 16, 32), (64, 128), (1,), (4,), (1, 2)),
         *itertools.product((4, 8), (64, 128), (1,), (1, 2), (1,)),
         *itertools.product((8, 16), (256, 512), (1,), (8,), (2,)),
+        *itertools.product((8, 16), (128,), (1,), (2, 4), (1,), (80, 96)),
     ],
     "stream_gradients": [
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),

@@ -167,7 +167,8 @@ def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     swept = Study([Result(one) for one in curves.load(kept)])
     best = swept.best_rates() | dict(args.rate or [])
     runs = runs_of(
-        args.plan, size, tokens=args.tokens or size.tokens, rates=best, models=args.models,
+        args.plan, size, tokens=args.tokens or size.tokens, rates=best,
+        models=args.models, seeds=args.seeds,
         folder=args.runs / args.size, curves=kept, data=data, more=more,
     )  # fmt: skip
     budget = Budget(save=size.save, start=size.start)
@@ -205,6 +206,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--models", nargs="+", choices=plans.MODELS, metavar="MODEL",
         help=f"which of {', '.join(plans.MODELS)} (default: all that there are to train)",
     )  # fmt: skip
+    add(
+        "--seeds", nargs="+", type=int, metavar="SEED",
+        help="with a plan: of its seeds only these; without one: each trains all models at all"
+        " rates (default: 1234)",
+    )  # fmt: skip
     plan = parser.add_argument_group("with a plan")
     plan.add_argument("--plan", choices=plans.PLANS)
     for name, kind, text in (
@@ -224,10 +230,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     other.add_argument(
         "--learning-rates", nargs="+", type=float, metavar="RATE", help=f"peak rates {own}"
     )
-    other.add_argument(
-        "--seeds", nargs="+", type=int, metavar="SEED",
-        help="each trains all models at all rates (default: 1234)",
-    )  # fmt: skip
     args, more = parser.parse_known_args()
     refuse(parser, args)
     args.runs = args.runs.resolve()
@@ -235,7 +237,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 PLANNED = ("gpus", "tokens", "curves", "roots", "rate")
-UNPLANNED = ("jobs", "iterations", "learning_rates", "seeds")
+UNPLANNED = ("jobs", "iterations", "learning_rates")
 
 
 def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -89,6 +89,7 @@ def runs_of(
     tokens: int,
     rates: Mapping[str, float],
     models: list[str] | None,
+    seeds: list[int] | None,
     folder: Path,
     curves: Path,
     data: Path,
@@ -101,16 +102,19 @@ def runs_of(
         size: what is trained.
         tokens: of a whole run.
         rates: the best rate of each model, where a job has none of its own.
-        models: the only ones that are wanted; None: all.
+        models, seeds: the only ones that are wanted; None: all.
         folder: of the size's runs; curves: of its curves; data: of `prepare_text.py`.
         more: flags for Megatron that are added to all.
+
+    Raises:
+        SystemExit: the plan has no such run.
     """
     made = json.loads((data / "data.json").read_text())
     kept = ("digest", "train_tokens", "valid_tokens", "valid_bytes")
     warm_up = every(round(tokens / size.step), WARM_UP)
     found = []
     for job in PLANS[plan]:
-        if models is not None and job.model not in models:
+        if job.model not in (models or MODELS) or job.seed not in (seeds or [job.seed]):
             continue
         steps = max(8, round(tokens * job.part / size.step))
         rate = rate_of(job, rates)
@@ -121,4 +125,7 @@ def runs_of(
         own = folder / plan / name
         command = [*arguments(job, size, steps, warm_up, rate, own, data), *more]
         found.append(Run(own, described, command, curves / plan / f"{name}.json"))
+    if not found:
+        has = ", ".join(dict.fromkeys(f"{job.model} of seed {job.seed}" for job in PLANS[plan]))
+        sys.exit(f"stability: nothing of that is in plan {plan}, which has {has}")
     return found

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,17 +173,31 @@ def test_each_run_has_a_gpu_of_those_that_are_visible(
     assert schedule.places(count, given, False, visible) == [given] * count
 
 
+def planned(folder: Path, plan: str, **only: Any) -> list[Any]:
+    """The runs of a plan whose whole runs have 1200 steps."""
+    held = dict.fromkeys(("digest", "train_tokens", "valid_tokens", "valid_bytes"), 10**6)
+    (folder / "data.json").write_text(json.dumps(held))
+    size = plans.SIZES["paper_ratio"]
+    wanted = {"models": None, "seeds": None} | only
+    rates = dict.fromkeys(plans.COMPARED, 1e-3)
+    paths = dict.fromkeys(("folder", "curves", "data"), folder)
+    return commands.runs_of(
+        plan, size, tokens=1200 * size.step, rates=rates, **wanted, **paths, more=[]
+    )
+
+
 def test_the_warm_up_is_as_long_in_a_short_run_as_in_a_whole_one(tmp_path: Path) -> None:
     """Else a sweep would find the best rate of another warm-up."""
-    held = dict.fromkeys(("digest", "train_tokens", "valid_tokens", "valid_bytes"), 10**6)
-    (tmp_path / "data.json").write_text(json.dumps(held))
-    size = plans.SIZES["paper_ratio"]
     for plan, steps in (("main", 1200), ("sweep", 400), ("breaks", 200)):
-        every = commands.runs_of(
-            plan, size, tokens=1200 * size.step, rates=dict.fromkeys(plans.COMPARED, 1e-3),
-            models=None, folder=tmp_path, curves=tmp_path, data=tmp_path, more=[],
-        )  # fmt: skip
-        for run in every:
+        for run in planned(tmp_path, plan):
             given = dict(itertools.pairwise(run.arguments))
             assert (given["--train-iters"], given["--lr-warmup-iters"]) == (str(steps), "60")
             assert (run.described["train_iters"], run.described["warm_up"]) == (steps, 60)
+
+
+def test_a_piece_of_a_plan_takes_the_models_and_seeds_that_are_named(tmp_path: Path) -> None:
+    found = planned(tmp_path, "main", models=["mhc", "ordinary"], seeds=[1, 3])
+    names = [(run.described["model"], run.described["seed"]) for run in found]
+    assert names == [("ordinary", 1), ("mhc", 1), ("ordinary", 3), ("mhc", 3)]
+    with pytest.raises(SystemExit, match=r"nothing of that .* ordinary of seed 1, hc of seed 1"):
+        planned(tmp_path, "main", models=["hc"], seeds=[2])
