@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from .layer import MHCLayer
 from .parameters import is_hyper_connection
 
@@ -13,10 +15,16 @@ SHARDS_NOTHING = "no_shard"
 
 
 def prepare_fsdp(module: Any, ddp_config: Any) -> None:
-    """Let no layer read another one's parameters, where shards of them come and go with a layer.
+    """Let no layer read another one's parameters, where shards of them come and go with a layer;
+    and all gradients of a layer be scaled alike.
 
     A connection that the layer before runs would get its gradient after Megatron has reduced it,
     and be run, where parameters are sharded too, before they are there.
+
+    Megatron-FSDP reduces a layer's gradients as one batch, which torch runs with the operation of
+    its first: a sum for those in bf16, which Megatron has divided by the ranks before, and for
+    mHC's, in fp32, one that NCCL shall divide (`gradient_reduce_div_fusion`). So either mHC's
+    gradients would be as many times too large, or the others too small. Now all are divided before.
 
     Args:
         module: a model chunk; one without mHC stays as it is.
@@ -37,6 +45,8 @@ def prepare_fsdp(module: Any, ddp_config: Any) -> None:
             "--mhc-overlap-p2p does not work with --use-megatron-fsdp, whose hooks do not know the"
             " streams beside the compute stream: drop one of the two"
         )
+    if layers and any(p.dtype == torch.bfloat16 for p in module.parameters()):
+        ddp_config.gradient_reduce_div_fusion = False
     strategy = ddp_config.data_parallel_sharding_strategy
     for layer in layers:
         layer.fuses_with_next &= strategy == SHARDS_NOTHING

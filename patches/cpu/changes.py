@@ -138,6 +138,11 @@ def _coalesced_for_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
             yield works
         finally:
             del _world.pg_coalesce_state[group]
+        if any(op.redop != noted[0].redop for op in noted):
+            raise RuntimeError(
+                "a batch of collectives has several reduce operations; torch would run all of it"
+                " with the first"
+            )
         for dtype in dict.fromkeys(op.tensor.dtype for op in noted):
             with original(group, device, async_ops) as part:
                 alike = [op for op in noted if op.tensor.dtype == dtype]

@@ -39,7 +39,6 @@ FSDP = {
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
-    "gradient_reduce_div_fusion": False,  # a sum that NCCL alone can scale
 }
 
 
@@ -179,7 +178,9 @@ def wrapped(
     wrapper, settings = DistributedDataParallel, s.ddp
     if s.fsdp is not None:
         wrapper = FullyShardedDataParallel
-        settings = s.ddp | FSDP | {"data_parallel_sharding_strategy": s.fsdp}
+        # for fp32 gradients Megatron's default is a sum that NCCL alone can scale
+        own = {"data_parallel_sharding_strategy": s.fsdp, "gradient_reduce_div_fusion": s.bf16}
+        settings = s.ddp | FSDP | own
     model = [
         wrapper(
             config,

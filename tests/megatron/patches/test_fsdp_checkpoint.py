@@ -14,11 +14,12 @@ from tests.megatron.patches.test_legacy_checkpoint import OTHERS
 PLAIN = [flag for flag in RESUMED if flag not in ("--bf16", "--mhc")]
 FSDP = [
     *("--use-megatron-fsdp", "--use-distributed-optimizer", "--ckpt-format", "fsdp_dtensor"),
-    # a sum that NCCL alone can scale
-    *("--no-gradient-reduce-div-fusion", "--untie-embeddings-and-output-weights"),
+    "--untie-embeddings-and-output-weights",
     *("--overlap-grad-reduce", "--overlap-param-gather"),
 ]
 BF16 = ["--bf16"]
+FP32 = ["--no-gradient-reduce-div-fusion"]
+"""Megatron's default is a sum that NCCL alone can scale; not in bf16."""
 CASES: dict[str, tuple[int, str, list[str]]] = {
     "bf16": (2, "optim_grads_params", BF16),
     "fp32": (2, "optim_grads_params", []),
@@ -38,7 +39,8 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
 
 def train(processes: int, flags: list[str]) -> tuple[list[str], str]:
     """Run the example's script: the losses, and all that it prints with its exit status."""
-    status, printed = forked_run(processes, SCRIPT, *PLAIN, *FSDP, *flags)
+    own = [] if "--bf16" in flags else FP32
+    status, printed = forked_run(processes, SCRIPT, *PLAIN, *FSDP, *own, *flags)
     return losses(printed), f"{printed}\nended with {status}"
 
 
@@ -101,7 +103,7 @@ def test_other_settings_are_refused(other: str, load: list[str], folder: Path) -
 def test_megatron_itself_would_load_them(folder: Path) -> None:
     """It passes over parameters that the model has not, and knows nothing of our settings."""
     off = {"MEGATRON_MHC_PATCHES": "-checkpoint-load-state"}
-    command = [SCRIPT, *PLAIN, *FSDP, "--finetune", "--load", saved(folder, ["--mhc"])]
+    command = [SCRIPT, *PLAIN, *FSDP, *FP32, "--finetune", "--load", saved(folder, ["--mhc"])]
     for after in ([], ["--mhc", "--mhc-sinkhorn-iterations", "3"]):
         status, printed = forked_run(1, *command, *after, **off)
         assert status == 0 and len(losses(printed)) == 7, printed[-3000:]
@@ -110,7 +112,7 @@ def test_megatron_itself_would_load_them(folder: Path) -> None:
 def test_the_spec_route_saves_and_checks_too(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(STAND_IN + SOURCE)
-    command = [str(script), *PLAIN, *FSDP, *SPEC]
+    command = [str(script), *PLAIN, *FSDP, *FP32, *SPEC]
     save = ["--save", str(tmp_path), "--save-interval", "7"]
     status, printed = forked_run(1, *command, *save, runner=False, MHC_NUM_STREAMS="2")
     assert status == 0 and len(losses(printed)) == 7, printed[-3000:]
