@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mhc.costs.recompute_plan import blocks
 
-from .bare_stages import Finish, one_stream_as_message, take_one_stream
+from .bare_stages import Finish, message_as_it_is, one_stream_as_message, take_one_stream
 from .config_marks import is_marked
 from .inference import refuse_stages
 from .layer import MHCLayer
@@ -39,8 +39,11 @@ def begin(block: Any, inference_context: Any = None) -> Finish | None:
         begins, ends = block.post_process, block.pre_process
     else:
         return None
-    take_one_stream(block, begins and not block.pre_process)
-    return one_stream_as_message(block.config) if ends and not block.post_process else None
+    if begins and not block.pre_process:
+        take_one_stream(block)
+    if block.post_process or (layers and not ends):
+        return None
+    return one_stream_as_message(block) if ends else message_as_it_is(block)
 
 
 def arrange(block: Any, inference_context: Any = None) -> None:

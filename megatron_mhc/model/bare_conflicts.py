@@ -6,7 +6,6 @@ flags the first step finds out (`pipeline.agreement`): a rank without layers bui
 
 from typing import Any
 
-from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.sites import hybrid_pattern, segments_of
 
 
@@ -30,22 +29,18 @@ def kinds_of_chunks(args: Any) -> list[set[str]]:
     return []
 
 
-def refusal(settings: Any, mhc: MHCConfig, predicts_apart: bool) -> str | None:
+def refusal(settings: Any, predicts_apart: bool) -> str | None:
     """Why a model, some chunk of which has no layers, cannot be trained; None if it can.
 
     Args:
         settings: a TransformerConfig, or Megatron's parsed arguments.
-        mhc: mHC's own settings.
         predicts_apart: whether multi-token prediction stands in another chunk than the loss.
     """
-    overlaps = {
-        "--mhc-overlap-p2p (overlap_p2p)": mhc.overlap_p2p,
-        "--overlap-moe-expert-parallel-comm": settings.overlap_moe_expert_parallel_comm,
-    }
-    if given := [flag for flag, is_on in overlaps.items() if is_on]:
+    if settings.overlap_moe_expert_parallel_comm:
         return (
-            f"{' and '.join(given)} with mHC, and a pipeline stage or model chunk has no layers:"
-            " its messages are not overlapped. Give every one a layer, or drop the flag"
+            "--overlap-moe-expert-parallel-comm with mHC, and a pipeline stage or model chunk has"
+            " no layers: its nodes neither take one stream from a message nor make one. Give every"
+            " one a layer, or drop the flag"
         )
     if predicts_apart:
         return (
@@ -56,12 +51,11 @@ def refusal(settings: Any, mhc: MHCConfig, predicts_apart: bool) -> str | None:
     return None
 
 
-def check_placement(args: Any, mhc: MHCConfig) -> None:
+def check_placement(args: Any) -> None:
     """Refuse, before anything is built, what a chunk without layers does not go with.
 
     Args:
         args: Megatron's parsed arguments.
-        mhc: mHC's own settings.
 
     Raises:
         ValueError: says what was given, why not, and what to do.
@@ -70,5 +64,5 @@ def check_placement(args: Any, mhc: MHCConfig) -> None:
     if all("decoder" in kinds for kinds in chunks):
         return
     predicts_apart = any("mtp" in kinds and "loss" not in kinds for kinds in chunks)
-    if said := refusal(args, mhc, predicts_apart):
+    if said := refusal(args, predicts_apart):
         raise ValueError(said)

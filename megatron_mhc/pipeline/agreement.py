@@ -158,13 +158,13 @@ def _agreed(mine: _Said, config: Any, group: Any) -> MHCConfig | None:
             f"{described}"
         )
     if any(chunk[0] is BARE for chunk in flat):
-        _check_bare(stages, config, mhc)
+        _check_bare(stages, config)
     return mhc
 
 
-def _check_bare(stages: Sequence[_Said], config: Any, mhc: MHCConfig) -> None:
+def _check_bare(stages: Sequence[_Said], config: Any) -> None:
     """Refuse what does not work where some stage or chunk has no layers."""
-    if said := refusal(config, mhc, any(stage.predicts_apart for stage in stages)):
+    if said := refusal(config, any(stage.predicts_apart for stage in stages)):
         raise ValueError(said)
     ends = {"first": any(s.enters for s in stages), "last": any(s.leaves for s in stages)}
     if absent := [which for which, is_there in ends.items() if not is_there]:

@@ -245,9 +245,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: names every such flag and what to do about it.
     """
     if args.mhc:
-        mhc = config_from_arguments(args)
-        check_transformer_config(args, mhc)
-        check_placement(args, mhc)
+        check_transformer_config(args, config_from_arguments(args))
+        check_placement(args)
 
 
 def megatron_arguments() -> argparse.Namespace:

@@ -241,9 +241,9 @@ def _stage(
     with pretended(args, stage) as groups:
         try:
             chunks = build(args, groups)
+            whole |= whole_sizes(args, chunks)
         except (ValueError, AssertionError, RuntimeError, ImportError) as error:
             raise FlagsError(f"stage {stage} cannot be built: {_reason(error)}") from error
-        whole |= whole_sizes(chunks)
         row = f"stage {stage}, a GPU: {_states(args, chunks)}"
         if mhc is not None:
             bytes_a_token, how = bytes_of_streams(args, mhc, chunks, stage)

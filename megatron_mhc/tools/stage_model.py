@@ -150,16 +150,28 @@ def add_fused_norms(chunks: list[torch.nn.Module]) -> None:
             attention.kv_layernorm = WrappedTorchNorm(config, config.kv_lora_rank)
 
 
-def whole_sizes(chunks: list[torch.nn.Module]) -> dict[str, int]:
-    """The whole model's size of every parameter of this rank, by its key in a checkpoint."""
+def whole_sizes(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> dict[str, int]:
+    """The whole model's size of every parameter of this rank, by its key in a checkpoint.
+
+    Raises:
+        ValueError: Megatron could train this rank's part, with mHC or without, and not save it.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     sizes = {}
     for chunk in chunks:
-        state = chunk.sharded_state_dict(  # type: ignore[operator]
-            metadata={"non_homogeneous_layers": True}
-        )
+        try:
+            state = chunk.sharded_state_dict(  # type: ignore[operator]
+                metadata={"non_homogeneous_layers": True}
+            )
+        except AssertionError as error:
+            if args.mtp_num_layers and not args.untie_embeddings_and_output_weights:
+                raise ValueError(
+                    "Megatron could train it and not save it: multi-token prediction on a stage"
+                    " behind the first wants --untie-embeddings-and-output-weights"
+                ) from error
+            raise
         apply_factories(state)
         buffers = {id(buffer) for buffer in chunk.buffers()}
         for leaf in nested_values(state):

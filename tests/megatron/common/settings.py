@@ -21,6 +21,11 @@ DELAYED = {"convention": "deepseek_v4_1"}
 """A site reads with the H_pre of the one before, which travels with the streams."""
 
 
+def layout(stages: str) -> dict[str, Any]:
+    """Megatron's `--pipeline-model-parallel-layout`: E the embedding, t a layer, L the loss."""
+    return {"pipeline_model_parallel_layout": stages}
+
+
 def stages(size: int, **more: int) -> dict[str, Any]:
     """Arguments of initialize_model_parallel for so many stages."""
     return {"pipeline_model_parallel_size": size, **more}

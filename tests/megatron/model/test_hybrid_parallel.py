@@ -61,6 +61,11 @@ CASES: dict[str, tuple[float | None, dict[str, Any], dict[str, Any]]] = {
     ),
     "the loss alone": (None, EXACT, {"pattern": "*-M*-|", "parallel": stages(2)}),
     "the embedding alone": (None, EXACT, {"pattern": "|*-M*-", "parallel": stages(2)}),
+    "the loss alone, overlap of messages": (
+        None,
+        EXACT,
+        {"pattern": "*-M*-|", "parallel": stages(2), "mhc": {"overlap_p2p": True}},
+    ),
     "learned head": (
         None,
         {**EXACT, "mhc": HEAD},

@@ -58,6 +58,12 @@ PAIR: dict[str, dict[str, Any]] = {
         "parallel": stages(2),
         "config": {**PIPELINED["config"], "pipeline_model_parallel_layout": "Etttt|mL"},
     },
+    "beside the loss alone, overlapped": {
+        **PIPELINED,
+        "parallel": stages(2),
+        "config": {**PIPELINED["config"], "pipeline_model_parallel_layout": "Etttt|mL"},
+        "mhc": {"overlap_p2p": True},
+    },
     "delayed": {**PIPELINED, "parallel": stages(2), "mhc": DELAYED},
     "tensor parallel": {
         **PIPELINED,

@@ -12,7 +12,7 @@ from megatron_mhc.costs.recompute_plan import microbatches_in_flight
 from tests.megatron.common.cases import beside, parameters
 from tests.megatron.common.compare import assert_same_training
 from tests.megatron.common.launch import run_scenarios
-from tests.megatron.common.settings import DELAYED, FULL_RECOMPUTE, VIRTUAL, stages
+from tests.megatron.common.settings import DELAYED, FULL_RECOMPUTE, VIRTUAL, layout, stages
 
 OVERLAP = {"overlap_p2p": True}
 EAGER = {"overlap_p2p": True, "overlap_in_flight": 2}
@@ -57,6 +57,30 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {**FOUR, **SHORT, "ddp": SHARDED, "align_grad_reduce": True},
     ),
+    # a stage without layers: it takes one stream from a message, makes one, or hands it on
+    "the embedding alone": (2, {**FOUR, "config": layout("E|ttttL")}),
+    "the loss alone, delayed sites": (2, {**FOUR, "config": layout("Etttt|L"), "mhc": DELAYED}),
+    "both ends alone, and one in between": (
+        4,
+        {"microbatches": 6, "parallel": stages(4), "config": layout("E|tt||ttL")},
+    ),
+    "both ends alone, one in front": (
+        4,
+        {"microbatches": 6, "parallel": stages(4), "config": layout("E||tttt|L")},
+    ),
+    "both ends alone, interleaved": (
+        2,
+        {
+            **FOUR,
+            "parallel": VIRTUAL,
+            "config": layout("E|tt|tt|L"),
+            "mhc": {"recompute": 1},
+        },
+    ),
+    "one in between, interleaved": (
+        2,
+        {**FOUR, "parallel": VIRTUAL, "config": layout("Ett||tt|L")},
+    ),
     "interleaved, as many microbatches as stages": (2, {"microbatches": 2, "parallel": VIRTUAL}),
     "interleaved, DP=2, gradients reduced together": (
         4,
@@ -74,6 +98,9 @@ EAGER_CASES = [
     "delayed sites",
     "four stages",
     "four stages, 3 microbatches",
+    "the embedding alone",
+    "the loss alone, delayed sites",
+    "both ends alone, and one in between",
 ]
 THOROUGH = ("interleaved, delayed sites", "four stages, 3 microbatches")
 ORDINARY = "z ordinary"

@@ -25,6 +25,7 @@ from tests.megatron.common.settings import (
     SUMMATION_ORDER,
     UNCLIPPED,
     VIRTUAL,
+    layout,
     stages,
 )
 
@@ -46,11 +47,6 @@ VARIABLE: dict[str, Any] = {
 }
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
 EMBEDDING = {"num_layers": 3, "account_for_embedding_in_pipeline_split": True}
-
-
-def layout(stages: str) -> dict[str, Any]:
-    """Megatron's `--pipeline-model-parallel-layout`: E the embedding, t a layer, L the loss."""
-    return {"pipeline_model_parallel_layout": stages}
 
 
 # microbatches fewer than, as many as and more than the stages
@@ -199,7 +195,6 @@ def test_stages_train_as_one_process_up_to_summation_order(case: str) -> None:
 @pytest.mark.parametrize(
     ("stages_", "more", "says"),
     [
-        ("Etttt|L", {"mhc": {"overlap_p2p": True}}, r"--mhc-overlap-p2p .* has no layers"),
         ("Etttt|L", {"drop": [3]}, "the model's last layer is gone"),
         ("E|ttttL", {"drop": [0]}, "the model's first layer is gone"),
     ],
