@@ -12,7 +12,8 @@ parts, a file each in `parts/`:
 
 * pipelines: losses of all GPUs as stages (at most 4, data parallel beyond) against one GPU; stock
   order, overlap and overlap with 2 in flight against each other, digit for digit (losses and
-  gradient norms), also with timers on, and with late outputs (`late_ends.py`);
+  gradient norms), also with timers on, with late outputs (`late_ends.py`), and with stages without
+  layers (`bare`);
 * pipelines_beside: pipelines beside data and tensor parallelism, and of three stages (four GPUs and
   more);
 * other_parallelism: MoE over expert parallel ranks, TP with sequence parallelism, CP: losses

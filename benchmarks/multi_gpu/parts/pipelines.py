@@ -6,6 +6,15 @@ from benchmarks.multi_gpu.launches import Bench, Part
 from benchmarks.multi_gpu.models import OVERLAP, starting
 
 
+def bare_ends(chunks: int, layers: int) -> str:
+    """Flags for so many chunks of which the first is the embedding alone and the last the loss,
+    with two chunks the first alone; where layers are few, some in between are bare too."""
+    middle = max(chunks - 2, 1)
+    each = ["t" * (layers * (k + 1) // middle - layers * k // middle) for k in range(middle)]
+    ends = ["E", *each, "L"] if chunks > 2 else ["E", f"{each[0]}L"]
+    return f"--pipeline-model-parallel-layout {'|'.join(ends)}"
+
+
 def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     """Losses of a pipeline against one GPU, and of the orders against each other."""
     size = starting(bench, "dense", f"{size} --mhc")
@@ -13,6 +22,9 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     steps = 5 if bench.cpu else bench.options.steps
     virtual = f"{stages} --num-layers-per-virtual-pipeline-stage 1"
     few = min(steps, 20)
+    layers = 8 if bench.cpu else 4  # of TINY and SMALL
+    bare = f"{stages} {bare_ends(min(gpus, 4), layers)}"
+    bare_virtual = f"{stages} {bare_ends(2 * min(gpus, 4), layers)}"
     timers = "--timing-log-level 2"  # the host waits for the device at every message
     runs = {
         "pp": (f"{stages} --mhc", steps),
@@ -21,6 +33,11 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         "vpp": (f"{virtual} --mhc", steps),
         "vpp-overlap": (f"{virtual} {OVERLAP}", steps),
         "vpp-sharded": (f"{virtual} --mhc --use-distributed-optimizer", few),
+        "bare": (f"{bare} --mhc", few),
+        "bare-overlap": (f"{bare} {OVERLAP}", few),
+        "bare-overlap-2": (f"{bare} {OVERLAP} --mhc-overlap-in-flight 2", few),
+        "vbare": (f"{bare_virtual} --mhc", few),
+        "vbare-overlap": (f"{bare_virtual} {OVERLAP}", few),
         "pp-timers": (f"{stages} {OVERLAP} {timers}", few),
         "vpp-timers": (f"{virtual} {OVERLAP} {timers}", few),
         "pp-late": (f"{stages} {OVERLAP}", few),
@@ -42,12 +59,11 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
         launches.append(partial(bench.train, name, gpus, f"{size} {flags}", count, **more))
     checks = [
         partial(bench.alike, "one-again", "one", None),
-        partial(bench.alike, "pp", "one", 1e-2),
-        partial(bench.alike, "vpp", "one", 1e-2),
+        *(partial(bench.alike, name, "one", 1e-2) for name in ("pp", "vpp", "bare", "vbare")),
         *(
             partial(bench.alike, name, name.split("-")[0], 1e-2 if "sharded" in name else None)
             for name in runs
-            if name not in ("pp", "vpp")
+            if "-" in name
         ),
     ]
     return launches, checks
