@@ -25,6 +25,7 @@ from megatron_mhc.patches.hybrid import gpt_checkpoint_patches, hybrid_spec_patc
 from megatron_mhc.patches.inference_wrapper import inference_wrapper_patch
 from megatron_mhc.patches.layer_wise_gather import layer_wise_gather_patch
 from megatron_mhc.patches.metrics import metrics_patch
+from megatron_mhc.patches.mixed_gradients import mixed_gradients_patch
 from megatron_mhc.patches.mtp import mtp_patch
 from megatron_mhc.patches.optimizer_checkpoint import optimizer_checkpoint_patches
 from megatron_mhc.patches.parameter_groups import parameter_group_patches
@@ -171,6 +172,7 @@ def model_patches() -> tuple[Patch, ...]:
     return (
         *parameter_group_patches(parameters.MARK),
         layer_wise_gather_patch(),
+        mixed_gradients_patch(),
         *fp32_shards_patches(),
         *optimizer_checkpoint_patches(),
         checkpoint_load_patch(stored_settings.check_load),

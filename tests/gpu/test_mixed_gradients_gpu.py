@@ -1,0 +1,64 @@
+"""Gradients in two dtypes on a GPU: bf16 ones, and mHC's in fp32, as the precision-aware optimizer
+has them with `--grad-reduce-in-bf16`. Transformer Engine's kernels measure and clip them."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("megatron.core")
+
+from tests.megatron.common.flags import losses
+from tests.megatron.common.launch import ROOT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="for its fused Adam"),
+]
+FLAGS = [
+    *("--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8"),
+    *("--seq-length", "512", "--max-position-embeddings", "512", "--micro-batch-size", "2"),
+    *("--global-batch-size", "4", "--train-iters", "6", "--lr", "1e-3", "--weight-decay", "0.1"),
+    *("--eval-iters", "0", "--eval-interval", "10", "--num-workers", "0", "--mock-data"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", "255", "--bf16", "--log-interval", "1"),
+    *("--hidden-dropout", "0", "--attention-dropout", "0", "--no-gradient-accumulation-fusion"),
+    *("--use-distributed-optimizer", "--grad-reduce-in-bf16"),
+    *("--mhc", "--mhc-backend", "triton"),
+]
+BF16_ROUNDING = 1e-2
+"""The gradients are the same; an update is rounded to bf16, 2**-9, in another place, six steps."""
+
+
+def train(*flags: str) -> tuple[list[float], list[float]]:
+    """The losses and the gradients' norms of a run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mhc.run", "examples/pretrain_gpt.py", *FLAGS, *flags],
+        cwd=ROOT,
+        env=os.environ | {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    norms = [float(norm) for norm in re.findall(r"grad norm: (\S+)", done.stdout)]
+    found = [float(loss) for loss in losses(done.stdout)]
+    assert len(found) == len(norms) == 6, done.stdout[-3000:]
+    return found, norms
+
+
+def test_the_precision_aware_optimizer_clips_as_the_usual_one() -> None:
+    """The norm is above 1, so every step is clipped by it."""
+    want, wanted_norms = train()
+    got, norms = train("--use-precision-aware-optimizer")
+    assert wanted_norms[0] > 1.5
+    assert norms[0] == pytest.approx(wanted_norms[0], rel=1e-3)
+    assert norms == pytest.approx(wanted_norms, rel=10 * BF16_ROUNDING)
+    assert got == pytest.approx(want, rel=BF16_ROUNDING)
+    assert got[-1] < got[0]
