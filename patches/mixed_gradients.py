@@ -1,9 +1,8 @@
 """The norm and the clipping of gradients of two dtypes.
 
 Megatron hands all gradients to one kernel, which takes every one of them to be of the first one's
-dtype. With `--grad-reduce-in-bf16` and a precision-aware optimizer (or Megatron-FSDP's) gradients
-are in their parameters' dtype: bf16, and fp32 those of mHC, whose halves would be read, and
-scaled, as bf16.
+dtype. With `--grad-reduce-in-bf16` and a precision-aware optimizer gradients are in their
+parameters' dtype: bf16, and fp32 those of mHC, whose halves would be read, and scaled, as bf16.
 """
 
 import functools
@@ -15,7 +14,7 @@ import torch
 from .registry import Patch
 
 
-def one_dtype_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
+def _one_dtype_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron's `multi_tensor_applier` for lists whose tensors are of several dtypes.
 
     Those of one dtype go to the original together. Of norms, (norm [1], one a tensor or None), the
@@ -44,6 +43,6 @@ def mixed_gradients_patch() -> Patch:
     return Patch(
         id="mixed-gradients",
         target="megatron.core.optimizer.clip_grads:multi_tensor_applier",
-        replace=one_dtype_at_a_time,
+        replace=_one_dtype_at_a_time,
         why="the gradients' norm and clipping take mHC's fp32 gradients and bf16 ones apart",
     )

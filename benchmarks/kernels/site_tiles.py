@@ -19,9 +19,13 @@ from megatron_mhc.kernels.triton.passes.projection import (
 from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 from megatron_mhc.kernels.triton.rebuild import rebuild
 
+BOUNDARIES = 8
+"""That `rebuild` goes through here: a block of four layers."""
+
 
 def kernel_floors(n: int) -> dict[str, int]:
-    """Passes that each kernel must move with n streams, partial sums left out."""
+    """Passes that each kernel must move with n streams, partial sums left out; `rebuild`'s are
+    those of one launch."""
     return {
         "combine_and_project": 2 * n + 1,
         "project_delayed": 2 * n + 2,
@@ -37,8 +41,6 @@ def kernel_floors(n: int) -> dict[str, int]:
     }
 
 
-BOUNDARIES = 8
-"""That `rebuild` goes through here: a block of four layers."""
 NOT_IN_SINGLE_PASS = ("combine_and_project", "aggregate", "stream_gradients")
 NOT_IN_TWO = ("project_delayed", "read_gradients")
 """Kernels that a site of delayed sites does not have, and that any other does not."""

@@ -24,12 +24,16 @@ from .launch import Launch, prepared
 
 
 @triton.jit
-def load_site(f_ptr, h_post_ptr, h_res_ptr, h_pre_ptr, t64, t_mask, offsets, mask, N: tl.constexpr):
-    """What a boundary has beside the streams: the tile of f, H_post and H_res, and H_pre behind."""
-    f = tl.load(f_ptr + offsets, mask, 0.0)
-    h_post = load_columns(h_post_ptr, t64, t_mask, N)
-    h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-    h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
+def load_boundary(pointers, k: tl.constexpr, t64, t_mask, offsets, mask, N: tl.constexpr):
+    """What boundary k has beside the streams: the tile of f, H_post, H_res, and H_pre behind it.
+
+    pointers: of f, h_post, h_res and h_pre, each a tuple of all boundaries'.
+    """
+    f_ptrs, h_post_ptrs, h_res_ptrs, h_pre_ptrs = pointers
+    f = tl.load(f_ptrs[k] + offsets, mask, 0.0)
+    h_post = load_columns(h_post_ptrs[k], t64, t_mask, N)
+    h_res = load_columns(h_res_ptrs[k], t64, t_mask, N * N)
+    h_pre = load_columns(h_pre_ptrs[k], t64, t_mask, N)
     return f, h_post, h_res, h_pre
 
 
@@ -79,38 +83,18 @@ def rebuild_kernel(
     streams = load_streams(x_ptr, wide, mask, C, N)
     if FIRST:
         first_h_pre = load_columns(first_h_pre_ptr, t64, t_mask, N)
+    pointers = (f_ptrs, h_post_ptrs, h_res_ptrs, h_pre_ptrs)
     if AHEAD:
-        site = load_site(
-            f_ptrs[0], h_post_ptrs[0], h_res_ptrs[0], h_pre_ptrs[0], t64, t_mask, narrow, mask, N
-        )
+        ahead = load_boundary(pointers, 0, t64, t_mask, narrow, mask, N)
     if FIRST:
         store_u(first_u_ptr, streams, first_h_pre, narrow, mask, N)
     for k in tl.static_range(SITES):
-        if not AHEAD:
-            site = load_site(
-                f_ptrs[k],
-                h_post_ptrs[k],
-                h_res_ptrs[k],
-                h_pre_ptrs[k],
-                t64,
-                t_mask,
-                narrow,
-                mask,
-                N,
-            )
-        f, h_post, h_res, h_pre = site
-        if AHEAD and k + 1 < SITES:
-            site = load_site(
-                f_ptrs[k + 1],
-                h_post_ptrs[k + 1],
-                h_res_ptrs[k + 1],
-                h_pre_ptrs[k + 1],
-                t64,
-                t_mask,
-                narrow,
-                mask,
-                N,
-            )
+        if AHEAD:
+            f, h_post, h_res, h_pre = ahead
+            if k + 1 < SITES:
+                ahead = load_boundary(pointers, k + 1, t64, t_mask, narrow, mask, N)
+        else:
+            f, h_post, h_res, h_pre = load_boundary(pointers, k, t64, t_mask, narrow, mask, N)
         f = f.to(tl.float32)
         if (BIASES >> k) % 2 == 1:
             f += tl.load(f_bias_ptrs[k] + c, c < C, 0.0).to(tl.float32)[None, :]

@@ -124,8 +124,8 @@ def at_equal_time(study: Study) -> str:
 def speed(study: Study) -> str:
     """By the median step; and what 15 minutes of steps come to."""
     rows = []
-    for r in [r for r in study.of("speed") if r.step_time]:
-        a_second = r.kept["tokens_per_step"] / r.step_time
+    for r in [r for r in study.of("speed") if r.median_step]:
+        a_second = r.kept["tokens_per_step"] / r.median_step
         row = [r.model, number(_milliseconds(r), ".0f"), f"{a_second:,.0f}"]
         rows.append([*row, f"{900 * a_second / MILLION:.0f}", number(_gib(r.memory), ".1f")])
     head = ["model", "ms a step", "tokens a second", "million tokens in 15 minutes", "GiB"]
