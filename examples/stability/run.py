@@ -168,7 +168,7 @@ def with_plan(args: argparse.Namespace, more: list[str], start: float) -> bool:
     best = swept.best_rates() | dict(args.rate or [])
     runs = runs_of(
         args.plan, size, tokens=args.tokens or size.tokens, rates=best,
-        models=args.models, seeds=args.seeds,
+        models=args.models, seeds=args.seeds, learning_rates=args.learning_rates,
         folder=args.runs / args.size, curves=kept, data=data, more=more,
     )  # fmt: skip
     budget = Budget(save=size.save, start=size.start)
@@ -211,6 +211,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help="with a plan: of its seeds only these; without one: each trains all models at all"
         " rates (default: 1234)",
     )  # fmt: skip
+    add(
+        "--learning-rates", nargs="+", type=float, metavar="RATE",
+        help=f"with a plan: of its peak rates only these; without one: all of them {own}",
+    )  # fmt: skip
     plan = parser.add_argument_group("with a plan")
     plan.add_argument("--plan", choices=plans.PLANS)
     for name, kind, text in (
@@ -227,9 +231,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     other = parser.add_argument_group("without one")
     other.add_argument("--jobs", type=int, help=f"runs at a time {own}")
     other.add_argument("--iterations", type=int, help=f"training steps of each run {own}")
-    other.add_argument(
-        "--learning-rates", nargs="+", type=float, metavar="RATE", help=f"peak rates {own}"
-    )
     args, more = parser.parse_known_args()
     refuse(parser, args)
     args.runs = args.runs.resolve()
@@ -237,7 +238,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 PLANNED = ("gpus", "tokens", "curves", "roots", "rate")
-UNPLANNED = ("jobs", "iterations", "learning_rates")
+UNPLANNED = ("jobs", "iterations")
 
 
 def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -82,6 +82,10 @@ def arguments(
     ]
 
 
+def _named(job: Job, rates: Mapping[str, float]) -> str:
+    return f"{job.model} of seed {job.seed} at {job.rate or rates.get(job.rate_of, 'no rate yet')}"
+
+
 def runs_of(
     plan: str,
     size: Size,
@@ -90,6 +94,7 @@ def runs_of(
     rates: Mapping[str, float],
     models: list[str] | None,
     seeds: list[int] | None,
+    learning_rates: list[float] | None,
     folder: Path,
     curves: Path,
     data: Path,
@@ -102,7 +107,7 @@ def runs_of(
         size: what is trained.
         tokens: of a whole run.
         rates: the best rate of each model, where a job has none of its own.
-        models, seeds: the only ones that are wanted; None: all.
+        models, seeds, learning_rates: the only ones that are wanted; None: all.
         folder: of the size's runs; curves: of its curves; data: of `prepare_text.py`.
         more: flags for Megatron that are added to all.
 
@@ -118,6 +123,8 @@ def runs_of(
             continue
         steps = max(8, round(tokens * job.part / size.step))
         rate = rate_of(job, rates)
+        if rate not in (learning_rates or [rate]):
+            continue
         name = f"{job.model}-lr{rate:g}-seed{job.seed}-{steps}steps"
         described = {"model": job.model, "learning_rate": rate, "seed": job.seed, "plan": plan}
         described |= {"train_iters": steps, "warm_up": warm_up, "tokens_per_step": size.step}
@@ -126,6 +133,6 @@ def runs_of(
         command = [*arguments(job, size, steps, warm_up, rate, own, data), *more]
         found.append(Run(own, described, command, curves / plan / f"{name}.json"))
     if not found:
-        has = ", ".join(dict.fromkeys(f"{job.model} of seed {job.seed}" for job in PLANS[plan]))
-        sys.exit(f"stability: nothing of that is in plan {plan}, which has {has}")
+        has = dict.fromkeys(_named(job, rates) for job in PLANS[plan])
+        sys.exit(f"stability: nothing of that is in plan {plan}, which has {', '.join(has)}")
     return found

@@ -178,7 +178,7 @@ def planned(folder: Path, plan: str, **only: Any) -> list[Any]:
     held = dict.fromkeys(("digest", "train_tokens", "valid_tokens", "valid_bytes"), 10**6)
     (folder / "data.json").write_text(json.dumps(held))
     size = plans.SIZES["paper_ratio"]
-    wanted = {"models": None, "seeds": None} | only
+    wanted = dict.fromkeys(("models", "seeds", "learning_rates")) | only
     rates = dict.fromkeys(plans.COMPARED, 1e-3)
     paths = dict.fromkeys(("folder", "curves", "data"), folder)
     return commands.runs_of(
@@ -195,9 +195,14 @@ def test_the_warm_up_is_as_long_in_a_short_run_as_in_a_whole_one(tmp_path: Path)
             assert (run.described["train_iters"], run.described["warm_up"]) == (steps, 60)
 
 
-def test_a_piece_of_a_plan_takes_the_models_and_seeds_that_are_named(tmp_path: Path) -> None:
+def test_a_piece_of_a_plan_takes_what_is_named(tmp_path: Path) -> None:
     found = planned(tmp_path, "main", models=["mhc", "ordinary"], seeds=[1, 3])
     names = [(run.described["model"], run.described["seed"]) for run in found]
     assert names == [("ordinary", 1), ("mhc", 1), ("ordinary", 3), ("mhc", 3)]
-    with pytest.raises(SystemExit, match=r"nothing of that .* ordinary of seed 1, hc of seed 1"):
+    [run] = planned(tmp_path, "sweep", models=["mhc"], learning_rates=[5e-4])
+    assert run.folder.name == "mhc-lr0.0005-seed1-400steps"
+    has = r"nothing of that .* ordinary of seed 1 at 0.001, hc of seed 1 at 0.001"
+    with pytest.raises(SystemExit, match=has):
         planned(tmp_path, "main", models=["hc"], seeds=[2])
+    with pytest.raises(SystemExit, match=r"nothing of that .* mhc of seed 1 at 0.0005"):
+        planned(tmp_path, "sweep", learning_rates=[7e-4])
