@@ -83,7 +83,8 @@ style: env
 types: env
 	@rm -rf build/lib build/types
 	$(PIP) install --quiet --no-deps --target build/types .
-	MYPYPATH=build/types $(BIN)/mypy build/types/megatron_mhc
+	@cp -r benchmarks tests build/types
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml megatron_mhc benchmarks
 
 # MkDocs and its friends, beside the rest; the site itself wants no network
 $(VENV)/.docs: $(STAMP) pyproject.toml

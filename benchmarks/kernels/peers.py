@@ -133,7 +133,7 @@ def tile_kernels(shapes: Shapes) -> Site:
     functional = importlib.import_module("tile_kernels.modeling.mhc.functional")
     x, phi, alpha, bias = leaves = _ready(shapes.streams()[None], *shapes.parameters())
     for parameter in (phi, alpha, bias):
-        parameter.main_grad = torch.zeros_like(parameter)
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
 
     def function() -> tuple[Tensor]:
         u, (post, comb) = functional.mhc_pre(

@@ -32,10 +32,11 @@ import torch.distributed as dist
 from benchmarks.common import command_line, gpt, plotting
 from benchmarks.common.timing import elapsed_ms
 from benchmarks.common.turns import in_turn, ratio
+from benchmarks.kernels.site_tiles import use_tile
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig, kernels
 from megatron_mhc.costs.recompute_plan import Plan, plan_of
-from megatron_mhc.kernels.triton import rebuild
+from megatron_mhc.kernels.triton import tiles
 from megatron_mhc.pipeline.state import rebuild_ahead
 
 GIB = 2**30
@@ -147,12 +148,17 @@ def replay(sites: int, tokens: int, width: int, n: int = 4) -> dict[int, float]:
     ]
     ys = [torch.empty_like(x) for _ in ended]
     us = [torch.empty(tokens, width, **like) for _ in h_pre]
-    usual, result = rebuild.SITES, {}
-    for rebuild.SITES in (1, 2, 4, sites):
+    tile, result = tiles.rebuild(n, width, torch.bfloat16), {}
+
+    def with_boundaries(splits: int) -> tuple[int, ...]:
+        return tile.tokens, tile.channels, splits, tile.warps, tile.stages
+
+    for boundaries in (1, 2, 4, sites):
+        use_tile("rebuild", with_boundaries(boundaries))
         launch = partial(kernels.rebuild, x, h_pre, ended, ys=ys, us=us, backend="triton")
         times = [elapsed_ms(launch) for _ in range(13)]
-        result[rebuild.SITES] = 1000 * statistics.median(times[3:]) / sites
-    rebuild.SITES = usual
+        result[boundaries] = 1000 * statistics.median(times[3:]) / sites
+    use_tile("rebuild", with_boundaries(tile.splits))
     return result
 
 

@@ -59,6 +59,14 @@ def paper_size(bench: Bench) -> str:
     return " ".join(flag for flag in PAPER.split() if flag not in fused) + TINY_PAPER
 
 
+def small_size(bench: Bench, gpus: int) -> str:
+    """Flags of the model whose losses are compared; two virtual stages for each of up to 4 GPUs."""
+    small = TINY if bench.cpu else SMALL
+    return (
+        small.replace("--num-layers 4", f"--num-layers {2 * min(gpus, 4)}") if gpus > 2 else small
+    )
+
+
 def save_start(bench: Bench, name: str, flags: str) -> None:
     """Save the weights that `starting` gives to runs of these flags."""
     folder = bench.out / f"weights-{name}"

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import command_line
 from benchmarks.multi_gpu.launches import Bench, Part
-from benchmarks.multi_gpu.models import MOE, SMALL, TINY, save_start
+from benchmarks.multi_gpu.models import MOE, save_start, small_size
 from benchmarks.multi_gpu.parts.expert_overlap import expert_overlap
 from benchmarks.multi_gpu.parts.layer_graphs import layer_graphs
 from benchmarks.multi_gpu.parts.other_parallelism import other_parallelism
@@ -153,9 +153,7 @@ def main() -> int:
     options = parser.parse_args()
     bench = Bench(options)
     gpus = number_of_gpus(options)
-    small = TINY if options.cpu else SMALL
-    if gpus > 2:  # two virtual stages each
-        small = small.replace("--num-layers 4", f"--num-layers {2 * min(gpus, 4)}")
+    small = small_size(bench, gpus)
     parts = [CORRECT[name](bench, gpus, small) for name in options.parts if name in CORRECT]
     launches = chosen(parser, options, parts)
     timed = "step_times" in options.parts

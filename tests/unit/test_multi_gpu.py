@@ -1,6 +1,7 @@
 """What `benchmarks/multi_gpu` launches and compares; nothing is launched here."""
 
 import gzip
+import itertools
 import json
 import re
 import shlex
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from benchmarks.multi_gpu.launches import Bench, Run
+from benchmarks.multi_gpu.models import small_size
 from benchmarks.multi_gpu.parts import step_times
 from benchmarks.multi_gpu.parts.paper import LAYOUTS, paper
+from benchmarks.multi_gpu.parts.pipelines import pipelines
 from benchmarks.multi_gpu.run import command
 from tests.megatron.common.launch import forked_python
 
@@ -127,6 +130,22 @@ def test_a_run_of_the_papers_layers_is_compared_with_one_of_its_layout(
         named = [layout for prefix, layout in LAYOUTS.items() if name.startswith(prefix)]
         wanted = (*named, (min(gpus, 2), 2 if gpus >= 4 else 1))[0]
         assert (sizes["pipeline"], sizes["expert"]) == wanted
+
+
+@pytest.mark.parametrize("device", ["--cpu", "--ranks-per-gpu=1"])
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_a_layout_has_as_many_layers_as_its_model(gpus: int, device: str, tmp_path: Path) -> None:
+    """Megatron refuses any other, on the GPUs."""
+    of = bench(tmp_path, device)
+    launches, _ = pipelines(of, gpus, small_size(of, gpus))
+    given = [shlex.split(launch.args[2]) for launch in launches]  # type: ignore[attr-defined]
+    laid_out = [dict(itertools.pairwise(flags)) for flags in given]
+    layouts = [flags for flags in laid_out if "--pipeline-model-parallel-layout" in flags]
+    assert len(layouts) == 5
+    for flags in layouts:
+        layout = flags["--pipeline-model-parallel-layout"]
+        assert layout.count("t") == int(flags["--num-layers"])
+        assert layout.count("|") % int(flags["--pipeline-model-parallel-size"]) == min(gpus, 4) - 1
 
 
 def test_what_a_run_leaves_is_freed_and_nothing_else() -> None:

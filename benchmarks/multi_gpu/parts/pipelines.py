@@ -1,14 +1,16 @@
 """Pipelines: losses against one GPU's, and the orders of a step against each other."""
 
+import re
 from functools import partial
 
 from benchmarks.multi_gpu.launches import Bench, Part
 from benchmarks.multi_gpu.models import OVERLAP, starting
 
 
-def bare_ends(chunks: int, layers: int) -> str:
+def bare_ends(chunks: int, size: str) -> str:
     """Flags for so many chunks of which the first is the embedding alone and the last the loss,
-    with two chunks the first alone; where layers are few, some in between are bare too."""
+    with two chunks the first alone; where the size has few layers, some in between are bare too."""
+    layers = int(re.findall(r"--num-layers (\d+)", size)[-1])
     middle = max(chunks - 2, 1)
     each = ["t" * (layers * (k + 1) // middle - layers * k // middle) for k in range(middle)]
     ends = ["E", *each, "L"] if chunks > 2 else ["E", f"{each[0]}L"]
@@ -22,9 +24,8 @@ def pipelines(bench: Bench, gpus: int, size: str) -> Part:
     steps = 5 if bench.cpu else bench.options.steps
     virtual = f"{stages} --num-layers-per-virtual-pipeline-stage 1"
     few = min(steps, 20)
-    layers = 8 if bench.cpu else 4  # of TINY and SMALL
-    bare = f"{stages} {bare_ends(min(gpus, 4), layers)}"
-    bare_virtual = f"{stages} {bare_ends(2 * min(gpus, 4), layers)}"
+    bare = f"{stages} {bare_ends(min(gpus, 4), size)}"
+    bare_virtual = f"{stages} {bare_ends(2 * min(gpus, 4), size)}"
     timers = "--timing-log-level 2"  # the host waits for the device at every message
     runs = {
         "pp": (f"{stages} --mhc", steps),
