@@ -186,6 +186,8 @@ def subjects(
     phi, bias = normal(rows, n * width) * 0.02, normal(rows)
     alpha = torch.full((3,), 0.5, device=device)
     mixing = Mixing(f, h_post, h_res)
+    # an f of its own each: a program would find one and the same in its cache
+    ended = [Mixing(normal(tokens, width).bfloat16(), h_post, h_res) for _ in range(BOUNDARIES)]
     sizes = Sizes.of(x)
     y, partial = combine_and_project(sizes, x, phi, mixing)
     coefficients_args = (sizes, (tokens,), y, partial, alpha, bias, DEFAULT)
@@ -217,5 +219,5 @@ def subjects(
         "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),
         "combine": lambda: combine_and_project(sizes, x, None, mixing),
         "combine_gradients": lambda: stream_gradients(sizes, x, dy=dy, x=x, mixing=mixing),
-        "rebuild": lambda: rebuild(x, [done.h_pre] * (BOUNDARIES + 1), [mixing] * BOUNDARIES),
+        "rebuild": lambda: rebuild(x, [done.h_pre] * (BOUNDARIES + 1), ended),
     }

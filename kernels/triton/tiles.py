@@ -272,9 +272,11 @@ def combine(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def combine_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`stream_gradients_kernel` for the same: as `stream_gradients`, a file's too, unless a file
-    names its own."""
-    return TUNABLE["stream_gradients"].__wrapped__(n, width, dtype)  # type: ignore[attr-defined]
+    """`stream_gradients_kernel` for the same: with no phi in registers it takes wider tiles, two
+    programs a multiprocessor (docs/measured-facts.md)."""
+    if n > 4 or dtype != torch.bfloat16:
+        return TUNABLE["stream_gradients"].__wrapped__(n, width, dtype)  # type: ignore[attr-defined]
+    return Tile(8, 128, shares(-(-width // 128), 2 * multiprocessors()), warps=4, stages=1)
 
 
 @tunable
@@ -282,7 +284,9 @@ def rebuild(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`rebuild_kernel`: so many boundaries a launch, each compiled out in full, the streams in
     registers; with more than one stage a boundary's loads are issued before the stores of the one
     before."""
-    return Tile(tokens=4, channels=256 if n <= 4 else 128, splits=4, warps=4, stages=1)
+    if n > 4:
+        return Tile(tokens=4, channels=128, splits=4, warps=4, stages=1)
+    return Tile(tokens=2, channels=256, splits=8, warps=4, stages=2)
 
 
 SINKHORN_TOKENS = 8

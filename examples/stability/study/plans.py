@@ -156,9 +156,14 @@ class Job:
     rate_of: str = ""
 
 
-def _best(model: str, seed: int, part: float = 1.0) -> Job:
+def swept_as(model: str) -> str:
+    """The model whose best rate of the sweep a model takes."""
     base = model.removeprefix("moe_")
-    return Job(model, seed, part, rate_of=base if base in COMPARED else "mhc")
+    return base if base in COMPARED else "mhc"
+
+
+def _best(model: str, seed: int, part: float = 1.0) -> Job:
+    return Job(model, seed, part, rate_of=swept_as(model))
 
 
 PLANS: Mapping[str, tuple[Job, ...]] = {
@@ -170,7 +175,11 @@ PLANS: Mapping[str, tuple[Job, ...]] = {
         *(_best(m, SEEDS[0]) for m in COMPARED),
         *(_best(m, seed) for seed in SEEDS[1:] for m in ("ordinary", "mhc")),
     ),
+    # what the ordinary model makes of as much time as mHC takes, and a little more
+    "longer": (_best("ordinary", 1, 4 / 3),),
     "moe": (_best("moe_ordinary", 1, 1 / 3), _best("moe_mhc", 1, 1 / 3)),
     # their reference, and init, are runs of the sweep at the same rate: mhc and mhc_zero
     "ablations": tuple(_best(model, 1, 1 / 3) for model in ABLATIONS),
 }
+AT_BEST = ("main", "longer", "moe")
+"""Plans whose runs are compared at the best rate of each model."""

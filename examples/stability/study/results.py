@@ -98,8 +98,19 @@ class Study:
             r.step_time = least.get((r.model, r.kept["hardware"]))
 
     def of(self, plan: str, model: str | None = None) -> list[Result]:
-        """Those of a plan, and of a model."""
-        return [r for r in self.results if r.plan == plan and model in (None, r.model)]
+        """Those of a plan, and of a model, that count.
+
+        Where each model takes its best rate, runs at others do not, if there are any at it: a mean
+        over seeds is of one rate.
+        """
+        found = [r for r in self.results if r.plan == plan and model in (None, r.model)]
+        if plan not in plans.AT_BEST:
+            return found
+        best = self.best_rates()
+        at_best = {r.model for r in found if r.rate == best.get(plans.swept_as(r.model))}
+        return [
+            r for r in found if r.model not in at_best or r.rate == best[plans.swept_as(r.model)]
+        ]
 
     def models(self, plan: str) -> list[str]:
         """The models that a plan has results of."""

@@ -117,6 +117,12 @@ def tokens_for(short: Sequence[float], long: Sequence[float], level: float) -> f
     return long[0] * math.exp((long[1] - level) / slope) if slope > 0 else None
 
 
+def loss_after(short: Sequence[float], long: Sequence[float], tokens: float) -> float:
+    """The loss of a whole run of so many tokens, by the same rule as `tokens_for`."""
+    slope = (short[1] - long[1]) / math.log(long[0] / short[0])
+    return long[1] - slope * math.log(tokens / long[0])
+
+
 def band(curves: Sequence[Points]) -> list[tuple[float, float, float, float]]:
     """(x, mean, lowest, highest) over curves, at every x that all of them have."""
     found = [{point[0]: point[1] for point in curve} for curve in curves]

@@ -3,122 +3,15 @@
 import math
 from collections.abc import Callable
 
-from . import statistics as rules
+from .comparisons import at_equal_time, compared, convergence, gib
 from .markdown import NONE, number, table
 from .results import Result, Study
 
 MILLION = 1e6
-REFERENCE = "ordinary"
-PAIRS = (("main", REFERENCE), ("moe", "moe_ordinary"))
-"""Plans whose models are compared with one of them."""
-
-
-def _spread(values: list[float], form: str = ".4f") -> str:
-    if not values:
-        return NONE
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:{form}}"
-    return f"{mean:{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def _gib(value: float | None) -> float | None:
-    return None if value is None else value / 2**30
 
 
 def _milliseconds(result: Result) -> float | None:
     return None if result.median_step is None else 1000 * result.median_step
-
-
-def compared(study: Study) -> str:
-    """Last validation loss (nats a token): mean and range over seeds that came to the end.
-
-    Milliseconds a step: the least median of the model's runs, of all plans, on that hardware.
-    """
-    head = ["model", "rate", "seeds", "validation loss", "minus the ordinary model's, same seed"]
-    head += ["ms a step", "of the ordinary model's", "GiB", "spikes a run"]
-    rows = []
-    for plan, reference in PAIRS:
-        base = {r.seed: r for r in study.whole(plan, reference)}
-        base_time = [r.step_time for r in base.values() if r.step_time]
-        for model in study.models(plan):
-            of, whole = study.of(plan, model), study.whole(plan, model)
-            losses = [r.loss for r in whole if r.loss is not None]
-            gaps = [
-                r.loss - base[r.seed].loss
-                for r in whole
-                if r.seed in base and model != reference and None not in (r.loss, base[r.seed].loss)
-            ]
-            times = [r.step_time for r in whole if r.step_time]
-            ratio = None
-            if times and base_time:
-                ratio = sum(times) / len(times) / (sum(base_time) / len(base_time))
-            memory = max((r.memory or 0 for r in of), default=0) or None
-            rates = ", ".join(dict.fromkeys(f"{r.rate:g}" for r in of))
-            row = [model, rates, f"{len(whole)} of {len(of)}", _spread(losses)]
-            row += [_spread(gaps, "+.4f"), _spread([1000 * t for t in times], ".0f")]
-            row += [number(ratio, ".2f"), number(_gib(memory), ".1f")]
-            rows.append([*row, ", ".join(str(len(r.spikes)) for r in of)])
-    return table(head, rows)
-
-
-def convergence(study: Study) -> str:
-    """How many tokens the ordinary model needs for a model's last loss, over that model's tokens.
-
-    On the curves: where the ordinary model's mean validation curve first comes so low; "not
-    reached" if it does not within its run. By whole runs: of two ordinary runs that decayed to
-    their ends, the sweep's best and the mean of the long ones, straight in log tokens; beyond the
-    long one it is an extrapolation, and said to be. The other way: the ordinary model's tokens over
-    those at which the model's curve, whose rate has not decayed there yet, first has its last loss.
-    """
-    head = ["model", "its last loss", "factor on the curves", "factor by whole runs"]
-    head += ["the other way"]
-    rows = []
-    for plan, reference in PAIRS:
-        base = [(x, mean) for x, mean, *_ in study.band(plan, reference)]
-        for model in study.models(plan) if base else []:
-            own = [(x, mean) for x, mean, *_ in study.band(plan, model)]
-            if model == reference or not own:
-                continue
-            tokens, level = own[-1]
-            reached, back = rules.reached(base, level), rules.reached(own, base[-1][1])
-            on_curves = f"not reached: above {base[-1][0] / tokens:.2f}"
-            if reached is not None:
-                on_curves = f"{reached / tokens:.2f}"
-            row = [model, f"{level:.4f}", on_curves]
-            row += [_by_whole_runs(study, plan, base[-1], level, tokens)]
-            rows.append([*row, "not reached" if back is None else f"{base[-1][0] / back:.2f}"])
-    return table(head, rows)
-
-
-def _by_whole_runs(
-    study: Study, plan: str, long: tuple[float, float], level: float, tokens: float
-) -> str:
-    short = study.best_of_sweep(REFERENCE) if plan == "main" else None
-    if short is None or short.loss is None or short.tokens >= long[0]:
-        return NONE
-    needed = rules.tokens_for((short.tokens, short.loss), long, level)
-    if needed is None:
-        return "the longer run is no better"
-    outside = not short.tokens <= needed <= long[0]
-    return f"{needed / tokens:.2f}" + (" (extrapolated)" if outside else "")
-
-
-def at_equal_time(study: Study) -> str:
-    """Validation loss once each has trained as long as the fastest: steps times the time of one.
-
-    A slower model's rate has not decayed to its end by then.
-    """
-    rows = []
-    for plan, reference in PAIRS:
-        whole = {model: study.whole(plan, model) for model in study.models(plan)}
-        times = [r.over_time[-1][0] for runs in whole.values() for r in runs if r.over_time]
-        for model, runs in whole.items() if times else []:
-            values = [rules.value_at(r.over_time, min(times)) for r in runs]
-            losses = [value for value in values if value is not None]
-            mark = " (reference)" if model == reference else ""
-            rows.append([model + mark, f"{min(times):.0f}", _spread(losses)])
-    return table(["model", "seconds", "validation loss"], rows)
 
 
 def speed(study: Study) -> str:
@@ -127,24 +20,27 @@ def speed(study: Study) -> str:
     for r in [r for r in study.of("speed") if r.median_step]:
         a_second = r.kept["tokens_per_step"] / r.median_step
         row = [r.model, number(_milliseconds(r), ".0f"), f"{a_second:,.0f}"]
-        rows.append([*row, f"{900 * a_second / MILLION:.0f}", number(_gib(r.memory), ".1f")])
+        rows.append([*row, f"{900 * a_second / MILLION:.0f}", number(gib(r.memory), ".1f")])
     head = ["model", "ms a step", "tokens a second", "million tokens in 15 minutes", "GiB"]
     return table(head, rows)
 
 
 def swept(study: Study) -> str:
-    """Last validation loss by rate, after a third (sweep) and a sixth (breaks) of a whole run."""
+    """Last validation loss by rate: after a third (sweep), a sixth (breaks) and all (main) of a
+    whole run; several seeds: their mean."""
     parts = []
-    for plan in ("sweep", "breaks"):
-        rates = sorted({r.rate for r in study.of(plan)})
+    for plan in ("sweep", "breaks", "main"):
+        of = [r for r in study.results if r.plan == plan]
+        rates = sorted({r.rate for r in of})
         rows = []
-        for model in study.models(plan):
+        for model in dict.fromkeys(r.model for r in of):
             row = [f"{model}, {plan}"]
             for rate in rates:
-                found = [r for r in study.of(plan, model) if r.rate == rate]
-                cells = [number(r.loss, ".4f") if r.is_whole else r.outcome for r in found]
-                row.append(", ".join(cells) or NONE)
-            rows.append(row)
+                found = [r for r in of if (r.model, r.rate) == (model, rate)]
+                whole = [r.loss for r in found if r.is_whole and r.loss is not None]
+                cells = [number(sum(whole) / len(whole), ".4f")] if whole else []
+                row.append(", ".join([*cells, *(r.outcome for r in found if not r.is_whole)]))
+            rows.append([cell or NONE for cell in row])
         parts.append(table(["model", *(f"{rate:g}" for rate in rates)], rows) if rows else "")
     return "\n\n".join(part for part in parts if part)
 
@@ -247,7 +143,7 @@ def every_run(study: Study) -> str:
         row = [r.plan, r.model, f"{r.rate:g}", str(r.seed), f"{r.tokens / MILLION:.1f}"]
         row += [r.outcome, number(r.loss, ".4f"), ", ".join(map(str, r.spikes)) or "none"]
         row += [number(max(norms, default=None), ".3g"), number(_milliseconds(r), ".0f")]
-        row += [number(_gib(r.memory), ".1f"), f"{r.kept['seconds'] / 60:.1f}"]
+        row += [number(gib(r.memory), ".1f"), f"{r.kept['seconds'] / 60:.1f}"]
         rows.append(row)
     return table(head, rows)
 

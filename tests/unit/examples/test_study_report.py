@@ -58,16 +58,37 @@ def law(tokens: float) -> float:
     return 8 - 0.3 * math.log(tokens)
 
 
-@pytest.mark.parametrize(("ahead", "said"), [(1.5, "1.50 (extrapolated)"), (0.8, "0.80")])
+@pytest.mark.parametrize(("ahead", "said"), [(1.5, "1.50 (extrapolated)"), (1.2, "1.20")])
 def test_the_factor_by_whole_runs_is_that_of_the_law(ahead: float, said: str) -> None:
-    printed = tables.convergence(
-        study(
-            made("ordinary", "sweep", law(30), tokens=30),
-            made("ordinary", "main", law(90), tokens=90),
-            made("mhc", "main", law(90 * ahead), tokens=90),
-        )
-    )
-    assert cells(printed, "mhc")[3] == said
+    """mHC takes 1.25 times as long: the ordinary model has that many tokens in its time."""
+    slow = [[45, 0.625], [90, 0.625]]
+    runs = [
+        made("ordinary", "sweep", 9.0, tokens=30),
+        made("ordinary", "main", law(90), tokens=90),
+        made("mhc", "main", law(90 * ahead), tokens=90, step_seconds=slow),
+    ]
+    found = study(*runs)
+    assert cells(tables.convergence(found), "mhc")[3] == "–"
+    assert cells(tables.at_equal_time(found), "mhc")[5] == "–"
+    found = study(*runs, made("ordinary", "longer", law(120), tokens=120))
+    assert cells(tables.convergence(found), "mhc")[3] == said
+    row = cells(tables.at_equal_time(found), "mhc")
+    assert row[3:] == ["56", f"{law(90 * ahead):.4f}", f"{law(112.5):.4f}"]
+
+
+def test_seeds_at_another_rate_than_the_best_are_no_seeds() -> None:
+    swept = [made("mhc", "sweep", 3.1), made("mhc", "sweep", 3.0, learning_rate=2e-3)]
+    base, other = made("ordinary", "main", 3.0), made("mhc", "main", 2.5)
+    rows = [made("mhc", "main", 2.9, learning_rate=2e-3, seed=seed) for seed in (1, 2)]
+    found = study(*swept, base, other, *rows)
+    assert cells(tables.compared(found), "mhc")[1:4] == [
+        "0.002",
+        "2 of 2",
+        "2.9000 (2.9000 to 2.9000)",
+    ]
+    assert cells(tables.swept(found), "mhc, main") == ["mhc, main", "2.5000", "2.9000"]
+    # until there is one at the best rate, what there is counts
+    assert cells(tables.compared(study(*swept, base, other)), "mhc")[1:3] == ["0.001", "1 of 1"]
 
 
 def test_the_factor_on_the_curves_is_where_they_cross_or_not_reached() -> None:
@@ -98,7 +119,7 @@ def test_the_time_of_a_step_is_compared_and_losses_at_equal_time() -> None:
     assert cells(tables.compared(both), "mhc")[5:7] == ["750", "1.50"]
     # the ordinary model trains for 50 s; mHC is then at step 66.7, a third of the way to its end
     row = cells(tables.at_equal_time(both), "mhc")
-    assert row[1:] == ["50", f"{3.3 - 0.4 / 3:.4f}"]
+    assert row[1:] == ["50", f"{3.3 - 0.4 / 3:.4f}", "75", "2.9000", "–"]
 
 
 def test_the_rate_that_breaks_a_model_is_the_lowest() -> None:

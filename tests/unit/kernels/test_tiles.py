@@ -235,15 +235,14 @@ def test_what_tuning_saves_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert tiles.coefficients(4, 2560, BF16) == tiles.Tile(8, 1, 1, 4, 1)
 
 
-@pytest.mark.parametrize("kernel", ["read_gradients", "combine_gradients"])
 def test_a_tile_for_the_streams_gradients_serves_where_a_file_names_no_other(
-    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "tiles.json"
     named = {"stream_gradients sm_90 n4 C4096 bfloat16": [4, 32, 8, 2]}
     monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(file))
-    for own in ({}, {f"{kernel} sm_90 n4 C4096 bfloat16": [2, 64, 4, 1]}):
+    for own in ({}, {"read_gradients sm_90 n4 C4096 bfloat16": [2, 64, 4, 1]}):
         file.write_text(json.dumps(named | own))
         forget()
         wanted = tiles.Tile(2, 64, 4, 1) if own else tiles.Tile(4, 32, 8, 2)
-        assert getattr(tiles, kernel)(4, 4096, BF16) == wanted
+        assert tiles.read_gradients(4, 4096, BF16) == wanted
