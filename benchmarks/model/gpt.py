@@ -22,7 +22,8 @@ def build(options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -
         spec = specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     else:
         config = gpt.dense_config(options, **settings)
-        spec = specs.get_gpt_layer_with_transformer_engine_spec()
+        own = {"enable_hyper_connection": True} if settings.get("enable_hyper_connections") else {}
+        spec = specs.get_gpt_layer_with_transformer_engine_spec(**own)
     return gpt.build(config, spec, mhc, options.sequence)
 
 

@@ -2,6 +2,8 @@
 
     python benchmarks/model/layers.py --json layers.json
     python benchmarks/model/layers.py --moe --batch 4       # the paper's layers: MLA, experts
+    PYTHONPATH=MEGATRON_DEV MEGATRON_MHC_PATCHES=-schedule-node-detach \\
+        python benchmarks/model/layers.py --megatron-dev    # and the mHC of Megatron's branch dev
     python benchmarks/model/layers.py --train 200 --layers 4 --hidden 512 --ffn 1408 \\
         --heads 8 --groups 8 --sequence 512 --batch 8
 
@@ -15,9 +17,15 @@ same start with both backends and prints both curves.
 
 --moe: C 2560, a dense layer and 12 routed experts of 1536 (six a token) and a shared one in each
 of the others, multi-latent attention: `examples/moe/cluster.sh`'s layers with fewer experts.
+--megatron-dev: all models are built by the source that stands on the path, and one has its mHC with
+`--use-fused-mhc`, as many streams and Sinkhorn iterations as ours; a patch of ours for overlap
+across experts does not find its target there, and is not needed here.
+--by-kernel: the GPU's time of a step by torch.profiler, five steps of each case in turn: in all,
+between the kernels, in kernels that the ordinary model has not, and in those of its own names.
 """
 
 import argparse
+import inspect
 import statistics
 import sys
 from pathlib import Path
@@ -25,12 +33,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import command_line, gpt, plotting
 from benchmarks.common.timing import events
 from benchmarks.common.turns import in_turn, ratio
+from benchmarks.kernels.by_kernel import kernel_times
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig
 from megatron_mhc.metrics import strict_json
@@ -44,9 +54,9 @@ COLUMNS = (
 class Case:
     """A model and its steps."""
 
-    def __init__(self, options: argparse.Namespace, mhc: MHCConfig | None) -> None:
+    def __init__(self, options: argparse.Namespace, mhc: MHCConfig | None, **settings: Any) -> None:
         self.options, self.tokens = options, random_tokens(options)
-        self.model = build(options, mhc)
+        self.model = build(options, mhc, **settings)
 
     def step(self) -> tuple[float, float]:
         """Milliseconds of forward, and of forward and backward."""
@@ -80,6 +90,10 @@ def compare_times(options: argparse.Namespace) -> dict[str, Any]:
     if options.reference:
         wanted["mHC, reference"] = MHCConfig(backend="torch")
     cases = {name: Case(options, mhc) for name, mhc in wanted.items()}
+    if options.megatron_dev:
+        cases["Megatron dev"] = Case(
+            options, None, enable_hyper_connections=True, use_fused_mhc=True
+        )
     results: dict[str, Any] = {}
     for name, case in cases.items():
         for _ in range(3):  # warms up: kernels, the allocator, gradients
@@ -94,7 +108,34 @@ def compare_times(options: argparse.Namespace) -> dict[str, Any]:
         beside = ratio(wholes[name], wholes["ordinary"])
         row |= {"over_ordinary": beside.median, "low": beside.low, "high": beside.high}
         print(f"{name:16}" + "".join(f"{row[column]:17.3f}" for column in COLUMNS), flush=True)
+    if options.by_kernel:
+        for name, sums in by_kernel(cases).items():
+            results[name]["kernels_ms"] = sums
     return results
+
+
+def by_kernel(cases: dict[str, Case], steps: int = 5) -> dict[str, dict[str, float]]:
+    """Print and return what the GPU does in a step of each model, milliseconds."""
+    launched: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for _ in range(steps):
+        for name, case in cases.items():
+            launched[name].append(kernel_times(lambda _, case=case: case.step(), 0, runs=1))
+    times = {name: _medians(each) for name, each in launched.items()}
+    rows = {}
+    for name, own in times.items():
+        gaps = own.pop("between kernels")
+        more = sum(time for kernel, time in own.items() if kernel not in times["ordinary"])
+        total = sum(own.values())
+        row = {"all": total + gaps, "between": gaps, "more": more, "ordinary's": total - more}
+        rows[name] = {column: time / 1000 for column, time in row.items()}
+        print(f"{name:16}" + "".join(f"{key:>12} {ms:8.3f}" for key, ms in rows[name].items()))
+    return rows
+
+
+def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Of each kernel's time over the steps; a step that has not launched it counts as 0."""
+    names = {name for step in steps for name in step}
+    return {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
 
 
 def train(options: argparse.Namespace, mhc: MHCConfig) -> list[float]:
@@ -152,11 +193,19 @@ def parse() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     command_line.add_numbers(parser, command_line.GPT | {"batch": 2, "rounds": 20})
     parser.add_argument("--moe", action="store_true", help="the paper's layers, C 2560")
+    parser.add_argument("--by-kernel", action="store_true", help="and the kernels of a step")
+    parser.add_argument("--megatron-dev", action="store_true", help="time Megatron dev's mHC too")
     parser.add_argument("--train", type=int, default=0, metavar="N", help="compare N steps instead")
     parser.add_argument("--reference", action="store_true", help="time the PyTorch reference too")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--png", type=Path, help="with --train: draw the curves here")
-    return command_line.parse_on_gpu(parser)
+    options = command_line.parse_on_gpu(parser)
+    if options.megatron_dev and not hasattr(TransformerConfig, "use_fused_mhc"):
+        where = inspect.getfile(TransformerConfig)
+        parser.error(
+            f"--megatron-dev: {where} has no use_fused_mhc: put dev's source on PYTHONPATH"
+        )
+    return options
 
 
 def main() -> None:
