@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ BF16_ROUNDING = 1e-2
 """The gradients are the same; an update is rounded to bf16, 2**-9, in another place, six steps."""
 
 
-def train(*flags: str) -> tuple[list[float], list[float]]:
-    """The losses and the gradients' norms of a run."""
+def train(*flags: str, steps: int = 6) -> tuple[list[float], list[float]]:
+    """The losses and the gradients' norms of a run of so many steps."""
     done = subprocess.run(
         [sys.executable, "-m", "megatron_mhc.run", "examples/pretrain_gpt.py", *FLAGS, *flags],
         cwd=ROOT,
@@ -49,7 +50,7 @@ def train(*flags: str) -> tuple[list[float], list[float]]:
     assert done.returncode == 0, done.stdout[-3000:]
     norms = [float(norm) for norm in re.findall(r"grad norm: (\S+)", done.stdout)]
     found = [float(loss) for loss in losses(done.stdout)]
-    assert len(found) == len(norms) == 6, done.stdout[-3000:]
+    assert len(found) == len(norms) == steps, done.stdout[-3000:]
     return found, norms
 
 
@@ -62,3 +63,14 @@ def test_the_precision_aware_optimizer_clips_as_the_usual_one() -> None:
     assert norms == pytest.approx(wanted_norms, rel=10 * BF16_ROUNDING)
     assert got == pytest.approx(want, rel=BF16_ROUNDING)
     assert got[-1] < got[0]
+
+
+def test_a_run_of_the_precision_aware_optimizer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """It keeps 16 bits more of a bf16 parameter, and all of one that is fp32 itself."""
+    precise = ["--use-precision-aware-optimizer", "--save", str(tmp_path), "--save-interval", "3"]
+    whole, norms = train(*precise)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    got, again = train(*precise, "--load", str(tmp_path), steps=3)
+    # the second loss that Megatron logs after a start is the mean of the first two
+    assert [got[0], got[2]] == [whole[3], whole[5]]
+    assert again == norms[3:]
