@@ -5,8 +5,8 @@
     python examples/stability/run.py tiny --models mhc --seq-length 128   # more flags: Megatron's
 
 Every model at every rate and seed; deep, narrow models leave most of a GPU idle, so `--jobs` runs
-share one. With a plan (speed, sweep, breaks, main, longer, moe, ablations: `study/plans.py`) instead the
-evidence at a size that matters, one run a GPU, on the text of installed packages:
+share one. With a plan (speed, sweep, breaks, main, longer, moe, ablations: `study/plans.py`)
+instead the evidence at a size that matters, one run a GPU, on the text of installed packages:
 
     python examples/stability/run.py paper_ratio --plan sweep --gpus 4 --budget 540
     python examples/stability/run.py tiny --plan main --rate ordinary=0.01 --rate mhc=0.01 ...
