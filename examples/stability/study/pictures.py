@@ -34,24 +34,30 @@ def _axes(title: str, x: str, y: str, columns: int = 1) -> tuple[Figure, Any]:
 
 
 def _late(axes: Any, curves: list[Points]) -> None:
-    """Show the last four fifths of losses: the first fall hides what differs."""
-    late = [y for points in curves for x, y in points if x >= 0.2 * points[-1][0]]
+    """Show the last three fifths of losses: the first fall hides what differs."""
+    late = [y for points in curves for x, y in points if x >= 0.4 * points[-1][0]]
     if late:
         edge = 0.05 * (max(late) - min(late)) or 0.1
         axes.set_ylim(min(late) - edge, max(late) + edge)
 
 
+def _lines(study: Study) -> list[tuple[str, str]]:
+    """The plans of whole runs, and the models of each."""
+    return [(plan, model) for plan in ("main", "longer") for model in study.models(plan)]
+
+
 def _banded(axes: Any, study: Study, curve: Callable[[Result], Points], scale: float) -> None:
-    """A line a model of the main plan: the mean over seeds, in a shade from lowest to highest."""
+    """A line a model: the mean over seeds, in a shade from lowest to highest; dashed: longer."""
     drawn = []
-    for model in study.models("main"):
-        runs = study.whole("main", model)
+    for plan, model in _lines(study):
+        runs = study.whole(plan, model)
         rows = band([curve(run) for run in runs])
         if not rows:
             continue
         xs = [row[0] / scale for row in rows]
         name = f"{NAMES[model]}: {rows[-1][1]:.3f}, {len(runs)} seed{'s' * (len(runs) > 1)}"
-        axes.plot(xs, [row[1] for row in rows], color=COLORS[model], lw=1.6, label=name)
+        style = {"color": COLORS[model], "lw": 1.6, "ls": "-" if plan == "main" else "--"}
+        axes.plot(xs, [row[1] for row in rows], **style, label=name)
         low, high = ([row[i] for row in rows] for i in (2, 3))
         axes.fill_between(xs, low, high, color=COLORS[model], alpha=0.2, lw=0)
         drawn.append([(x, y) for x, y, *_ in rows])
@@ -71,19 +77,20 @@ def over_tokens(study: Study) -> Figure:
 
 
 def over_time(study: Study) -> Figure:
-    """Validation loss over the time of training, a line a run."""
+    """Validation loss over the time of training, a line a run; dashed: longer ones."""
     figure, axes = _axes(
         "Held-out loss over training time on one GPU (steps times the time of one)",
         "minutes of training, without start-up and validation",
         "validation loss (nats a token)",
     )
     drawn = []
-    for model in study.models("main"):
-        for number, run in enumerate(study.whole("main", model)):
+    for plan, model in _lines(study):
+        style = {"color": COLORS[model], "lw": 1.2, "ls": "-" if plan == "main" else "--"}
+        for number, run in enumerate(study.whole(plan, model)):
             points = run.over_time
             xs, ys = [x / 60 for x, _ in points], [y for _, y in points]
             name = f"{NAMES[model]}: {1000 * (run.step_time or 0):.0f} ms a step"
-            axes.plot(xs, ys, color=COLORS[model], lw=1.2, label=None if number else name)
+            axes.plot(xs, ys, **style, label=None if number else name)
             drawn.append(points)
     _late(axes, drawn)
     axes.legend()
@@ -129,6 +136,9 @@ def rates(study: Study) -> Figure:
             broke, heights, "x", color=COLORS[model], transform=axes.get_xaxis_transform(), ms=9
         )
     axes.set_xscale("log")
+    tried = sorted({r.rate for r in study.of("sweep")})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.minorticks_off()
     axes.legend()
     return figure
 

@@ -179,6 +179,7 @@ def test_the_whole_report_and_its_pictures(tmp_path: Path) -> None:
     }
     runs = [made("ordinary", p, 3.0) for p in ("sweep", "main")]
     runs += [made("mhc", p, 2.9, **with_metrics) for p in ("sweep", "main")]
+    runs += [made("ordinary", "longer", 2.95, tokens=133)]
     whole = study(*runs)
     printed = tables.report(whole)
     titles = [row.removeprefix("### ") for row in printed.splitlines() if row.startswith("### ")]
