@@ -48,7 +48,8 @@ def shares(flags: list[str], options: Any, stages: int, micro_batch: int) -> Any
     not divide the layers, or the microbatches the sequences."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
-    from megatron_mhc.costs.step_costs import CARDS, estimate
+    from megatron_mhc.costs.kernel_passes import CARDS
+    from megatron_mhc.costs.step_costs import estimate
     from megatron_mhc.start.flags import config_from_arguments
     from megatron_mhc.tools import dry_run, step_page
 

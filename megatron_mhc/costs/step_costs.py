@@ -1,40 +1,15 @@
 """What mHC adds to a step's time: its kernels, its launches, its messages.
 
-Kernels by their measured passes over memory, the host by its measured time a site, messages by
-their bytes, put together by `schedule_model`. The reports behind the constants are named beside
-them.
+Kernels by `kernel_passes`, the host by its measured time a site, messages by their bytes, put
+together by `schedule_model`. The reports behind the constants are named beside them.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .kernel_passes import ELEMENT, Card, site
 from .schedule_model import Work, step_seconds
 
-
-class Card(NamedTuple):
-    """A GPU's rates.
-
-    Attributes:
-        tflops: dense bf16, from its data sheet.
-        copy: TB/s that a device-to-device copy moves; measured on an H100 (3.0), 0.9 of the data
-            sheet on others.
-    """
-
-    tflops: float
-    copy: float
-
-
-CARDS = {
-    "A100": Card(312, 1.83),
-    "H100": Card(989, 3.0),
-    "H200": Card(989, 4.3),
-    "B200": Card(2250, 7.2),
-}
-PASSES = Work(16.2, 48.5 - 16.2)
-"""Of a site's kernels, forward and backward: times T*C bf16 elements at the copy's speed. An H100,
-T 8192, C 4096 (benchmarks/results/2026-11-26-projection.md)."""
-LEAST = Work(61e-6, 144e-6)
-"""Seconds that they take however few the tokens (T 1024, the same report)."""
 HOST = Work(1331e-6, 1168e-6)
 """The host's seconds for an ordinary sublayer with Transformer Engine
 (benchmarks/results/2026-11-27-host.md); Megatron's graphs of layers spare them."""
@@ -56,7 +31,7 @@ class Run(NamedTuple):
         backward: a backward's FLOPs over its forward's (2; 3 with full recompute).
         microbatches: of a step.
         group: see `schedule_model.order`.
-        element: bytes of a stream's element.
+        dtype: of the streams: bf16, fp16, fp32.
         hosted: whether the host launches every kernel (no CUDA graphs).
     """
 
@@ -69,8 +44,13 @@ class Run(NamedTuple):
     backward: float
     microbatches: int
     group: int
-    element: int
+    dtype: str
     hosted: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of one stream of a microbatch."""
+        return self.tokens * self.width * ELEMENT[self.dtype]
 
 
 class Estimate(NamedTuple):
@@ -89,12 +69,6 @@ class Estimate(NamedTuple):
     in_flight: float | None
     message: tuple[float, float]
     mfu: float
-
-
-def site(card: Card, tokens: int, width: int, element: int = 2) -> Work:
-    """Seconds of a site's kernels."""
-    one = tokens * width * element / (card.copy * 1e12)
-    return Work(*(max(least, passes * one) for least, passes in zip(LEAST, PASSES, strict=True)))
 
 
 def _work(run: Run, rate: float, kernels: Work, host: Work) -> list[list[Work]]:
@@ -136,9 +110,9 @@ def estimate(
     none = Work(0.0, 0.0)
     host = HOST if run.hosted else none
     both = Work(*(a + b for a, b in zip(host, HOST_OF_MHC, strict=True))) if run.hosted else none
-    size = run.tokens * run.width * run.element / (link * GIGA)
+    size = run.bytes / (link * GIGA)
     has_messages = len(run.sublayers) > 1 or len(run.sublayers[0]) > 1
-    kernels = site(card, run.tokens, run.width, run.element)
+    kernels = site(card, run.tokens, run.width, run.n, run.dtype)
 
     def seconds(
         rate: float, own: Work, launches: Work, message: float, ahead: int | None = None

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.formulas import training_flops_a_token
+from megatron_mhc.costs.kernel_passes import CARDS, site
 from megatron_mhc.costs.sites import Sites
-from megatron_mhc.costs.step_costs import CARDS, Estimate, Run, estimate, site
+from megatron_mhc.costs.step_costs import Estimate, Run, estimate
+from megatron_mhc.kernels import TRITON_STREAMS
 
 MFU = 0.4
 """Where nothing is known."""
@@ -83,7 +85,7 @@ def run_of(
         backward=3.0 if args.recompute_granularity == "full" else 2.0,
         microbatches=get_num_microbatches(),
         group=args.microbatch_group_size_per_vp_stage or stages,
-        element=args.params_dtype.itemsize,
+        dtype=next(name for name in ("bf16", "fp16", "fp32") if getattr(args, name, True)),
         hosted=getattr(args, "cuda_graph_impl", "none") in (None, "none"),
     )
 
@@ -106,7 +108,7 @@ def lines(run: Run, given: Assumptions) -> list[str]:
     rows = [
         "a step's time, by a small model of the pipeline (docs/step-costs.md), not measured:",
         f"  ordinary {found.ordinary * 1e3:,.0f} ms, {how}",
-        "  " + _shares(run, found, site(card, run.tokens, run.width, run.element), given.link),
+        "  " + _shares(run, found, site(card, run.tokens, run.width, run.n, run.dtype), given.link),
     ]
     if len(run.sublayers) > 1:
         rows.append("  " + _overlapped(found))
@@ -122,10 +124,12 @@ def _shares(run: Run, found: Estimate, kernels: tuple[float, float], link: float
     row = f"with mHC {found.messages * 1e3:,.0f} ms ({_more(found.messages - whole, whole)}):"
     row += f" kernels {_more(found.kernels - whole, whole)}"
     row += f" ({sum(kernels) * 1e3:.2f} ms a site and microbatch, both ways)"
+    if run.n not in TRITON_STREAMS:
+        row += f", if {run.n} streams had Triton kernels: PyTorch's take some 15 times as long"
     row += f", host {_more(found.launches - found.kernels, whole)}"
     row += "" if run.hosted else " (CUDA graphs)"
     if len(run.sublayers) > 1:
-        size = run.tokens * run.width * run.element / 1e6
+        size = run.bytes / 1e6
         row += f", messages {_more(found.messages - found.launches, whole)}"
         row += f" ({run.n * size:,.0f} MB for {size:,.0f}: {found.message[1] * 1e3:.2f} ms for"
         row += f" {found.message[0] * 1e3:.2f} at {link:g} GB/s)"

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from megatron_mhc.costs.recompute_plan import Plan
-from megatron_mhc.costs.step_costs import HOST, HOST_OF_MHC, LATENCY, LEAST
+from megatron_mhc.costs.kernel_passes import LEAST
+from megatron_mhc.costs.step_costs import HOST, HOST_OF_MHC, LATENCY
 from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import HYBRID_SPEC, ROPE, TINY
 from tests.megatron.common.launch import forked_python
