@@ -8,7 +8,6 @@ from megatron_mhc.costs.formulas import training_flops_a_token
 from megatron_mhc.costs.kernel_passes import CARDS, site
 from megatron_mhc.costs.sites import Sites
 from megatron_mhc.costs.step_costs import Estimate, Run, estimate
-from megatron_mhc.kernels import TRITON_STREAMS
 
 MFU = 0.4
 """Where nothing is known."""
@@ -124,8 +123,6 @@ def _shares(run: Run, found: Estimate, kernels: tuple[float, float], link: float
     row = f"with mHC {found.messages * 1e3:,.0f} ms ({_more(found.messages - whole, whole)}):"
     row += f" kernels {_more(found.kernels - whole, whole)}"
     row += f" ({sum(kernels) * 1e3:.2f} ms a site and microbatch, both ways)"
-    if run.n not in TRITON_STREAMS:
-        row += f", if {run.n} streams had Triton kernels: PyTorch's take some 15 times as long"
     row += f", host {_more(found.launches - found.kernels, whole)}"
     row += "" if run.hosted else " (CUDA graphs)"
     if len(run.sublayers) > 1:
