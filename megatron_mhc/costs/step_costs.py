@@ -7,7 +7,7 @@ together by `schedule_model`. The reports behind the constants are named beside 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .kernel_passes import ELEMENT, Card, site
+from .kernel_passes import ELEMENT, Card, Kind, site
 from .schedule_model import Work, step_seconds
 
 HOST = Work(1331e-6, 1168e-6)
@@ -25,32 +25,30 @@ class Run(NamedTuple):
 
     Attributes:
         tokens: of a microbatch, on this GPU.
-        width: C. n: streams.
+        width: C. kind: of its sites.
         sublayers: of each stage, for each of its model chunks.
         flops: an ordinary sublayer's for a microbatch, forward; last: the logits' beside them.
         backward: a backward's FLOPs over its forward's (2; 3 with full recompute).
         microbatches: of a step.
         group: see `schedule_model.order`.
-        dtype: of the streams: bf16, fp16, fp32.
         hosted: whether the host launches every kernel (no CUDA graphs).
     """
 
     tokens: int
     width: int
-    n: int
+    kind: Kind
     sublayers: list[list[int]]
     flops: float
     last: float
     backward: float
     microbatches: int
     group: int
-    dtype: str
     hosted: bool
 
     @property
     def bytes(self) -> int:
         """Of one stream of a microbatch."""
-        return self.tokens * self.width * ELEMENT[self.dtype]
+        return self.tokens * self.width * ELEMENT[self.kind.dtype]
 
 
 class Estimate(NamedTuple):
@@ -112,7 +110,7 @@ def estimate(
     both = Work(*(a + b for a, b in zip(host, HOST_OF_MHC, strict=True))) if run.hosted else none
     size = run.bytes / (link * GIGA)
     has_messages = len(run.sublayers) > 1 or len(run.sublayers[0]) > 1
-    kernels = site(card, run.tokens, run.width, run.n, run.dtype)
+    kernels = site(card, run.tokens, run.width, run.kind)
 
     def seconds(
         rate: float, own: Work, launches: Work, message: float, ahead: int | None = None
@@ -138,7 +136,7 @@ def estimate(
     elif ordinary is not None:
         stop = stop_of(lambda stop: at(mfu, stop), ordinary, mfu)
     rate = mfu * card.tflops * 1e12
-    message = (stop + size, stop + run.n * size) if has_messages else (0.0, 0.0)
+    message = (stop + size, stop + run.kind.n * size) if has_messages else (0.0, 0.0)
     has_two_in_flight = len(run.sublayers[0]) == 1
     return Estimate(
         at(mfu, stop),

@@ -135,8 +135,6 @@ def _time(
     given: step_page.Assumptions,
 ) -> list[str]:
     """The lines about a step's time, where it is known."""
-    if mhc.delayed:
-        return ["a step's time is not reckoned for delayed sites: their kernels are not timed"]
     if not _is_served(mhc):
         return []
     try:

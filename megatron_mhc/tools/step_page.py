@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.costs.formulas import training_flops_a_token
-from megatron_mhc.costs.kernel_passes import CARDS, site
+from megatron_mhc.costs.kernel_passes import CARDS, Kind, site
 from megatron_mhc.costs.sites import Sites
 from megatron_mhc.costs.step_costs import Estimate, Run, estimate
 
@@ -74,17 +74,17 @@ def run_of(
     shared = args.tensor_model_parallel_size * args.context_parallel_size
     of_a_rank = args.micro_batch_size * args.seq_length / shared
     stages = args.pipeline_model_parallel_size
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     return Run(
         tokens=tokens,
         width=args.hidden_size,
-        n=mhc.num_streams,
+        kind=Kind(dtype, mhc.num_streams, mhc.delayed),
         sublayers=sublayers,
         flops=(forward - logits) / Sites.of(args).run * of_a_rank,
         last=logits * of_a_rank,
         backward=3.0 if args.recompute_granularity == "full" else 2.0,
         microbatches=get_num_microbatches(),
         group=args.microbatch_group_size_per_vp_stage or stages,
-        dtype=next(name for name in ("bf16", "fp16", "fp32") if getattr(args, name, True)),
         hosted=getattr(args, "cuda_graph_impl", "none") in (None, "none"),
     )
 
@@ -107,7 +107,7 @@ def lines(run: Run, given: Assumptions) -> list[str]:
     rows = [
         "a step's time, by a small model of the pipeline (docs/step-costs.md), not measured:",
         f"  ordinary {found.ordinary * 1e3:,.0f} ms, {how}",
-        "  " + _shares(run, found, site(card, run.tokens, run.width, run.n, run.dtype), given.link),
+        "  " + _shares(run, found, site(card, run.tokens, run.width, run.kind), given.link),
     ]
     if len(run.sublayers) > 1:
         rows.append("  " + _overlapped(found))
@@ -128,7 +128,7 @@ def _shares(run: Run, found: Estimate, kernels: tuple[float, float], link: float
     if len(run.sublayers) > 1:
         size = run.bytes / 1e6
         row += f", messages {_more(found.messages - found.launches, whole)}"
-        row += f" ({run.n * size:,.0f} MB for {size:,.0f}: {found.message[1] * 1e3:.2f} ms for"
+        row += f" ({run.kind.n * size:,.0f} MB for {size:,.0f}: {found.message[1] * 1e3:.2f} ms for"
         row += f" {found.message[0] * 1e3:.2f} at {link:g} GB/s)"
     return row
 

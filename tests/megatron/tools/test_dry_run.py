@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.costs.kernel_passes import LEAST
+from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.costs.step_costs import HOST, HOST_OF_MHC, LATENCY
 from megatron_mhc.patches.supported_versions import is_installed
 from tests.megatron.common.flags import HYBRID_SPEC, ROPE, TINY
@@ -109,6 +109,27 @@ def test_a_steps_time_is_reckoned_from_the_flags() -> None:
     assert ordinary == pytest.approx(4 * 9 * sum(HOST) * 1e3, abs=1 + 8 * 4 * LATENCY * 1e3)
     assert mhc - ordinary == pytest.approx(4 * 9 * sum(HOST_OF_MHC) * 1e3, abs=3)
     assert "with --mhc-overlap-in-flight 2" in page
+
+
+WIDE = [
+    *("--num-layers", "1", "--hidden-size", "4096", "--num-attention-heads", "32"),
+    *("--seq-length", "4096", "--max-position-embeddings", "4096", "--micro-batch-size", "2"),
+]
+"""The size whose sites were timed; the last of equal flags counts."""
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
+    ("flags", "milliseconds"),
+    [
+        ("", "1.06"),
+        ("--mhc-num-streams 8", "6.24"),
+        ("--mhc-convention deepseek_v4_1", "0.88"),
+    ],
+)
+def test_a_sites_kernels_are_those_of_the_flags(flags: str, milliseconds: str) -> None:
+    page = page_of(*WIDE, *flags.split())
+    assert f"({milliseconds} ms a site and microbatch, both ways)" in page, page
 
 
 @NEEDS_0_19

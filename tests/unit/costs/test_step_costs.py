@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mhc.costs.kernel_passes import CARDS, site
+from megatron_mhc.costs.kernel_passes import CARDS, Kind, site
 from megatron_mhc.costs.step_costs import Estimate, Run, estimate
 
 WIDTH, FFN, SEQUENCE, VOCABULARY = 4096, 14336, 4096, 8192
@@ -16,9 +16,9 @@ def dense(stages: int, micro_batch: int, microbatches: int) -> Run:
     """8 layers of the model that the reports measure."""
     tokens = micro_batch * SEQUENCE
     return Run(
-        tokens=tokens, width=WIDTH, n=4, sublayers=[[16 // stages]] * stages,
+        tokens=tokens, width=WIDTH, kind=Kind("bf16", 4), sublayers=[[16 // stages]] * stages,
         flops=LAYER / 2 * tokens, last=2 * WIDTH * VOCABULARY * tokens, backward=2.0,
-        microbatches=microbatches, group=stages, dtype="bf16", hosted=True,
+        microbatches=microbatches, group=stages, hosted=True,
     )  # fmt: skip
 
 
@@ -99,26 +99,30 @@ def test_a_site_takes_its_passes_and_never_less_than_the_least() -> None:
 
 
 @pytest.mark.parametrize(
-    ("card", "n", "dtype", "us"),
+    ("card", "kind", "us"),
     [
-        ("H200", 1, "bf16", 367),
-        ("H200", 2, "bf16", 495),
-        ("H200", 4, "bf16", 899),
-        ("H100", 8, "bf16", 6235),
-        ("H200", 4, "fp16", 1605),
-        ("H200", 2, "fp16", 712),
-        ("H200", 4, "fp32", 2327),
+        ("H200", ("bf16", 1), 367),
+        ("H200", ("bf16", 2), 495),
+        ("H200", ("bf16", 4), 899),
+        ("H100", ("bf16", 8), 6235),
+        ("H200", ("fp16", 4), 1605),
+        ("H200", ("fp16", 2), 712),
+        ("H200", ("fp32", 4), 2327),
+        ("H200", ("bf16", 4, True), 777),
+        ("H100", ("bf16", 4, True), 881),
+        ("H200", ("fp32", 2, True), 984),
         # not timed: n 8 has the H100's passes there, fp16 n 4's ratio, 3 and 16 their traffic
-        ("H200", 8, "bf16", 4413),
-        ("H200", 8, "fp16", 7799),
-        ("H200", 3, "bf16", 713),
-        ("H200", 16, "bf16", 3116),
+        ("H200", ("bf16", 8), 4413),
+        ("H200", ("fp16", 8), 7799),
+        ("H200", ("bf16", 8, True), 3815),
+        ("H200", ("bf16", 3), 713),
+        ("H200", ("bf16", 16), 3116),
     ],
 )
 def test_kernels_are_those_of_the_streams_and_their_dtype(
-    card: str, n: int, dtype: str, us: float
+    card: str, kind: tuple, us: float
 ) -> None:
-    assert sum(site(CARDS[card], 8192, 4096, n, dtype)) == pytest.approx(us * 1e-6, rel=0.01)
+    assert sum(site(CARDS[card], 8192, 4096, Kind(*kind))) == pytest.approx(us * 1e-6, rel=0.01)
 
 
 def test_small_microbatches_are_bound_by_the_host_and_graphs_are_not() -> None:
