@@ -9,7 +9,7 @@ from megatron_mhc.kernels import backend
 from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.patches.cpu.torch_cuda import METHODS
 
-TO_SUBLAYERS = {"aggregate_kernel": 2, "stream_gradients_kernel": 11}
+TO_SUBLAYERS = {"aggregate_kernel": "u_ptr", "stream_gradients_kernel": "df_ptr"}
 """Which tensor of a kernel goes on to a sublayer, or back to it: u, and the gradient of f."""
 FIRST_ADDRESS = 9
 """Of the arguments of `launch.Compiled.run`."""
@@ -27,7 +27,8 @@ class Empty:
     def through_triton(self, kernel: Any, _: Any, arguments: Any, *__: Any) -> launch.Compiled:
         """In the place of `launch.through_triton`."""
         name = kernel.fn.__name__
-        place = TO_SUBLAYERS.get(name)
+        of = TO_SUBLAYERS.get(name)
+        place = None if of is None else kernel.arg_names.index(of)
         made = None if place is None else arguments[place]
         size = 0 if made is None else made.nbytes
 
