@@ -119,7 +119,7 @@ def by_kernel(cases: dict[str, Case], steps: int = 5) -> dict[str, dict[str, flo
     launched: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(steps):
         for name, case in cases.items():
-            launched[name].append(kernel_times(lambda _, case=case: case.step(), 0, runs=1))
+            launched[name].append(kernel_times(lambda _, case=case: case.step(), 1, runs=1))
     times = {name: _medians(each) for name, each in launched.items()}
     rows = {}
     for name, own in times.items():

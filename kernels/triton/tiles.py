@@ -283,7 +283,7 @@ def combine_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
 def rebuild(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`rebuild_kernel`: so many boundaries a launch, each compiled out in full, the streams in
     registers; with more than one stage a boundary's loads are issued before the stores of the one
-    before."""
+    before (docs/measured-facts.md: bf16, n 4, C 4096 alone was timed)."""
     if n > 4:
         return Tile(tokens=4, channels=128, splits=4, warps=4, stages=1)
     return Tile(tokens=2, channels=256, splits=8, warps=4, stages=2)

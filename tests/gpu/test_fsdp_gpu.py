@@ -3,9 +3,6 @@
 python -m pytest tests/gpu/test_fsdp_gpu.py -m gpu -q      # starts torchrun itself, three times
 """
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +12,9 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
+from tests.gpu.program import printed
 from tests.megatron.common.flags import losses
-from tests.megatron.common.launch import NOT_KEPT, ROOT
+from tests.megatron.common.launch import NOT_KEPT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,21 +43,11 @@ BF16_ROUNDING = 1e-2
 def train(*flags: str) -> list[str]:
     """The losses of a run on two GPUs."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *launcher, "-m", "megatron_mhc.run", "examples/pretrain_gpt.py"]
+    trains = (*launcher, "-m", "megatron_mhc.run", "examples/pretrain_gpt.py", *FLAGS, *flags)
     # Megatron-FSDP wants several queues; attention's faster backward adds in any order
     dropped = (*NOT_KEPT, "CUDA_DEVICE_MAX_CONNECTIONS")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    finished = subprocess.run(
-        [*command, *FLAGS, *flags],
-        cwd=ROOT,
-        env=environment | {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
-    assert finished.returncode == 0, finished.stdout[-6000:]
-    return losses(finished.stdout)
+    exact = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    return losses(printed(*trains, timeout=280, without=dropped, **exact))
 
 
 def test_shards_train_as_whole_parameters_and_resume_exactly(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """Gradients in two dtypes on a GPU: bf16 ones, and mHC's in fp32, as the precision-aware optimizer
 has them with `--grad-reduce-in-bf16`. Transformer Engine's kernels measure and clip them."""
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
+from tests.gpu.program import printed
 from tests.megatron.common.flags import losses
-from tests.megatron.common.launch import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,19 +35,11 @@ BF16_ROUNDING = 1e-2
 
 def train(*flags: str, steps: int = 6) -> tuple[list[float], list[float]]:
     """The losses and the gradients' norms of a run of so many steps."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_mhc.run", "examples/pretrain_gpt.py", *FLAGS, *flags],
-        cwd=ROOT,
-        env=os.environ | {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    norms = [float(norm) for norm in re.findall(r"grad norm: (\S+)", done.stdout)]
-    found = [float(loss) for loss in losses(done.stdout)]
-    assert len(found) == len(norms) == steps, done.stdout[-3000:]
+    trains = ("-m", "megatron_mhc.run", "examples/pretrain_gpt.py")
+    text = printed(*trains, *FLAGS, *flags, NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+    norms = [float(norm) for norm in re.findall(r"grad norm: (\S+)", text)]
+    found = [float(loss) for loss in losses(text)]
+    assert len(found) == len(norms) == steps, text[-3000:]
     return found, norms
 
 

@@ -1,8 +1,5 @@
 """`overlap_p2p` on real CUDA streams: the same bits in either order, priority and concurrency."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("megatron.core")
 
-from tests.megatron.common.launch import ROOT
+from tests.gpu.program import printed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,17 +20,7 @@ STAGE = ["--spec", "local", "--layers", "2", "--sequence", "1024", "--microbatch
 
 def pipeline(*flags: str) -> str:
     """What `benchmarks/pipeline/overlap.py` prints; it raises where its own checks fail."""
-    done = subprocess.run(
-        [sys.executable, "benchmarks/pipeline/overlap.py", *STAGE, *flags],
-        cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    return printed("benchmarks/pipeline/overlap.py", *STAGE, *flags, MASTER_PORT="0")
 
 
 def test_overlap_has_the_bits_of_stock_order_over_jittering_links() -> None:
