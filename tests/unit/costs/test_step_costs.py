@@ -125,6 +125,17 @@ def test_kernels_are_those_of_the_streams_and_their_dtype(
     assert sum(site(CARDS[card], 8192, 4096, Kind(*kind))) == pytest.approx(us * 1e-6, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", [Kind("bf16", 8), Kind("fp32", 2), Kind("bf16", 4, True)])
+def test_a_step_has_the_kernels_and_the_messages_of_its_kind(kind: Kind) -> None:
+    run = dense(2, 2, 1)._replace(kind=kind, hosted=False)  # one microbatch: through both stages
+    found = estimate(run, CARDS["H100"], NVLINK, 0.5)
+    sites = 16 * sum(site(CARDS["H100"], run.tokens, WIDTH, kind))
+    assert found.kernels - found.ordinary == pytest.approx(sites)
+    wide, narrow = found.message[1] - 20e-6, found.message[0] - 20e-6
+    assert wide == pytest.approx(kind.n * narrow)
+    assert narrow == pytest.approx(run.tokens * WIDTH * (4 if kind.dtype == "fp32" else 2) / 150e9)
+
+
 def test_small_microbatches_are_bound_by_the_host_and_graphs_are_not() -> None:
     small = dense(1, 1, 8)._replace(tokens=256, flops=LAYER / 2 * 256, last=0.0)
     hosted = estimate(small, CARDS["H100"], NVLINK, 0.5)
