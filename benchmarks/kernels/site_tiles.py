@@ -11,6 +11,7 @@ from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.kernels.triton.passes.aggregate import make_u
 from megatron_mhc.kernels.triton.passes.coefficient_gradients import coefficient_gradients
 from megatron_mhc.kernels.triton.passes.coefficients import coefficients_and_u
+from megatron_mhc.kernels.triton.passes.combine_gradients import combine_gradients
 from megatron_mhc.kernels.triton.passes.phi_gradient import phi_gradient
 from megatron_mhc.kernels.triton.passes.projection import (
     combine_and_project,
@@ -56,7 +57,7 @@ KERNELS = {
     "read_gradients": "stream_gradients_kernel",
     "phi_gradient": "phi_gradient_kernel",
     "combine": "combine_and_project_kernel",
-    "combine_gradients": "stream_gradients_kernel",
+    "combine_gradients": "combine_gradients_kernel",
     "rebuild": "rebuild_kernel",
 }
 """What the GPU calls each."""
@@ -98,15 +99,16 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((32,), (128,), (1,), (4,), (3,)),
     ],
     "combine_gradients": [
-        *itertools.product((4,), (256,), (8, 16, 33, 4096), (4,), (1,)),
-        *itertools.product((2, 4), (512,), (33, 66, 4096), (8,), (1,)),
-        *itertools.product((8,), (128,), (8, 16, 4096), (4,), (1,)),
-        *itertools.product((2,), (256,), (33, 66, 4096), (4,), (1,)),
-        *itertools.product((1,), (1024,), (132, 264), (8,), (1,)),
+        *itertools.product((1,), (256,), (1,), (2,), (1,), (160, 255)),
+        *itertools.product((1,), (512,), (1,), (4,), (1,), (128, 160, 255)),
+        *itertools.product((1,), (1024,), (1,), (8,), (1,), (160, 255)),
+        *itertools.product((1,), (256,), (1,), (4,), (1,)),
+        *itertools.product((2, 4), (256,), (1,), (4, 8), (1,)),
     ],
     "rebuild": [
-        *itertools.product((2, 4, 8), (256,), (2, 4, 8), (4,), (1, 2)),
-        *itertools.product((4,), (128, 512), (4, 8), (4,), (1, 2)),
+        *itertools.product((2, 4), (256,), (4, 8), (4,), (1, 2)),
+        *itertools.product((1, 2), (512,), (8,), (2, 4), (1, 2)),
+        *itertools.product((1,), (1024,), (8,), (4,), (1, 2)),
     ],
 }
 """Tiles to try with up to four streams."""
@@ -126,8 +128,8 @@ WIDE_GRIDS: dict[str, list[tuple[int, ...]]] = {
     "phi_gradient": list(itertools.product((32, 64), (64, 128), (4, 8), (4, 8), (1, 2, 3))),
     "combine": list(itertools.product((2, 4, 8), (128, 256), (1,), (4,), (1,))),
     "combine_gradients": [
-        *itertools.product((2, 4), (128,), (8, 16, 33, 4096), (4,), (1,)),
-        *itertools.product((8,), (32, 64), (4, 8, 4096), (4,), (1,)),
+        *itertools.product((1,), (128, 256), (1,), (4,), (1,)),
+        *itertools.product((1,), (256, 512), (1,), (8,), (1,)),
     ],
     "rebuild": list(itertools.product((2, 4), (128, 256), (4, 8), (4,), (1, 2))),
 }
@@ -218,6 +220,6 @@ def subjects(
         ),
         "phi_gradient": lambda: phi_gradient(sizes, y, token.d_z_k_h_pre, rows),
         "combine": lambda: combine_and_project(sizes, x, None, mixing),
-        "combine_gradients": lambda: stream_gradients(sizes, x, dy=dy, x=x, mixing=mixing),
+        "combine_gradients": lambda: combine_gradients(sizes, x, dy, mixing),
         "rebuild": lambda: rebuild(x, [done.h_pre] * (BOUNDARIES + 1), ended),
     }

@@ -22,8 +22,8 @@ from megatron_mhc.kernels.triton.passes.coefficient_gradients import (
     coefficient_gradients,
 )
 from megatron_mhc.kernels.triton.passes.coefficients import Coefficients, coefficients_and_u
+from megatron_mhc.kernels.triton.passes.combine_gradients import combine_gradients
 from megatron_mhc.kernels.triton.passes.projection import combine_and_project
-from megatron_mhc.kernels.triton.passes.stream_gradients import stream_gradients
 from megatron_mhc.kernels.triton.sinkhorn import _run as run_sinkhorn
 
 N, ROWS, ITERATIONS, EPS = 4, 24, 20, 1e-6
@@ -197,7 +197,7 @@ def backward(b: Buffers) -> list[Piece]:
 
     def own_post() -> Tensors:
         mixing = Mixing(b.f, b.post, b.h_res)
-        dx, df, d_post, d_res, *_ = stream_gradients(b.sizes, b.x, dy=b.dy, x=b.x, mixing=mixing)
+        dx, df, d_post, d_res, *_ = combine_gradients(b.sizes, b.x, b.dy, mixing)
         return df, dx, d_post, d_res
 
     return [

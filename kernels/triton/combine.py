@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..arguments import Mixing
+from .passes.combine_gradients import combine_gradients
 from .passes.projection import combine_and_project
-from .passes.stream_gradients import stream_gradients
 from .torch_operator import operator
 
 
@@ -21,7 +21,7 @@ def _combine_backward(
     x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, f_bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mixing = Mixing(f, h_post, h_res, f_bias)
-    return stream_gradients(mixing.sizes, x, dy=dy, x=x, mixing=mixing)[:5]
+    return combine_gradients(mixing.sizes, x, dy, mixing)[:5]
 
 
 def combine(

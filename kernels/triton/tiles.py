@@ -272,11 +272,8 @@ def combine(n: int, width: int, dtype: torch.dtype) -> Tile:
 
 @tunable
 def combine_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
-    """`stream_gradients_kernel` for the same: with no phi in registers it takes wider tiles, two
-    programs a multiprocessor (docs/measured-facts.md)."""
-    if n > 4 or dtype != torch.bfloat16:
-        return TUNABLE["stream_gradients"].__wrapped__(n, width, dtype)  # type: ignore[attr-defined]
-    return Tile(8, 128, shares(-(-width // 128), 2 * multiprocessors()), warps=4, stages=1)
+    """`combine_gradients_kernel`: n + n*n sums a channel of a tile are in registers."""
+    return Tile(tokens=1, channels=512 if n <= 4 else 256, warps=4, stages=1)
 
 
 @tunable

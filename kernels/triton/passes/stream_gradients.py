@@ -39,30 +39,27 @@ def _launch(
     dtype: torch.dtype,
     n: int,
     width: int,
-    rows: int | None,
+    rows: int,
     has: tuple[bool, bool, bool, bool],
     f_bias: torch.dtype | None,
 ) -> tuple[Launch, tiles.Tile, int]:
     """The kernel for streams of this dtype, its tile, and how many blocks of channels there are;
-    rows of phi and f_bias's dtype are None where there is none; `has`: whether there are dy, du, a
+    f_bias's dtype is None where there is none; `has`: whether there are dy, du, a
     combine to go through, and an h_pre of the site that ends."""
-    through = tiles.read_gradients if has[3] else tiles.stream_gradients
-    tile = (tiles.combine_gradients if rows is None else through)(n, width, dtype)
+    tile = (tiles.read_gradients if has[3] else tiles.stream_gradients)(n, width, dtype)
     launch = Launch(
         stream_gradients_kernel,
         device,
         N=n,
         C=width,
-        ROWS=rows or n,
-        PART=tiles.rows_at_a_time(rows or n),
-        TERMS=tiles.terms(dtype) if rows is not None else 1,
-        PROJECT=rows is not None,
+        ROWS=rows,
+        PART=tiles.rows_at_a_time(rows),
+        TERMS=tiles.terms(dtype),
         HAS_DY=has[0],
         HAS_DU=has[1],
         COMBINE=has[2],
         HAS_BIAS=f_bias is not None,
         READ=has[3],
-        AGAIN=has[2] and rows is not None,
         MIXING_WIDTH=triton.next_power_of_2(n + n * n + n * has[3]),
         BT=tile.tokens,
         BC=tile.channels,
@@ -79,8 +76,8 @@ def stream_gradients(
     *,
     dy: Tensor | None = None,
     du: Tensor | None = None,
-    phi: Tensor | None = None,
-    d_z_k_h_pre: Tensor | None = None,
+    phi: Tensor,
+    d_z_k_h_pre: Tensor,
     x: Tensor | None = None,
     mixing: Mixing | None = None,
     h_pre: Tensor | None = None,
@@ -88,25 +85,23 @@ def stream_gradients(
     """Launch `stream_gradients_kernel`, and what adds up its partial sums.
 
     Args:
-        y: the streams that were projected (any tensor of that shape without phi).
+        y: the streams that were projected.
         dy, du: gradients of y and u; an absent one is zero.
         phi, d_z_k_h_pre: the projection and what came of the tokens' gradients
-            (`CoefficientGradients`), or None where nothing was projected. h_pre is read where there
-            is du.
+            (`CoefficientGradients`). h_pre is read where there is du.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
         h_pre: what made u of y where `combine_read` did; else it is that of d_z_k_h_pre.
     """
     tokens, n, width = sizes
     f, h_post, h_res, f_bias = mixing or (None,) * 4
     dx = torch.empty_like(y)
-    df = d_post = d_res = d_f_bias = d_phi = d_mixing = f_bias_sums = d_pre = None
+    df = d_post = d_res = d_f_bias = d_mixing = f_bias_sums = d_pre = None
     if tokens == 0:
         given = (*(mixing or [None] * 4), phi, h_pre)
         return StreamGradients(dx, *(None if t is None else torch.zeros_like(t) for t in given))
-    rows = None if phi is None else phi.shape[0]
     bias_dtype = None if f_bias is None else f_bias.dtype
     has = (dy is not None, du is not None, mixing is not None, h_pre is not None)
-    launch, tile, blocks = _launch(y.device, y.dtype, n, width, rows, has, bias_dtype)
+    launch, tile, blocks = _launch(y.device, y.dtype, n, width, phi.shape[0], has, bias_dtype)
     programs = min(tile.splits, tiles.cdiv(tokens, tile.tokens))  # none without tokens
     if mixing is not None:
         df, d_post, d_res = torch.empty_like(f), torch.empty_like(h_post), torch.empty_like(h_res)
@@ -121,6 +116,5 @@ def stream_gradients(
         sum_mixing(d_mixing, d_post, d_res, d_pre)
     if f_bias is not None:
         d_f_bias = sum_partials(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
-    if phi is not None:
-        d_phi = phi_gradient(sizes, y, d_z_k_h_pre, rows)
+    d_phi = phi_gradient(sizes, y, d_z_k_h_pre, phi.shape[0])
     return StreamGradients(dx, df, d_post, d_res, d_f_bias, d_phi, d_pre)

@@ -89,7 +89,6 @@ def add_gradients(
     through,
     N: tl.constexpr,
     HAS_DY: tl.constexpr,
-    PROJECT: tl.constexpr,
     HAS_DU: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -105,9 +104,8 @@ def add_gradients(
             dy = tl.zeros((BT, BC), tl.float32)
         if HAS_DU:
             dy = tl.fma(h_pre[i][:, None], du32, dy)
-        if PROJECT:
-            dy = tl.fma(k, to_fp32(ys[i]), dy)
-            dy += tl.trans(through[i])
+        dy = tl.fma(k, to_fp32(ys[i]), dy)
+        dy += tl.trans(through[i])
         streams_dy = streams_dy + (dy,)
     return streams_dy
 
@@ -193,34 +191,30 @@ def stream_gradients_kernel(
     ROWS: tl.constexpr,
     PART: tl.constexpr,
     TERMS: tl.constexpr,
-    PROJECT: tl.constexpr,
     HAS_DY: tl.constexpr,
     HAS_DU: tl.constexpr,
     COMBINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     READ: tl.constexpr,
-    AGAIN: tl.constexpr,
     MIXING_WIDTH: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """dY of one block of channels and every P-th tile of tokens, P = programs a block; then
-    dx = dY, or (COMBINE) dx = H_res^T dY.
+    dx = dY, or (COMBINE) dx = H_res^T dY, where y is mixed again and not read.
 
     y, dy, x, dx [T, N, C]; du, f, df [T, C]; phi [ROWS, N*C] fp32; token as
     `coefficient_gradients_kernel` wrote it. Partial sums: d_mixing [channel blocks, T, N + N*N] of
     d_h_post and d_h_res; d_f_bias [programs a block, C]. A product with phi takes PART of its rows.
-    READ: h_pre is read_with [T, N], its gradient N more columns of d_mixing. AGAIN: y is not read.
+    READ: h_pre is read_with [T, N], its gradient N more columns of d_mixing.
     """
-    HAS_Y: tl.constexpr = PROJECT and not AGAIN
+    HAS_Y: tl.constexpr = not COMBINE
     COLUMNS: tl.constexpr = N + N * N + (N if READ else 0)
-    if PROJECT:
-        d_z_ptr = token_ptr
-        k_ptr = after_rows(token_ptr, T, ROWS)
-        if READ:
-            h_pre_ptr = read_with_ptr
-        else:
-            h_pre_ptr = after_rows(token_ptr, T, ROWS + 1)
+    k_ptr = after_rows(token_ptr, T, ROWS)
+    if READ:
+        h_pre_ptr = read_with_ptr
+    else:
+        h_pre_ptr = after_rows(token_ptr, T, ROWS + 1)
     block = tl.program_id(0)
     part = tl.program_id(1)
     c = block * BC + tl.arange(0, BC)
@@ -228,9 +222,7 @@ def stream_gradients_kernel(
     first = part * BT
     jump = tl.num_programs(1) * BT
 
-    weights = ()
-    if PROJECT:
-        weights = load_weights(phi_ptr, c, c_mask, N, C, ROWS, PART, TERMS)
+    weights = load_weights(phi_ptr, c, c_mask, N, C, ROWS, PART, TERMS)
     d_f_bias = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         f_bias = tl.load(f_bias_ptr + c, c_mask, 0.0).to(tl.float32)
@@ -246,16 +238,13 @@ def stream_gradients_kernel(
         mask = t_mask[:, None] & c_mask[None, :]
         narrow = t64[:, None] * C + c[None, :]
         offsets = t64[:, None] * (N * C) + c[None, :]
-        k, h_pre, through = None, (), ()
-        if PROJECT:
-            k = tl.load(k_ptr + t64, t_mask, 0.0)[:, None]
+        k, h_pre = tl.load(k_ptr + t64, t_mask, 0.0)[:, None], ()
         if HAS_DU:
             h_pre = load_columns(h_pre_ptr, t64, t_mask, N)
         if COMBINE:
             h_post = load_columns(h_post_ptr, t64, t_mask, N)
             h_res = load_columns(h_res_ptr, t64, t_mask, N * N)
-        if PROJECT:
-            through = through_phi(weights, d_z_ptr, t64, t_mask, N, ROWS, PART, TERMS, BT, BC)
+        through = through_phi(weights, token_ptr, t64, t_mask, N, ROWS, PART, TERMS, BT, BC)
 
         # The next tiles are loaded while this one is worked on, and before what follows: loads
         # behind the products above decide the layout of all of it.
@@ -265,20 +254,14 @@ def stream_gradients_kernel(
         tiles = load_tiles(
             pointers, t_next.to(tl.int64), c, next_mask, N, C, HAS_DY, HAS_Y, HAS_DU, COMBINE
         )
-        if AGAIN:
+        if COMBINE:
             f = to_fp32(f[0])
             if HAS_BIAS:
                 f += f_bias[None, :]
             ys = mixed_again(xs, f, h_res, h_post, dx_ptr.dtype.element_ty, N)
 
-        streams_dy = add_gradients(
-            dys, ys, du, h_pre, k, through, N, HAS_DY, PROJECT, HAS_DU, BT, BC
-        )
+        streams_dy = add_gradients(dys, ys, du, h_pre, k, through, N, HAS_DY, HAS_DU, BT, BC)
         if COMBINE:
-            if not AGAIN:
-                f = to_fp32(f[0])
-                if HAS_BIAS:
-                    f += f_bias[None, :]
             df, d_mixing = through_post(streams_dy, f, h_post, N, MIXING_WIDTH, BT, BC)
             tl.store(df_ptr + narrow, rounded(df, df_ptr.dtype.element_ty), mask)
             if HAS_BIAS:

@@ -39,7 +39,7 @@ def kernels() -> Iterator[tuple[JITFunction, set[str]]]:
 
 def test_every_launch_has_tensors_then_numbers_then_constants() -> None:
     found = dict(kernels())
-    assert len(found) == 11
+    assert len(found) == 12
     for kernel, given in found.items():
         constants = {p.name for p in kernel.params if p.is_constexpr}
         assert constants <= given, kernel.__name__
