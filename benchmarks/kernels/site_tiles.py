@@ -205,7 +205,7 @@ def subjects(
         "aggregate": lambda: make_u(sizes, y, done.h_pre),
         "coefficient_gradients": lambda: coefficient_gradients(*token_args, du=du, **small),
         "stream_gradients": lambda: stream_gradients(
-            sizes, y, dy=dy, du=du, phi=phi, d_z_k_h_pre=token.d_z_k_h_pre, x=x, mixing=mixing
+            sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing
         ),
         "read_gradients": lambda: stream_gradients(
             sizes,
@@ -213,7 +213,7 @@ def subjects(
             dy=dy,
             du=du,
             phi=phi,
-            d_z_k_h_pre=token.d_z_k_h_pre,
+            token=token,
             x=x,
             mixing=mixing,
             h_pre=done.h_pre,

@@ -193,7 +193,8 @@ def backward(b: Buffers) -> list[Piece]:
 
     def as_coefficients(own: CoefficientGradients) -> Tensors:
         d_z, k, _ = own.d_z_k_h_pre.flatten().split([x * len(b.x) for x in (ROWS, 1, N)])
-        return swapped(d_z.view(-1, 1, ROWS)), k / 2, own.d_alpha, swapped(own.d_bias)
+        d_bias, d_alpha = own.left.partial.sum(0).split([ROWS, 3])
+        return swapped(d_z.view(-1, 1, ROWS)), k / 2, d_alpha, swapped(d_bias)
 
     def own_post() -> Tensors:
         mixing = Mixing(b.f, b.post, b.h_res)

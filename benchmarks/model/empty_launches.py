@@ -9,7 +9,11 @@ from megatron_mhc.kernels import backend
 from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.patches.cpu.torch_cuda import METHODS
 
-TO_SUBLAYERS = {"aggregate_kernel": "u_ptr", "stream_gradients_kernel": "df_ptr"}
+TO_SUBLAYERS = {
+    "aggregate_kernel": "u_ptr",
+    "stream_gradients_kernel": "df_ptr",
+    "combine_gradients_kernel": "df_ptr",
+}
 """Which tensor of a kernel goes on to a sublayer, or back to it: u, and the gradient of f."""
 FIRST_ADDRESS = 9
 """Of the arguments of `launch.Compiled.run`."""

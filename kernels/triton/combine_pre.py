@@ -58,9 +58,7 @@ def _combine_pre_backward(
     mixing = Mixing(f, h_post, h_res, f_bias)
     sizes, given = mixing.sizes, {"du": du, "d_post": d_next_post, "d_res": d_next_res}
     token = coefficient_gradients(sizes, y, normed, alpha, bias, options, **given)
-    out = stream_gradients(
-        sizes, y, dy=dy, du=du, phi=phi, d_z_k_h_pre=token.d_z_k_h_pre, x=x, mixing=mixing
-    )
+    out = stream_gradients(sizes, y, dy=dy, du=du, phi=phi, token=token, x=x, mixing=mixing)
     to_sublayer = (out.dx, out.df, out.d_post, out.d_res)
     return (*to_sublayer, out.d_phi, token.d_alpha, token.d_bias, out.d_f_bias)
 

@@ -69,7 +69,7 @@ def _combine_read_backward(
         dy=dy,
         du=du,
         phi=phi,
-        d_z_k_h_pre=token.d_z_k_h_pre,
+        token=token,
         x=x,
         mixing=mixing,
         h_pre=h_pre,

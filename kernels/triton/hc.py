@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from ..arguments import Sizes
 from ..mappings import HC_NORM_EPS, hc_from_projection
 from . import tiles
+from .passes.coefficient_gradients import CoefficientGradients
 from .passes.projection import combine_and_project
 from .passes.stream_gradients import stream_gradients
 from .torch_operator import operator
@@ -44,7 +45,8 @@ def _hc_project_backward(
     d_normed = d_projected.view(sizes.tokens, rows + 1)[:, :rows]  # nobody is given 1 / rms
     d_z = d_normed * inverse_r
     k = -(d_normed * normed).sum(-1) * inverse_r[:, 0].square() / sizes.width
-    out = stream_gradients(sizes, x, phi=theta, d_z_k_h_pre=cat([d_z.flatten(), k]))
+    token = CoefficientGradients(cat([d_z.flatten(), k]))
+    out = stream_gradients(sizes, x, phi=theta, token=token)
     return out.dx, out.d_phi
 
 

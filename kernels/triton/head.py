@@ -33,7 +33,7 @@ def _head_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes, options = Sizes.of(x), Options(1, pre_eps=pre_eps)
     token = coefficient_gradients(sizes, x, normed, scale, base, options, du=du)
-    out = stream_gradients(sizes, x, du=du, phi=fn, d_z_k_h_pre=token.d_z_k_h_pre)
+    out = stream_gradients(sizes, x, du=du, phi=fn, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 

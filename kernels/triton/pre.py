@@ -35,7 +35,7 @@ def _gradients(
     """Gradients of x, phi, alpha and bias from those of u or h_pre, of h_post and of h_res."""
     sizes = Sizes.of(x)
     token = coefficient_gradients(sizes, x, normed, alpha, bias, options, **given)
-    out = stream_gradients(sizes, x, du=given.get("du"), phi=phi, d_z_k_h_pre=token.d_z_k_h_pre)
+    out = stream_gradients(sizes, x, du=given.get("du"), phi=phi, token=token)
     return out.dx, out.d_phi, token.d_alpha, token.d_bias
 
 

@@ -17,7 +17,7 @@ from ...arguments import Options, Sizes
 from .. import tiles
 from ..device import after_rows, load_streams, sinkhorn_backward, to_fp32
 from ..launch import Launch, prepared
-from .sums import sum_partials
+from .sums import Rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -151,11 +151,13 @@ def coefficient_gradients_kernel(
 
 class CoefficientGradients(NamedTuple):
     """What `coefficient_gradients` returns: d_z [T, rows], k [T] and h_pre [T, n] one behind the
-    other in memory, and gradients of parameters."""
+    other in memory, and gradients of parameters: empty until `stream_gradients` has added up what
+    is `left` of them."""
 
     d_z_k_h_pre: Tensor
-    d_alpha: Tensor
-    d_bias: Tensor
+    d_alpha: Tensor | None = None
+    d_bias: Tensor | None = None
+    left: Rows | None = None
 
 
 @prepared
@@ -223,5 +225,4 @@ def coefficient_gradients(
     tensors = (y, du, d_pre, d_post, d_res, normed, alpha, bias, out, d_parameters)
     launch((programs, 1), tensors, tokens, options.norm_eps, options.pre_eps)
     d_bias, d_alpha = torch.empty_like(bias), torch.empty_like(alpha)
-    sum_partials(d_parameters, d_bias, d_alpha)
-    return CoefficientGradients(out, d_alpha, d_bias)
+    return CoefficientGradients(out, d_alpha, d_bias, Rows(d_parameters, d_bias, d_alpha))

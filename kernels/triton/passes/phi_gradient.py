@@ -12,7 +12,7 @@ from ...arguments import Sizes
 from .. import tiles
 from ..device import product
 from ..launch import Launch, prepared
-from .sums import sum_partials
+from .sums import Rows
 
 LONGEST_SUM = 4096
 """Tokens that one program adds up at most. The matrix units seem to cut sums off towards zero, and
@@ -80,9 +80,9 @@ def _launch(
     return launch, tile
 
 
-def phi_gradient(sizes: Sizes, y: Tensor, d_z: Tensor, rows: int) -> Tensor:
-    """d_phi [rows, n*C] of streams y and d_z [T, rows] (at the start of what is given), in a kernel
-    of its own."""
+def phi_gradient(sizes: Sizes, y: Tensor, d_z: Tensor, rows: int) -> Rows:
+    """d_phi [rows, n*C] of streams y and d_z [T, rows] (at the start of what is given), still to be
+    added up."""
     tokens, n, width = sizes
     launch, tile = _launch(y.device, y.dtype, n, width, rows)
     splits = max(tile.splits, tiles.cdiv(tokens, LONGEST_SUM))
@@ -90,4 +90,4 @@ def phi_gradient(sizes: Sizes, y: Tensor, d_z: Tensor, rows: int) -> Tensor:
     columns = n * width
     partial, d_phi = d_z.new_empty(splits, rows, columns), d_z.new_empty(rows, columns)
     launch((tiles.cdiv(columns, tile.channels), splits), (y, d_z, partial), tokens)
-    return sum_partials(partial, d_phi)
+    return Rows(partial, d_phi)

@@ -16,9 +16,10 @@ from torch import Tensor
 from ...arguments import Mixing, Sizes
 from .. import tiles
 from ..launch import Launch, prepared
+from .coefficient_gradients import CoefficientGradients
 from .phi_gradient import phi_gradient
 from .stream_gradients_kernel import stream_gradients_kernel
-from .sums import sum_mixing, sum_partials
+from .sums import Mixings, Rows, add_up
 
 
 class StreamGradients(NamedTuple):
@@ -77,20 +78,21 @@ def stream_gradients(
     dy: Tensor | None = None,
     du: Tensor | None = None,
     phi: Tensor,
-    d_z_k_h_pre: Tensor,
+    token: CoefficientGradients,
     x: Tensor | None = None,
     mixing: Mixing | None = None,
     h_pre: Tensor | None = None,
 ) -> StreamGradients:
-    """Launch `stream_gradients_kernel`, and what adds up its partial sums.
+    """Launch `stream_gradients_kernel`, phi's gradient, and what adds up all partial sums of both
+    and of `token`.
 
     Args:
         y: the streams that were projected.
         dy, du: gradients of y and u; an absent one is zero.
-        phi, d_z_k_h_pre: the projection and what came of the tokens' gradients
-            (`CoefficientGradients`). h_pre is read where there is du.
+        phi, token: the projection and what came of the tokens' gradients. h_pre is read where
+            there is du.
         x, mixing: the arguments of the combine that made y, or None: dx is dY.
-        h_pre: what made u of y where `combine_read` did; else it is that of d_z_k_h_pre.
+        h_pre: what made u of y where `combine_read` did; else it is that of token.
     """
     tokens, n, width = sizes
     f, h_post, h_res, f_bias = mixing or (None,) * 4
@@ -103,18 +105,20 @@ def stream_gradients(
     has = (dy is not None, du is not None, mixing is not None, h_pre is not None)
     launch, tile, blocks = _launch(y.device, y.dtype, n, width, phi.shape[0], has, bias_dtype)
     programs = min(tile.splits, tiles.cdiv(tokens, tile.tokens))  # none without tokens
+    biases = mixings = None
+    if h_pre is not None:
+        d_pre = torch.empty_like(h_pre)
     if mixing is not None:
         df, d_post, d_res = torch.empty_like(f), torch.empty_like(h_post), torch.empty_like(h_res)
         d_mixing = h_res.new_empty(blocks, tokens, n + n * n + n * has[3])
-    if h_pre is not None:
-        d_pre = torch.empty_like(h_pre)
+        mixings = Mixings(d_mixing, d_post, d_res, d_pre)
     if f_bias is not None:
-        f_bias_sums = h_post.new_empty(programs, width)
-    given = (y, dy, du, d_z_k_h_pre, phi, x, f, f_bias, h_post, h_res, h_pre)
+        f_bias_sums, d_f_bias = h_post.new_empty(programs, width), h_post.new_empty(width)
+        biases = Rows(f_bias_sums, d_f_bias)
+    given = (y, dy, du, token.d_z_k_h_pre, phi, x, f, f_bias, h_post, h_res, h_pre)
     launch((blocks, programs), (*given, dx, df, d_mixing, f_bias_sums), tokens)
-    if mixing is not None:
-        sum_mixing(d_mixing, d_post, d_res, d_pre)
-    if f_bias is not None:
-        d_f_bias = sum_partials(f_bias_sums, h_post.new_empty(width)).to(bias_dtype)
-    d_phi = phi_gradient(sizes, y, d_z_k_h_pre, phi.shape[0])
-    return StreamGradients(dx, df, d_post, d_res, d_f_bias, d_phi, d_pre)
+    of_phi = phi_gradient(sizes, y, token.d_z_k_h_pre, phi.shape[0])
+    add_up(of_phi, biases, token.left, mixings)
+    if d_f_bias is not None:
+        d_f_bias = d_f_bias.to(bias_dtype)
+    return StreamGradients(dx, df, d_post, d_res, d_f_bias, of_phi.out, d_pre)

@@ -39,7 +39,7 @@ def kernels() -> Iterator[tuple[JITFunction, set[str]]]:
 
 def test_every_launch_has_tensors_then_numbers_then_constants() -> None:
     found = dict(kernels())
-    assert len(found) == 12
+    assert len(found) == 11
     for kernel, given in found.items():
         constants = {p.name for p in kernel.params if p.is_constexpr}
         assert constants <= given, kernel.__name__
@@ -51,7 +51,7 @@ def test_every_launch_has_tensors_then_numbers_then_constants() -> None:
             p.is_constexpr * 3 or (p.name in FLOATS) * 2 or int(p.do_not_specialize)
             for p in kernel.params
         ]
-        assert order == sorted(order) and order.count(1) == 1, kernel.__name__
+        assert order == sorted(order) and order.count(1) >= 1, kernel.__name__
 
 
 def comparable(value: Any) -> Any:
@@ -102,9 +102,10 @@ def test_a_direct_launch_is_tritons(monkeypatch: pytest.MonkeyPatch, driver: Non
     operations.aggregate(x[:0], h_post[:0])
     operations.aggregate(x, h_post)
     operations.rebuild(x, [h_post] * 3, [Mixing(f, h_post, logits, b) for b in (None, f[0])])
-    modules()["passes.sums"].sum_partials(torch.zeros(7, 40), torch.zeros(40))
+    sums = modules()["passes.sums"]
+    sums.add_up(sums.Rows(torch.zeros(7, 40), torch.zeros(40)))
     assert set(compared) == {
-        *("sinkhorn_kernel", "aggregate_kernel", "rebuild_kernel", "sum_partials_kernel")
+        *("sinkhorn_kernel", "aggregate_kernel", "rebuild_kernel", "add_up_kernel")
     }
 
 
@@ -163,8 +164,8 @@ def test_a_launch_is_made_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None
             sizes, x, torch.zeros(5, 25), alpha, bias, options, **given
         )
         gradients = passes["passes.stream_gradients"].stream_gradients
-        gradients(sizes, x, du=given.get("du"), phi=phi, d_z_k_h_pre=out.d_z_k_h_pre)
-        gradients(sizes, x, dy=x, du=given.get("du"), phi=phi, d_z_k_h_pre=out.d_z_k_h_pre)
+        gradients(sizes, x, du=given.get("du"), phi=phi, token=out)
+        gradients(sizes, x, dy=x, du=given.get("du"), phi=phi, token=out)
     by_kernel: dict[str, set[int]] = {}
     for one in made:
         by_kernel.setdefault(one.kernel.__name__, set()).add(id(one))

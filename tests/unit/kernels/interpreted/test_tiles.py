@@ -8,6 +8,7 @@ import torch
 from megatron_mhc.kernels.arguments import Sizes
 from megatron_mhc.kernels.triton import launch, tiles
 from megatron_mhc.kernels.triton.passes import phi_gradient, projection
+from megatron_mhc.kernels.triton.passes.sums import add_up
 from tests.kernel_cases import check
 
 
@@ -74,18 +75,12 @@ def test_phi_gradient_in_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(805, 4, 8, generator=generator).bfloat16()
     d_z = torch.randn(805, 24, generator=generator)
-    counts = []
-
-    def counted(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        counts.append(len(partial))
-        return sum_partials(partial, out)
-
-    sum_partials = phi_gradient.sum_partials
-    monkeypatch.setattr(phi_gradient, "sum_partials", counted)
     monkeypatch.setattr(phi_gradient, "LONGEST_SUM", 32)
     monkeypatch.setattr(tiles, "phi_gradient", lambda *_: tiles.Tile(32, 128, 4))
-    got = phi_gradient.phi_gradient(Sizes.of(y), y, d_z, 24).double()
+    of_phi = phi_gradient.phi_gradient(Sizes.of(y), y, d_z, 24)
+    add_up(of_phi)
+    got = of_phi.out.double()
     wanted = d_z.double().t() @ y.double().flatten(1)
-    assert counts == [26]
+    assert len(of_phi.partial) == 26
     # fp32 sums of 805 terms
     assert (got - wanted).norm() < 1e-6 * wanted.norm()
