@@ -72,3 +72,10 @@ def medians(kernels: list[tuple[float, float, str]], runs: int) -> dict[str, flo
         for name, time in times.items():
             taken[name].append(time)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def beside(own: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """How much longer each kernel takes in `own` than in `other`, where it may not be; the largest
+    difference first."""
+    longer = {name: own.get(name, 0.0) - other.get(name, 0.0) for name in own | other}
+    return dict(sorted(longer.items(), key=lambda item: -abs(item[1])))

@@ -22,10 +22,12 @@ of the others, multi-latent attention: `examples/moe/cluster.sh`'s layers with f
 across experts does not find its target there, and is not needed here.
 --by-kernel: the GPU's time of a step by torch.profiler, five steps of each case in turn: in all,
 between the kernels, in kernels that the ordinary model has not, and in those of its own names.
+Below it the kernels whose time differs most from the ordinary model's, by so many milliseconds.
 """
 
 import argparse
 import inspect
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -40,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import command_line, gpt, plotting
 from benchmarks.common.timing import events
 from benchmarks.common.turns import in_turn, ratio
-from benchmarks.kernels.by_kernel import kernel_times
+from benchmarks.kernels.by_kernel import beside, kernel_times
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig
 from megatron_mhc.metrics import strict_json
@@ -49,6 +51,8 @@ COLUMNS = (
     *("forward_ms", "step_ms", "over_ordinary", "low", "high"),
     *("activations_gib", "peak_gib", "parameters_gib"),
 )
+PRINTED = 16
+"""Kernels that --by-kernel names of a model."""
 
 
 class Case:
@@ -109,26 +113,35 @@ def compare_times(options: argparse.Namespace) -> dict[str, Any]:
         row |= {"over_ordinary": beside.median, "low": beside.low, "high": beside.high}
         print(f"{name:16}" + "".join(f"{row[column]:17.3f}" for column in COLUMNS), flush=True)
     if options.by_kernel:
-        for name, sums in by_kernel(cases).items():
-            results[name]["kernels_ms"] = sums
+        for name, found in by_kernel(cases).items():
+            results[name] |= found
     return results
 
 
-def by_kernel(cases: dict[str, Case], steps: int = 5) -> dict[str, dict[str, float]]:
-    """Print and return what the GPU does in a step of each model, milliseconds."""
+def by_kernel(cases: dict[str, Case], steps: int = 5) -> dict[str, dict[str, Any]]:
+    """Print and return what the GPU does in a step of each model, milliseconds.
+
+    Returns:
+        Of each model `kernels_ms`, sums, and `beyond_ordinary_ms`, of each kernel that takes more
+        or less than in the ordinary model.
+    """
     launched: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(steps):
         for name, case in cases.items():
             launched[name].append(kernel_times(lambda _, case=case: case.step(), 1, runs=1))
     times = {name: _medians(each) for name, each in launched.items()}
-    rows = {}
+    ordinary, rows = times["ordinary"], {}
     for name, own in times.items():
-        gaps = own.pop("between kernels")
-        more = sum(time for kernel, time in own.items() if kernel not in times["ordinary"])
-        total = sum(own.values())
+        gaps = own["between kernels"]
+        more = sum(time for kernel, time in own.items() if kernel not in ordinary)
+        total = sum(own.values()) - gaps
         row = {"all": total + gaps, "between": gaps, "more": more, "ordinary's": total - more}
-        rows[name] = {column: time / 1000 for column, time in row.items()}
-        print(f"{name:16}" + "".join(f"{key:>12} {ms:8.3f}" for key, ms in rows[name].items()))
+        sums = {column: time / 1000 for column, time in row.items()}
+        print(f"{name:16}" + "".join(f"{key:>12} {ms:8.3f}" for key, ms in sums.items()))
+        beyond = {kernel: time / 1000 for kernel, time in beside(own, ordinary).items()}
+        for kernel, ms in itertools.islice(beyond.items(), PRINTED if name != "ordinary" else 0):
+            print(f"{ms:+20.3f} ms  {kernel[:90]}")
+        rows[name] = {"kernels_ms": sums, "beyond_ordinary_ms": beyond}
     return rows
 
 

@@ -273,17 +273,20 @@ def combine(n: int, width: int, dtype: torch.dtype) -> Tile:
 @tunable
 def combine_gradients(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`combine_gradients_kernel`: n + n*n sums a channel of a tile are in registers."""
-    return Tile(tokens=1, channels=512 if n <= 4 else 256, warps=4, stages=1)
+    if n > 4:
+        return Tile(tokens=1, channels=256, warps=4, stages=1)
+    return Tile(tokens=2, channels=256, warps=4, stages=1)
 
 
 @tunable
 def rebuild(n: int, width: int, dtype: torch.dtype) -> Tile:
     """`rebuild_kernel`: so many boundaries a launch, each compiled out in full, the streams in
     registers; with more than one stage a boundary's loads are issued before the stores of the one
-    before (docs/measured-facts.md: bf16, n 4, C 4096 alone was timed)."""
+    before, which takes 40 registers more and is slower (docs/measured-facts.md: bf16, n 4, C 4096
+    alone was timed). Sixteen boundaries compile for 55 seconds, eight for ten."""
     if n > 4:
         return Tile(tokens=4, channels=128, splits=4, warps=4, stages=1)
-    return Tile(tokens=2, channels=256, splits=8, warps=4, stages=2)
+    return Tile(tokens=2, channels=256, splits=8, warps=4, stages=1)
 
 
 SINKHORN_TOKENS = 8

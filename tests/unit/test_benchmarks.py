@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from benchmarks.common import spans
 from benchmarks.common.turns import in_turn, ratio
 from benchmarks.kernels import site_tiles, sites_plot, tune
-from benchmarks.kernels.by_kernel import medians
+from benchmarks.kernels.by_kernel import beside, medians
 from benchmarks.pipeline import timeline
 from tests.megatron.common.launch import forked_python
 
@@ -122,6 +122,12 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
     for other in ([], records[:-1], [*records[:-1], (112.0, 114.0, "c")]):
         with pytest.raises(RuntimeError, match="not the same ones each time"):
             medians(other, 3)
+
+
+def test_kernels_are_told_by_how_much_longer_they_take() -> None:
+    own, ordinary = {"site": 3.0, "gemm": 10.5}, {"gemm": 10.0, "residual": 4.0}
+    told = list(beside(own, ordinary).items())
+    assert told == [("residual", -4.0), ("site", 3.0), ("gemm", 0.5)]
 
 
 def test_tuning_looks_for_kernels_that_there_are() -> None:
