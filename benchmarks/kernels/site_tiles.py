@@ -65,6 +65,10 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     "combine_and_project": [
         *itertools.product((32,), (128,), (2, 3, 4, 6, 13), (4,), (3,)),
         *itertools.product((32, 64), (64,), (2, 4, 8), (4,), (3,)),
+        *itertools.product((32,), (64,), (4, 6), (4,), (2,)),
+        *itertools.product((32, 64), (128,), (4,), (8,), (2,)),
+        *itertools.product((64,), (64,), (2, 4), (8,), (2, 3)),
+        *itertools.product((32,), (32,), (4,), (4,), (3,)),
     ],
     "project_delayed": [
         *itertools.product((16, 32, 64), (64,), (4,), (4, 8), (2, 3, 4)),
@@ -86,13 +90,19 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
         *itertools.product((16,), (32,), (4, 8), (2,), (3,), (255,)),
         *itertools.product((8,), (128,), (8,), (4,), (3,), (255,)),
+        *itertools.product((8,), (64,), (8, 16), (4,), (1,), (128,)),
+        *itertools.product((8,), (128,), (8, 16), (8,), (1,), (128,)),
+        *itertools.product((8,), (32,), (8,), (1, 2), (1,), (168, 255)),
     ],
     "read_gradients": [
         *itertools.product((8,), (64,), (4, 8, 16), (2,), (1, 3), (255,)),
         *itertools.product((8,), (128,), (4, 8, 16), (4,), (1, 3), (255,)),
         *itertools.product((16,), (32, 64), (4, 8), (2, 4), (1, 3), (255,)),
     ],
-    "phi_gradient": list(itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4))),
+    "phi_gradient": [
+        *itertools.product((32, 64), (64, 128), (5, 8), (4,), (2, 3, 4)),
+        *itertools.product((64,), (128,), (5, 8), (8,), (2, 3)),
+    ],
     "combine": [
         *itertools.product((2, 4, 8), (256, 512), (1,), (4,), (1,)),
         *itertools.product((4, 8), (256, 512), (1,), (8,), (1,)),
