@@ -80,11 +80,18 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _streams(x: Tensor, h_post: Tensor | None = None) -> tuple[int, ...]:
     """(*tokens, n, C) of streams x; with `h_post`, x may be [..., n*C]."""
-    check_streams("x", x)
     if h_post is None or x.dim() > h_post.dim() or h_post.dim() == 0:
+        check_streams("x", x)
         return x.shape
     *tokens, wide = x.shape
-    return (*tokens, h_post.shape[-1], wide // max(h_post.shape[-1], 1))
+    n = h_post.shape[-1]
+    if n < 1 or wide < n or wide % n:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected [..., n, C] or [..., n*C], n = {n} as in"
+            f" h_post of shape {tuple(h_post.shape)}"
+        )
+    check_dtype("x", x)
+    return (*tokens, n, wide // n)
 
 
 def _check_projection(

@@ -30,7 +30,8 @@ from .reference import accumulation_dtype
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would round the reference's products to 16 bits; "meta" tensors know of none."""
+    """Autocast would round the reference's products to 16 bits, as it does in a backward that is
+    called under it; "meta" tensors know of none."""
     if x.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

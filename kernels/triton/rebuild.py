@@ -21,6 +21,7 @@ from ..arguments import Mixing
 from . import tiles
 from .device import load_columns, load_streams, mixed_stream
 from .launch import Launch, prepared
+from .torch_operator import PLAIN
 
 
 @triton.jit
@@ -144,8 +145,17 @@ def rebuild(
     ys: Sequence[Tensor] | None = None,
     us: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """See `reference.rebuild`; ys and us are contiguous."""
+    """See `reference.rebuild`; ys and us are contiguous.
+
+    Raises:
+        TypeError: something is a tensor of another class, whose memory is not at hand.
+    """
     *leading, n, width = x.shape
+    given = [*(ys or ()), *(us or ())]
+    read = (x, *h_pre, *chain(*ended), *given)
+    if not PLAIN.issuperset(map(type, read)):
+        others = {type(tensor).__name__ for tensor in read} - {kind.__name__ for kind in PLAIN}
+        raise TypeError(f"rebuild was given {', '.join(sorted(others))}; expected plain tensors")
     ys = [x.new_empty(x.shape) for _ in ended] if ys is None else list(ys)
     us = [x.new_empty(*leading, width) for _ in h_pre] if us is None else list(us)
     tokens = x.numel() // (n * width)
@@ -166,6 +176,7 @@ def rebuild(
         launch(grid, tensors, tokens)
         if mixings:
             streams = ys[start + len(mixings) - 1]
+    torch.autograd.graph.increment_version(given)
     return ys, us
 
 

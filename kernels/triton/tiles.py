@@ -46,7 +46,8 @@ def key(kernel: str, n: int, width: int, dtype: torch.dtype) -> str:
 
 @functools.cache
 def architecture() -> str:
-    """Of the current CUDA device: `sm_90`; `cpu` where there is none."""
+    """Of the current CUDA device: `sm_90`; `cpu` where there is none. As with all that is asked of
+    the device here, the first answer stands: a process's cards are taken to be alike."""
     if not torch.cuda.is_available():
         return "cpu"
     return "sm_{}{}".format(*torch.cuda.get_device_capability())

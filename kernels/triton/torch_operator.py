@@ -229,7 +229,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it: the operator where something traces, else the function itself."""
-        if torch.compiler.is_compiling() or type(arguments[0]) not in PLAIN:
+        if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, arguments)):
             return self._returns(self._traced(*self._fields(arguments)))
         if _are_transforms_active():
             return self._returns(self._transformed(*self._fields(arguments)))
@@ -285,8 +285,9 @@ def _no_vmap(*_: Any) -> Any:
 
 
 _TENSORS = (Tensor, Tensor | None)
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Tensors that nobody traces with."""
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float, bool, str, Options))
+"""Types of arguments that nobody traces with, and whose memory a kernel may be given: what
+collectives of torch.distributed return (`AsyncCollectiveTensor`) has an address of 0."""
 
 
 _count_modes = torch._C._len_torch_dispatch_stack

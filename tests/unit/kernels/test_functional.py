@@ -44,6 +44,14 @@ POST, RES = torch.rand(2, 3, 4), torch.rand(2, 3, 4, 4)
         (lambda: kernels.combine(X, F, POST, RES[..., :3]), "h_res has shape"),
         (lambda: kernels.combine(X, F, POST, RES, torch.ones(9)), "f_bias has shape"),
         (lambda: kernels.combine_pre(X, F, POST, RES, PHI[1:], ALPHA, BIAS), "phi has shape"),
+        *(
+            (
+                lambda flat=flat: kernels.combine(flat, F[..., :1], POST, RES),
+                r"expected \[..., n, C\] or \[..., n\*C\], n = 4 as in h_post",
+            )
+            for flat in (torch.randn(2, 3, 33), torch.randn(2, 3, 3), torch.randn(2, 3, 0))
+        ),
+        (lambda: kernels.combine(X.flatten(2).int(), F, POST, RES), "x has dtype torch.int32"),
         (lambda: kernels.head(X, PHI, ALPHA[:1], BIAS[:4]), "fn has shape"),
         (lambda: kernels.head(X, PHI[:4], ALPHA, BIAS[:4]), "scale has shape"),
         (lambda: kernels.hc_coefficients(X, PHI, ALPHA, BIAS), "theta has shape"),
@@ -107,8 +115,6 @@ def test_streams_may_be_one_dimension() -> None:
         want = operation(X, F, POST, RES, PHI, ALPHA, BIAS)
         assert torch.equal(got[0], want[0].flatten(-2))
         assert all(map(torch.equal, got[1:], want[1:]))
-    with pytest.raises(ValueError, match="f has shape"):
-        kernels.combine(wide[..., :-1], F, POST, RES)
 
 
 def test_operations_are_the_references() -> None:

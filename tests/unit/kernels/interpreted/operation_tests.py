@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -81,6 +82,20 @@ class Watch(TorchDispatchMode):
             copies = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
             self.calls[function.name()] = (function, copies)
         return function(*args, **(kwargs or {}))
+
+
+class _Handed(torch.autograd.Function):
+    """A tensor as `wrap` hands it on; its gradient comes back plain."""
+
+    @staticmethod
+    def forward(ctx, tensor, wrap):  # type: ignore[no-untyped-def]
+        """wrap(tensor)."""
+        return wrap(tensor.detach())
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        """The gradient as it came."""
+        return getattr(gradient, "elem", gradient), None
 
 
 class Operation:
@@ -171,6 +186,21 @@ class Operation:
             found.append([*out, *(argument.grad for argument in arguments.values())])
         for direct, traced in zip(*found, strict=True):
             assert torch.equal(direct, traced)
+
+    def test_tensors_whose_memory_is_not_at_hand(self) -> None:
+        """What collectives of torch.distributed return has an address of 0, as any argument but the
+        first and as gradients: the same bits as of plain tensors."""
+        found = []
+        for wrap in (torch.Tensor.detach, AsyncCollectiveTensor):
+            arguments = inputs(self.operation, 5, 4, 40, torch.float32, "cpu")
+            first, *others = arguments
+            given = {name: _Handed.apply(arguments[name], wrap) for name in others}
+            called = {first: arguments[first], **given}
+            out = run(getattr(kernels, self.operation), called, backend="triton")
+            torch.autograd.backward(out, [wrap(torch.ones_like(result)) for result in out])
+            found.append([*out, *(argument.grad for argument in arguments.values())])
+        for plain, handed in zip(*found, strict=True):
+            assert torch.equal(plain, handed)
 
     def test_whole_numbers_are_taken_as_floats(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A GPU's launch refuses an int where a kernel has a float: eps=0 stopped there."""

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from megatron_mhc import kernels
 from megatron_mhc.kernels.triton import launch, tiles
-from tests.kernel_cases import check_rebuild
+from tests.kernel_cases import check_rebuild, inputs
 
 CASES = [(5, 4, 131, 7), (1, 1, 33, 1), (9, 2, 40, 2), (3, 8, 40, 6), (0, 4, 24, 3)]
 BOTH = [
@@ -33,3 +35,28 @@ def test_loads_ahead_of_stores_change_no_bit(
     launch.forget()
     check_rebuild(5, 4, 131, 7, torch.bfloat16, "cpu")
     launch.forget()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autograd_sees_that_given_tensors_are_written(backend: str) -> None:
+    x, weights, f, h_post, h_res = _site()
+    y, u, seen = torch.empty_like(x), torch.empty_like(f), torch.ones_like(x, requires_grad=True)
+    loss = (seen * y).sum()
+    kernels.rebuild(
+        x, [weights] * 2, [(f, h_post, h_res, None)], ys=[y], us=[u, f * 0], backend=backend
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_without_memory_at_hand_are_refused() -> None:
+    x, weights, f, h_post, h_res = _site()
+    ended = [(AsyncCollectiveTensor(f), h_post, h_res, None)]
+    with pytest.raises(TypeError, match="rebuild was given AsyncCollectiveTensor"):
+        kernels.rebuild(x, [weights] * 2, ended, backend="triton")
+
+
+def _site() -> list[torch.Tensor]:
+    """x, h_pre, f, h_post, h_res of three tokens."""
+    given = inputs("combine_read", 3, 2, 8, torch.float32, "cpu")
+    return [given[name].detach() for name in ("x", "h_pre", "f", "h_post", "h_res")]
