@@ -145,7 +145,11 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"megatron_mhc {megatron_mhc.__version__}")
         return
-    args = _parser().parse_args()
+    parser = _parser()
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        behind = "; a training run's flags stand behind --args" * (args.command == "doctor")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{behind}")
     if args.command == "doctor" and args.args is not None:
         check_flags(args.args, args)
     elif args.command == "doctor":

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from megatron_mhc.kernels.arguments import NORM_FORMS, SINKHORN_ORDERS, NormForm, SinkhornOrder
-from megatron_mhc.kernels.backend import Backend, check_backend
+from megatron_mhc.kernels.backend import TRITON_STREAMS, Backend, check_backend
 
 End = Literal["mean", "head", "last_pre"]
 
@@ -138,6 +138,12 @@ class MHCConfig:
         _check_choice("init", self.init, get_args(Init))
         _check_choice("variant", self.variant, get_args(Variant))
         check_backend(self.backend)
+        if self.backend == "triton" and self.num_streams not in TRITON_STREAMS:
+            raise ValueError(
+                f"backend is 'triton', which has kernels for {', '.join(map(str, TRITON_STREAMS))}"
+                f" streams, and num_streams is {self.num_streams}: take another number, or backend"
+                " 'torch'"
+            )
         for name in ("sinkhorn_iterations", "convention", "init"):
             value, default = getattr(self, name), getattr(MHCConfig, name)
             if self.variant == "hc" and value != default:
@@ -151,7 +157,8 @@ class MHCConfig:
             )
         if not (self.recompute in (None, "auto") or _is_count(self.recompute)):
             raise ValueError(
-                f"recompute is {self.recompute!r}; expected None, 'auto' or a number of layers"
+                f"recompute is {self.recompute!r}; expected a number of layers, at least 1, 'auto',"
+                " or None (--mhc-recompute off)"
             )
         if self.variant == "hc" and self.recompute is not None:
             raise ValueError(

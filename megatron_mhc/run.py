@@ -4,10 +4,12 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 
 import torch
 
+from megatron_mhc.patches import PatchError
 from megatron_mhc.patches.supported_versions import check_release
 
 from .start.flags import add_mhc_arguments
@@ -42,6 +44,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
     own = list(argv)
+    early = [word for word in own[:1] if word.startswith("--mhc")]
+    if early:
+        parser.error(f"{early[0]} stands in front of SCRIPT: it belongs behind it, with its flags")
     # what follows the script is the script's: argparse must not look at it
     cut = next((i for i, word in enumerate(own) if not word.startswith("-")), len(own) - 1) + 1
     if {"-h", "--help"} & {*own[:cut]}:
@@ -66,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m megatron_mhc.run`.
 
     Raises:
-        SystemExit: bad usage, or no GPU and no --cpu.
+        SystemExit: bad usage, flags that mHC refuses, a patch that cannot
+            be made, or no GPU and no --cpu.
         UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
         NotMegatronError: the script is not one of Megatron's, or built a model without mHC that
             no check of Megatron's training saw.
@@ -82,19 +88,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         cpu.enter()
     elif not torch.cuda.is_available():
-        sys.exit("megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU")
-    from .start.activate import activate
+        where = "move --cpu in front of" if "--cpu" in rest else "add --cpu in front of"
+        sys.exit(
+            f"megatron_mhc.run: there is no CUDA device here; {where} {options.script} to train on"
+            " the CPU"
+        )
+    from .start.activate import FlagsError, activate
 
-    activate()
+    try:
+        activate()
+    except PatchError as error:
+        sys.exit(f"megatron_mhc.run: {error}")
     _alone()
     sys.argv = [options.script, *rest]
     try:
         runpy.run_path(options.script, run_name="__main__")
+    except FlagsError as error:
+        sys.exit(f"megatron_mhc.run: {error}")
     except SystemExit as end:
-        if end.code in (None, 0):
+        if end.code in (None, 0) and not _came_from_megatron(end):
             _last_word(options.script)
         raise
     _last_word(options.script)
+
+
+def _came_from_megatron(end: SystemExit) -> bool:
+    """Whether Megatron ended the run itself: on a signal, say, before there was a model."""
+    last = list(traceback.walk_tb(end.__traceback__))[-1][0]
+    return str(last.f_globals.get("__name__")).startswith("megatron.")
 
 
 def _last_word(script: str) -> None:

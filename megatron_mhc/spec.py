@@ -62,7 +62,10 @@ def with_mhc[
             (a HybridStack's more than one), or has cross attention.
         PatchError: a Megatron-Core of a version that the plugin does not know, or an unknown id in
             MEGATRON_MHC_PATCHES.
+        TypeError: config is no MHCConfig.
     """
+    if config is not None and not isinstance(config, MHCConfig):
+        raise TypeError(f"config is {config!r}; expected an MHCConfig, as MHCConfig(num_streams=4)")
     check_turned_off()
     registry.apply(*model_patches(), *loader_patches())
     return replace_residuals(spec, MHCConfig() if config is None else config)

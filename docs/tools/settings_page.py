@@ -55,7 +55,7 @@ def parser_that(parses: Callable[[], object]) -> argparse.ArgumentParser:
         raise _CaughtError
 
     with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", catch),
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", catch),
         contextlib.suppress(_CaughtError),
     ):
         parses()

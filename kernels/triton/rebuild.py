@@ -154,8 +154,8 @@ def rebuild(
     given = [*(ys or ()), *(us or ())]
     read = (x, *h_pre, *chain(*ended), *given)
     if not PLAIN.issuperset(map(type, read)):
-        others = {type(tensor).__name__ for tensor in read} - {kind.__name__ for kind in PLAIN}
-        raise TypeError(f"rebuild was given {', '.join(sorted(others))}; expected plain tensors")
+        others = sorted({kind.__name__ for kind in map(type, read) if kind not in PLAIN})
+        raise TypeError(f"rebuild was given {', '.join(others)}; expected plain tensors")
     ys = [x.new_empty(x.shape) for _ in ended] if ys is None else list(ys)
     us = [x.new_empty(*leading, width) for _ in h_pre] if us is None else list(us)
     tokens = x.numel() // (n * width)

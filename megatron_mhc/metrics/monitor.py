@@ -1,6 +1,7 @@
 """When a training run records mHC's metrics, where they go, and what the guard does with them."""
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if bound is not None and not bound >= 1:
         raise ValueError(
             f"--mhc-guard-gain is {bound}; expected at least 1, the gain of a residual"
+        )
+    if interval and not getattr(args, "tensorboard_dir", None) and getattr(args, "rank", 0) == 0:
+        warnings.warn(
+            f"--mhc-log-interval without --tensorboard-dir: {METRICS_FILE}, which `python -m"
+            " megatron_mhc plot` draws, is not written",
+            stacklevel=2,
         )
     if interval and PATCH_ID in turned_off():
         raise ValueError(

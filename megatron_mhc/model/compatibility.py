@@ -53,6 +53,11 @@ def _last_layer_has_experts(settings: Any) -> bool:
     return bool(frequency[-1])
 
 
+def _has_any(settings: Any, *names: str) -> bool:
+    """A setting that TransformerConfig and Megatron's parsed arguments call by different names."""
+    return any(getattr(settings, name, None) for name in names)
+
+
 _ATTENTION_ALONE = (
     "--cuda-graph-impl transformer_engine --cuda-graph-modules attn, whose graphs hold no site"
 )
@@ -103,12 +108,12 @@ CONFLICTS = (
     ),
     Conflict(
         "--heterogeneous-layers-config-path",
-        is_set("heterogeneous_block_specs"),
+        lambda s: _has_any(s, "heterogeneous_block_specs", "heterogeneous_layers_config_path"),
         "layers of different kinds are not tried yet; drop the flag",
     ),
     Conflict(
         "--cuda-graph-impl local with experts",
-        lambda s: _layers_are_graphs(s, "local") and bool(getattr(s, "num_moe_experts", None)),
+        lambda s: _layers_are_graphs(s, "local") and _has_any(s, "num_moe_experts", "num_experts"),
         "Megatron's local graphs hold whole layers, and experts that drop no token do not fit in"
         " one; use --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
     ),

@@ -95,9 +95,14 @@ def stack_spec(spec: Any, config: Any, pattern: str | None) -> Any:
         name, spec = spec.__name__, spec(config)
         module = getattr(spec, "module", None)
         if not (isinstance(module, type) and issubclass(module, HybridStack)):
+            missing = (
+                "--spec megatron_mhc.spec hybrid_stack_spec"
+                if pattern
+                else "--hybrid-layer-pattern"
+            )
             raise ValueError(
                 f"--spec names {name}, which returns no HybridStack's spec, and the model is a"
-                " HybridModel: give --spec megatron_mhc.spec hybrid_stack_spec"
+                f" HybridModel: give {missing}"
             )
     if has_mhc(spec):
         mark_pattern(config, pattern)

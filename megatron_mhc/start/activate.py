@@ -1,9 +1,9 @@
 """Turning mHC on in a training script: the plugin's patches, composed and applied."""
 
 import argparse
-import difflib
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ from megatron_mhc.patches.training import (
 )
 
 from . import banner, flags
+from .suggestions import near, suggest
+
+
+class FlagsError(ValueError):
+    """What mHC refuses of a run's flags; the runner prints it as a sentence."""
 
 
 class _Seen:
@@ -66,12 +71,26 @@ seen = _Seen()
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     seen.parser = True
-    flags.add_mhc_arguments(parser)
+    suggest(flags.add_mhc_arguments(parser))
+
+
+def _prepare_arguments(args: argparse.Namespace) -> None:
+    with _refusing():
+        flags.prepare_arguments(args)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     seen.asked = args.mhc
-    flags.check_arguments(args)
+    with _refusing():
+        flags.check_arguments(args)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise FlagsError(str(error)) from error
 
 
 def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
@@ -207,7 +226,7 @@ def plugin_patches() -> tuple[Patch, ...]:
     return (
         arguments_patch(_add_arguments),
         checkpoint_arguments_patch(flags.take_from_checkpoint),
-        validation_patch(flags.prepare_arguments, _check_arguments),
+        validation_patch(_prepare_arguments, _check_arguments),
         yaml_patch(flags.refuse_yaml),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
@@ -229,8 +248,7 @@ def check_turned_off() -> None:
     """
     known = {patch.id for patch in (*plugin_patches(), *CPU_PATCHES)}
     if unknown := turned_off() - known:
-        near = [n for name in sorted(unknown) for n in difflib.get_close_matches(name, known)]
-        meant = f"; near are {', '.join(near)}" if near else ""
+        meant = "".join(near(name, known) for name in sorted(unknown))
         raise PatchError(
             f"{ENVIRONMENT_VARIABLE} turns off {', '.join(sorted(unknown))}, and with Megatron-Core"
             f" {megatron_core_version()} there is no such patch{meant}. With"

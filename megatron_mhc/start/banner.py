@@ -112,6 +112,11 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
     is_bare = trained and not (wide or dense) and stages > 1
     if is_bare:
         MHCLayer.is_any_built = True
+    if trained and not layers and stages == 1 and not MHCLayer.is_any_built:
+        raise DenseModelError(
+            "mHC was asked for, and the model has no layers at all (those of a HybridModel are what"
+            " --hybrid-layer-pattern names: give it)"
+        )
     if trained and not wide and not MHCLayer.is_any_built and (dense or stages == 1):
         raise DenseModelError(
             "mHC was asked for, but "

@@ -1,11 +1,11 @@
-"""The `--mhc*` flags and MHC_* environment variables, and MHCConfig from either."""
+"""The `--mhc*` flags, and MHCConfig from them or from MHC_* environment variables."""
 
 import argparse
 import copy
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_mhc.config import CONVENTION_FIELDS, MHCConfig, as_flag
@@ -20,7 +20,8 @@ from megatron_mhc.model.stored_settings import FUNCTION_FIELDS
 from megatron_mhc.patches import PatchError
 from megatron_mhc.patches.supported_versions import SUPPORTED, megatron_core_version
 
-from .settings import SETTINGS, VARIABLES, flag_of, switch
+from .environment import config_from_environment, settings_in
+from .settings import SETTINGS, flag_of, switch
 
 SPEC = ["megatron_mhc.spec", "gpt_layer_spec"]
 HYBRID_SPEC = ["megatron_mhc.spec", "hybrid_stack_spec"]
@@ -32,9 +33,25 @@ def _is_ours(spec: Iterable[str] | None) -> bool:
 
 
 def _spec_of(args: argparse.Namespace) -> list[str]:
-    """Ours for the model that the arguments describe; a layer pattern is all that says hybrid."""
+    """Ours for the model that the arguments describe; a layer pattern is all that says hybrid.
+
+    Raises:
+        ValueError: `--spec` names what this package has not, or a HybridModel's without a pattern.
+    """
+    given = list(args.spec or [])
     patterns = (PATTERN, "hybrid_override_pattern")  # the second is its name of old
     is_hybrid = any(getattr(args, name, None) for name in patterns)
+    if given and given[0].partition(".")[0] == SPEC[0].partition(".")[0] and not _is_ours(given):
+        raise ValueError(
+            f"--spec {' '.join(given)} names nothing: give --spec {' '.join(SPEC)} for a GPT model,"
+            f" --spec {' '.join(HYBRID_SPEC)} for a HybridModel"
+        )
+    if given == HYBRID_SPEC and not is_hybrid:
+        raise ValueError(
+            f"--spec {' '.join(HYBRID_SPEC)} makes a HybridModel's layers, and no"
+            " --hybrid-layer-pattern says which: give it, or for a GPT model --spec"
+            f" {' '.join(SPEC)}"
+        )
     return list(HYBRID_SPEC if is_hybrid else SPEC)
 
 
@@ -117,10 +134,10 @@ def config_from_arguments(args: argparse.Namespace) -> MHCConfig:
     """MHCConfig from parsed flags; what was not given has its default.
 
     Raises:
-        ValueError: a value that MHCConfig refuses, or an environment variable beside the flags.
+        ValueError: a value that MHCConfig refuses, or such a variable beside the flags.
     """
-    if found := sorted(VARIABLES.keys() & os.environ.keys()):
-        flags = ", ".join(flag_of(VARIABLES[variable]) for variable in found)
+    if found := settings_in(os.environ):
+        flags = ", ".join(map(flag_of, found.values()))
         raise ValueError(
             f"{', '.join(found)} set in the environment, which is not read where there are flags:"
             f" unset it and give {flags}"
@@ -137,27 +154,6 @@ def flags_of(mhc: MHCConfig) -> str:
         if not by_name and value != field.default:
             flags.append(as_flag(field.name, value))
     return " ".join(flags)
-
-
-def config_from_environment(environ: Mapping[str, str] = os.environ) -> MHCConfig:
-    """MHCConfig from MHC_NUM_STREAMS, MHC_CONVENTION, ...; what is not set has its default.
-
-    Raises:
-        ValueError: an MHC_* variable that does not exist, or a value that does not fit.
-    """
-    values = {}
-    for variable in sorted(v for v in environ if v.startswith("MHC_")):
-        if variable not in VARIABLES:
-            raise ValueError(
-                f"{variable} is set; known are {', '.join(sorted(VARIABLES))}: unset it, or set the"
-                " one that is meant (metrics and guard have flags alone)"
-            )
-        name = VARIABLES[variable]
-        try:
-            values[name] = SETTINGS[name].parse(environ[variable])
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{variable} is {error}") from error
-    return MHCConfig(**values)
 
 
 def take_from_checkpoint(
@@ -189,8 +185,10 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     """Before Megatron validates its arguments: point `--spec` at mHC where `--mhc` asks for it.
 
     Raises:
-        ValueError: an mHC setting without `--mhc`, or one that MHCConfig refuses.
+        ValueError: an mHC setting without `--mhc`, or one that MHCConfig refuses; a `--spec` that
+            names nothing of ours.
     """
+    ours = _spec_of(args)
     if _is_ours(args.spec):
         args.mhc = True
     check_monitor_arguments(args)
@@ -207,7 +205,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         setattr(args, f"mhc_{name}", value)
     if not _is_ours(args.spec):
         args.mhc_base_spec = args.spec
-    args.spec = _spec_of(args)
+    args.spec = ours
 
 
 def refuse_yaml(args: Any) -> None:

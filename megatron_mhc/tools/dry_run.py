@@ -8,6 +8,7 @@ not estimated (`stage_model`).
 import argparse
 import contextlib
 import io
+import os
 import re
 import sys
 import traceback
@@ -25,7 +26,10 @@ from megatron_mhc.costs.sites import Sites
 from megatron_mhc.kernels import TRITON_STREAMS
 from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.supported_versions import is_installed, megatron_core_version
-from megatron_mhc.start.flags import config_from_arguments
+from megatron_mhc.start.environment import config_from_environment
+from megatron_mhc.start.flags import HYBRID_SPEC, SPEC, config_from_arguments, flags_of
+from megatron_mhc.start.settings import VARIABLES
+from megatron_mhc.start.suggestions import near
 
 from . import step_page
 from .progress import progress
@@ -50,6 +54,47 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__} at `{line.line}` ({line.filename}:{line.lineno})"
 
 
+def _meant(refusal: str) -> str:
+    """What was likely meant by words that Megatron's parser does not know."""
+    _, unknown, words = refusal.partition("unrecognized arguments: ")
+    hints = []
+    for word in words.split() if unknown else []:
+        if word.partition("=")[0] in step_page.FLAGS:
+            hints.append(f"; {word} belongs in front of --args")
+        elif word.endswith(".py"):
+            hints.append("; behind --args stand a run's flags alone, without the script")
+        elif word.startswith("--mhc"):  # what is near was said
+            continue
+        elif word.startswith("--"):
+            hints.append(near(word, known_flags()))
+    return "".join(hints)
+
+
+def known_flags() -> list[str]:
+    """All that Megatron's parser knows, ours among them."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return list(add_megatron_arguments(parser)._option_string_actions)
+
+
+def with_environment(flags: Sequence[str]) -> list[str]:
+    """The flags and, where `--spec` alone turns mHC on, those of the MHC_* variables, which are
+    taken out of the environment: such a run reads them."""
+    flags = list(flags)
+    spec = flags.index("--spec") + 1 if "--spec" in flags else len(flags)
+    settings = [variable for variable in VARIABLES if variable in os.environ]
+    if "--mhc" in flags or not settings or flags[spec : spec + 2] not in (SPEC, HYBRID_SPEC):
+        return flags
+    try:
+        named = flags_of(config_from_environment()).split()
+    except ValueError as error:
+        raise FlagsError(f"these settings are refused: {error}") from error
+    for variable in settings:
+        del os.environ[variable]
+    return flags + named
+
+
 def parse(flags: Sequence[str]) -> argparse.Namespace:
     """The flags as a training run would have them, validated.
 
@@ -60,10 +105,12 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+    said = io.StringIO()
     before, sys.argv = sys.argv, ["doctor --args", *flags]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all of its arguments
-            args = parse_args()
+            with contextlib.redirect_stderr(said):  # and pages of usage
+                args = parse_args()
             validate_args(args)
         reconfigure_num_microbatches_calculator(
             rank=1,  # rank 0 talks
@@ -74,6 +121,9 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
         )
     except (ValueError, AssertionError, RuntimeError) as error:
         raise FlagsError(f"these flags are refused: {_reason(error)}") from error
+    except SystemExit as error:
+        last = said.getvalue().strip().rpartition("error: ")[2]
+        raise FlagsError(f"these flags are refused: {last}{_meant(last)}") from error
     finally:
         sys.argv = before
     if args.padded_vocab_size is None:  # in a training run the tokenizer sets it
@@ -88,9 +138,13 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _is_served(mhc: MHCConfig) -> bool:
-    """Whether the Triton kernels serve it, whose bytes and times these are."""
-    return mhc.variant == "mhc" and mhc.backend != "torch" and mhc.num_streams in TRITON_STREAMS
+def _why_not_served(mhc: MHCConfig) -> str | None:
+    """Why the Triton kernels, whose bytes and times these are, do not serve it; None if they do."""
+    if mhc.backend == "torch":
+        return "backend torch"
+    if mhc.num_streams not in TRITON_STREAMS:
+        return f"{mhc.num_streams} streams have no kernels, the reference runs"
+    return None if mhc.variant == "mhc" else f"variant {mhc.variant}"
 
 
 def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
@@ -103,11 +157,11 @@ def costs(args: argparse.Namespace, mhc: MHCConfig) -> list[str]:
     extra = training_flops_a_token(args, mhc)
     # the figure that --log-throughput divides by the time: with the patch it has mHC's in it
     whole = num_floating_point_operations(args, 1) / args.seq_length
-    lines = (
-        []
-        if _is_served(mhc)
-        else ["  activations: of the Triton kernels of variant mhc; what runs here keeps more"]
-    )
+    reason = _why_not_served(mhc)
+    lines = [
+        f"  {reason}: no estimate of a step's time, and it keeps more than the activations below,"
+        " which are those of the Triton kernels of variant mhc"
+    ] * (reason is not None)
     return [
         f"mHC: {sites.built} sites, {parameters:,} extra parameters (fp32)",
         f"  FLOPs a token: {forward:,} forward, {extra:,} a training step,"
@@ -135,7 +189,7 @@ def _time(
     given: step_page.Assumptions,
 ) -> list[str]:
     """The lines about a step's time, where it is known."""
-    if not _is_served(mhc):
+    if _why_not_served(mhc):
         return []
     try:
         return step_page.lines(step_page.run_of(args, mhc, sublayers, tokens), given)
@@ -182,7 +236,7 @@ def page(flags: Sequence[str], given: step_page.Assumptions | None = None) -> st
     from megatron.training.global_vars import set_args
     from megatron.training.theoretical_memory_usage import compute_activation_memory
 
-    args = parse(flags)
+    args = parse(with_environment(flags))
     set_args(args)
     mhc = config_from_arguments(args) if args.mhc else None
     sizes = (

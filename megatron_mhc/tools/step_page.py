@@ -1,6 +1,7 @@
 """`doctor --args`: what mHC will cost in time, by `costs.step_costs`, in lines."""
 
 import argparse
+import math
 from typing import NamedTuple
 
 from megatron_mhc.config import MHCConfig
@@ -31,6 +32,25 @@ class Assumptions(NamedTuple):
     step_ms: float | None = None
 
 
+FLAGS = ("--card", "--link", "--mfu", "--step-ms")
+"""What `add_assumptions` adds."""
+
+
+def positive(text: str) -> float:
+    """A number above 0, of a flag."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1, of a flag."""
+    if positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a share, at most 1, as 0.4 for 40 %")
+    return float(text)
+
+
 def add_assumptions(parser: argparse.ArgumentParser) -> None:
     """Their flags."""
     of = parser.add_argument_group("what --args reckons a step's time with (give it before --args)")
@@ -39,16 +59,16 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
         "--card", choices=CARDS, default=default.card, help="every GPU of the run (default: H100)"
     )  # fmt: skip
     of.add_argument(
-        "--link", type=float, default=default.link, metavar="GB/s",
+        "--link", type=positive, default=default.link, metavar="GB/s",
         help="between neighbouring pipeline stages (default: 50, one 400 Gb/s port a GPU)",
     )  # fmt: skip
     of.add_argument(
-        "--mfu", type=float,
+        "--mfu", type=share,
         help="share of the card's bf16 rate that the ordinary model's layers reach while a stage"
         f" works (default: {MFU}, or what follows from --step-ms)",
     )  # fmt: skip
     of.add_argument(
-        "--step-ms", type=float, metavar="MS",
+        "--step-ms", type=positive, metavar="MS",
         help="the ordinary model's step, where you know it: --mfu follows from it. Of a pipeline"
         " give both: what the step takes longer than --mfu says, it stops for at its messages",
     )  # fmt: skip

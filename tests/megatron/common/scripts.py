@@ -18,7 +18,7 @@ def launch(script: str, *flags: str, **settings: str) -> subprocess.CompletedPro
     return subprocess.run(
         [EXAMPLES / script, *flags],
         cwd="/",
-        env=quiet(PYTHON=forking_python(), **settings),
+        env=quiet(**{"PYTHON": forking_python()} | settings),
         capture_output=True,
         text=True,
         timeout=300,

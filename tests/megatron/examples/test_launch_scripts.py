@@ -5,11 +5,13 @@ import os
 import re
 import select
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.megatron.common.flags import numbered_losses
 from tests.megatron.common.scripts import EXAMPLES, NEEDS_0_19, launch
@@ -146,10 +148,22 @@ def test_the_cluster_scripts_flags_build_the_model_that_they_name(kind: str) -> 
     assert all(float(states) + float(ours) < 20 for _, _, states, ours in stages)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("script", ["gpt/single_gpu.sh", "moe/single_gpu.sh", "moe/cluster.sh"])
+def test_without_a_gpu_its_scripts_name_those_for_a_cpu(script: str) -> None:
+    done = launch(script)
+    assert done.returncode == 2 and "no CUDA device here: examples/gpt/tiny.sh" in done.stderr
+
+
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is there")
 @pytest.mark.parametrize("script", ["gpt/single_gpu.sh", "moe/single_gpu.sh", "moe/cluster.sh"])
-def test_without_transformer_engine_a_gpu_script_says_what_to_install(script: str) -> None:
-    done = launch(script)
+def test_without_transformer_engine_a_gpu_script_says_what_to_install(
+    script: str, tmp_path: Path
+) -> None:
+    """With a torch that has a GPU, in front of the one that is installed."""
+    pretended = "class cuda:\n    is_available = staticmethod(lambda: True)\n"
+    (tmp_path / "torch.py").write_text(pretended)
+    done = launch(script, PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "-m pip install --no-build-isolation -e '.[te]'" in done.stderr
 
 

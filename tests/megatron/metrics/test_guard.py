@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,17 @@ def test_flags_that_cannot_work_are_refused(flags: str, message: str) -> None:
         prepare_arguments(parser.parse_args(flags.split()))
 
 
+def test_metrics_that_no_file_gets_are_told() -> None:
+    parser = add_mhc_arguments(argparse.ArgumentParser())
+    parser.add_argument("--spec", nargs="*")
+    parser.add_argument("--tensorboard-dir")
+    flags = ["--mhc", "--mhc-log-interval", "5"]
+    with pytest.warns(UserWarning, match=r"mhc_metrics.jsonl, .* is not written"):
+        prepare_arguments(parser.parse_args(flags))
+    with warnings.catch_warnings(action="error"):
+        prepare_arguments(parser.parse_args([*flags, "--tensorboard-dir", "here"]))
+
+
 def test_metrics_without_their_patch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGATRON_MHC_PATCHES", "-metrics")
     parser = add_mhc_arguments(argparse.ArgumentParser())
@@ -213,7 +225,7 @@ def test_metrics_without_their_patch_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_script_of_ones_own_has_no_flag_to_turn_it_on() -> None:
     """Megatron's `--spec` route: settings are environment variables, and this is none of them."""
-    from megatron_mhc.start.flags import config_from_environment
+    from megatron_mhc.start.environment import config_from_environment
 
     with pytest.raises(ValueError, match="MHC_LOG_INTERVAL is set; known are"):
         config_from_environment({"MHC_LOG_INTERVAL": "10"})

@@ -36,6 +36,11 @@ def specs() -> dict[str, Any]:
     return found
 
 
+def test_settings_that_are_none_are_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"config is 4; expected an MHCConfig, as MHCConfig\(num"):
+        with_mhc(specs()["local"], 4)
+
+
 @pytest.mark.parametrize("name", ["local", "local mla", "block", "moe block", "list"])
 def test_with_mhc_returns_the_same_kind_and_leaves_its_argument(name: str) -> None:
     spec = specs()[name]

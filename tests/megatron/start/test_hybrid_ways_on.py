@@ -104,6 +104,29 @@ def test_a_script_that_builds_a_gpt_is_told() -> None:
     assert "the script builds no HybridModel, and --hybrid-layer-pattern" in printed
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--mhc"], "gpt_layer_spec, .* the model is a HybridModel: give --hybrid-layer-pattern"),
+        ([*HYBRID_SPEC, "--mhc"], "has no layers at all .*--hybrid-layer-pattern names: give it"),
+        (OURS, "makes a HybridModel's layers, and no --hybrid-layer-pattern says which"),
+    ],
+    ids=["--mhc", "Megatron's spec", "ours"],
+)
+def test_a_hybrid_model_without_its_pattern_is_told(
+    flags: list[str], says: str, tmp_path: Path
+) -> None:
+    """Megatron's script does not look, and builds a model of no layers; our example's looks."""
+    script = Path(bare_script(tmp_path))
+    source = script.read_text()
+    look = "if args.hybrid_layer_pattern is None:"
+    assert look in source
+    script.write_text(source.replace(look, "if False:"))
+    status, printed = forked_run(1, str(script), *TINY, *ROPE, *flags)
+    assert status != 0 and not losses(printed)
+    assert re.search(says, printed), printed[-3000:]
+
+
 def test_the_gpts_spec_for_a_hybrid_model_is_told(tmp_path: Path) -> None:
     flags = ["--spec", "megatron_mhc.spec", "gpt_layer_spec", "--hybrid-layer-pattern", "*-"]
     status, printed = forked_run(1, bare_script(tmp_path), *TINY, *ROPE, *flags, runner=False)

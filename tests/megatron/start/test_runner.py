@@ -1,11 +1,12 @@
 """The runner, `python -m megatron_mhc.run`: what it trains, what it says and what it refuses."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.megatron.common.flags import BANNER, RUN, SCRIPT, TINY, losses
+from tests.megatron.common.flags import BANNER, RUN, SCRIPT, SOURCE, TINY, losses
 from tests.megatron.common.launch import ROOT, RUNNER, cold_python, forked_python, forked_run
 
 
@@ -74,13 +75,13 @@ def test_the_runner_says_that_the_reference_gives_no_bf16_streams_back() -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mhc-num-streams", "0"], "ValueError: num_streams is 0; expected an int"),
-        (["--mhc-sinkhorn-iterations", "0"], "ValueError: sinkhorn_iterations is 0"),
+        (["--mhc-num-streams", "0"], "megatron_mhc.run: num_streams is 0; expected an int"),
+        (["--mhc-sinkhorn-iterations", "0"], "megatron_mhc.run: sinkhorn_iterations is 0"),
         (["--mhc-convention", "v4"], "argument --mhc-convention: invalid choice: 'v4'"),
         (["--mhc-backend", "triton"], "ValueError: backend is 'triton', but Triton needs a CUDA"),
         (
             ["--fp32-residual-connection", "--bf16"],
-            "ValueError: mHC does not work with these settings: --fp32-residual-connection: the",
+            "run: mHC does not work with these settings: --fp32-residual-connection: the",
         ),
     ],
 )
@@ -89,6 +90,70 @@ def test_bad_flags_stop_before_training(flags: list[str], message: str) -> None:
     assert result.returncode != 0
     assert message in result.stdout
     assert not losses(result.stdout)
+    assert ("Traceback" in result.stdout) == ("triton" in flags), "that one has built a model"
+
+
+HETEROGENEOUS = [
+    *("--swiglu", "--normalization", "RMSNorm", "--untie-embeddings-and-output-weights"),
+    *("--disable-bias-linear", "--position-embedding-type", "rope", "--use-rope-scaling"),
+    *("--use-rotary-position-embeddings", "--group-query-attention", "--num-query-groups", "1"),
+]
+
+
+def test_layers_of_different_kinds_are_refused_at_start(tmp_path: Path) -> None:
+    """A layer without an MLP, as pruned models have."""
+    layer = {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": None, "no_op": True}}
+    model = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    model |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False}
+    model |= {"mlp_bias": False, "tie_word_embeddings": False, "rope_theta": 10000}
+    model |= {"max_position_embeddings": 16, "rope_scaling": {"factor": 8.0}}
+    model |= {"vocab_size": 127, "intermediate_size": 64, "initializer_range": 0.02}
+    layers = tmp_path / "layers.json"
+    layers.write_text(
+        json.dumps(model | {"num_key_value_heads": None, "block_configs": [layer] * 2})
+    )
+    flag = ["--heterogeneous-layers-config-path", str(layers)]
+    result = forked_python(*RUN, "--mhc", *flag, *HETEROGENEOUS)
+    assert result.returncode != 0 and "Traceback" not in result.stdout, result.stdout[-3000:]
+    assert f"{flag[0]}: layers of different kinds are not tried yet" in result.stdout
+
+
+def test_a_patch_that_is_none_is_named_in_a_sentence() -> None:
+    result = forked_python(*RUN, "--mhc", MEGATRON_MHC_PATCHES="-foo")
+    assert result.returncode != 0 and "Traceback" not in result.stdout
+    assert "megatron_mhc.run: MEGATRON_MHC_PATCHES turns off foo" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mhc", SCRIPT], "--mhc stands in front of SCRIPT: it belongs behind it"),
+        ([SCRIPT, "--cpu", *TINY, "--mhc"], f"move --cpu in front of {SCRIPT} to train on the"),
+        ([SCRIPT, *TINY, "--mhc"], f"add --cpu in front of {SCRIPT} to train on the CPU"),
+    ],
+)
+def test_the_runners_own_flags_stand_in_front_of_the_script(words: list[str], says: str) -> None:
+    result = forked_python("-m", "megatron_mhc.run", *words, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode != 0 and says in result.stdout, result.stdout[-2000:]
+
+
+ENDS_EARLY = """
+import sys
+import megatron.training.training as training
+from examples_gpt import main
+
+def stop(*args, **kwargs):  # as Megatron does on a signal, before it has a model
+    exec(compile("import sys; sys.exit(0)", "exit", "exec"), {"__name__": training.__name__})
+training.setup_model_and_optimizer = stop
+main()
+"""
+
+
+def test_megatron_may_stop_before_there_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "examples_gpt.py").write_text(SOURCE)
+    (tmp_path / "early.py").write_text(ENDS_EARLY)
+    result = forked_python(*RUNNER, str(tmp_path / "early.py"), *TINY, "--mhc")
+    assert result.returncode == 0 and not losses(result.stdout), result.stdout[-3000:]
 
 
 def test_a_script_that_is_not_megatrons(tmp_path: Path) -> None:
@@ -111,14 +176,6 @@ def test_a_script_that_builds_its_own_model(end: str, tmp_path: Path) -> None:
     result = forked_python(*RUNNER, str(script), *TINY, "--mhc")
     assert result.returncode != 0 and "trained" in result.stdout
     assert "own.py got --mhc and ended without a layer with mHC" in result.stdout
-
-
-def test_the_runner_without_a_gpu_names_the_flag() -> None:
-    result = forked_python("-m", "megatron_mhc.run", SCRIPT, *TINY, "--mhc")
-    assert result.returncode != 0
-    assert result.stdout.strip() == (
-        "megatron_mhc.run: there is no CUDA device here; add --cpu to train on the CPU"
-    )
 
 
 def test_the_runner_without_a_file() -> None:

@@ -8,7 +8,7 @@ from megatron_mhc.costs.kernel_passes import LEAST
 from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.costs.step_costs import HOST, HOST_OF_MHC, LATENCY
 from megatron_mhc.patches.supported_versions import is_installed
-from tests.megatron.common.flags import HYBRID_SPEC, ROPE, TINY
+from tests.megatron.common.flags import HYBRID_SPEC, ROPE, SPEC, TINY
 from tests.megatron.common.launch import forked_python
 from tests.megatron.common.scripts import NEEDS_0_19, launch
 
@@ -241,6 +241,48 @@ def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -
 
 @NEEDS_0_19
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mhc", "--card", "H200"], "arguments: --card H200; --card belongs in front of --args"),
+        (["pretrain.py", "--mhc"], "behind --args stand a run's flags alone, without the script"),
+        (["--mhc", "--num-layer", "2"], "arguments: --num-layer 2; near are --num-layers"),
+        (["--mhc", "--mhc-num-stream", "2"], "; near are --mhc-num-streams"),
+    ],
+)
+def test_words_that_are_no_flags_are_told_in_a_sentence(words: list[str], says: str) -> None:
+    done = forked_python(*DRY_RUN, *words, *PLAIN)
+    assert done.returncode == 2 and says in done.stdout, done.stdout
+    assert len(done.stdout.splitlines()) <= 3, "no pages of usage"
+
+
+@NEEDS_0_19
+def test_a_dry_run_of_megatrons_own_spec_flag_reads_the_environment() -> None:
+    flags = [*TINY, *SPEC]
+    done = forked_python(*DRY_RUN, *flags, MHC_NUM_STREAMS="2", MHC_CONVENTION="deepseek_v4")
+    given = ["--mhc-num-streams", "2", "--mhc-convention", "deepseek_v4"]
+    assert done.returncode == 0, done.stdout
+    pages = (done.stdout, forked_python(*DRY_RUN, *flags, *given).stdout)
+    read, told = (page[page.index("1 GPU: ") :] for page in pages)
+    assert read == told and "mHC: 4 sites" in read
+    done = forked_python(*DRY_RUN, *flags, MHC_NUM_STREAMS="two")
+    assert done.returncode == 2 and "refused: MHC_NUM_STREAMS is 'two'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mfu", "40", "--args"], "argument --mfu: 40; expected a share, at most 1"),
+        (["--link", "0", "--args"], "argument --link: 0; expected a number above 0"),
+        (["--num-layers", "2"], "--num-layers 2; a training run's flags stand behind --args"),
+    ],
+)
+def test_the_doctors_own_flags_are_checked(words: list[str], says: str) -> None:
+    done = forked_python("-m", "megatron_mhc", "doctor", *words)
+    assert done.returncode == 2 and says in done.stdout, done.stdout
+
+
+@NEEDS_0_19
+@pytest.mark.parametrize(
     ("placed", "says"),
     [
         (["Et|tt|tm|L", *MTP], "stands on a pipeline stage without the loss"),
@@ -260,11 +302,13 @@ def test_the_dry_run_knows_what_a_stage_without_layers_does_not_go_with(
 
 
 @NEEDS_0_19
-@pytest.mark.parametrize("flags", ["--mhc-backend torch", "--mhc-variant hc", ""])
+@pytest.mark.parametrize(
+    "flags", ["--mhc-backend torch", "--mhc-variant hc", "--mhc-num-streams 3", ""]
+)
 def test_the_dry_run_says_whose_activations_it_reckons(flags: str) -> None:
     result = forked_python(*DRY_RUN, *TINY, "--mhc", *flags.split())
     assert result.returncode == 0, result.stdout
-    assert ("what runs here keeps more" in result.stdout) == bool(flags)
+    assert ("no estimate of a step's time" in result.stdout) == bool(flags)
 
 
 COUNT = """

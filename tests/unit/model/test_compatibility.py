@@ -106,6 +106,21 @@ def test_conflicts_are_named(conflict) -> None:
     assert f"{conflict.flag}: {conflict.advice}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"heterogeneous_layers_config_path": "layers.json"},
+        {"cuda_graph_impl": "local", "num_experts": 8},
+    ],
+    ids=str,
+)
+def test_arguments_that_a_config_calls_otherwise_are_refused_before_there_is_one(
+    given: dict[str, Any],
+) -> None:
+    with pytest.raises(ValueError, match=r"of different kinds|graphs"):
+        check_transformer_config(argparse.Namespace(**given))
+
+
 @pytest.mark.parametrize("settings", [{"backend": "torch"}, {"variant": "hc"}], ids=str)
 @pytest.mark.parametrize("conflict", REFERENCE_CONFLICTS, ids=lambda conflict: conflict.flag)
 def test_conflicts_with_the_reference_are_named(conflict, settings: dict[str, Any]) -> None:

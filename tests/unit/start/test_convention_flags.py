@@ -9,10 +9,10 @@ import torch
 from megatron_mhc import MHCConfig
 from megatron_mhc.config import CONVENTION_FIELDS, CONVENTIONS
 from megatron_mhc.start.banner import banner
+from megatron_mhc.start.environment import config_from_environment
 from megatron_mhc.start.flags import (
     SPEC,
     config_from_arguments,
-    config_from_environment,
     flags_of,
     prepare_arguments,
     take_from_checkpoint,

@@ -7,17 +7,18 @@ import pytest
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.patches import PatchError
+from megatron_mhc.start.environment import config_from_environment
 from megatron_mhc.start.flags import (
     SPEC,
     active_config,
     add_mhc_arguments,
     config_from_arguments,
-    config_from_environment,
     prepare_arguments,
     refuse_yaml,
     take_from_checkpoint,
 )
 from megatron_mhc.start.settings import SETTINGS
+from megatron_mhc.start.suggestions import suggest
 
 
 @pytest.mark.parametrize(
@@ -44,11 +45,15 @@ from megatron_mhc.start.settings import SETTINGS
         ({"variant": "hc", "pre_eps": 1e-6}, "pre_eps given, which variant 'hc' has no use for"),
         ({"init": "random"}, "init is 'random'; expected one of residual, zero"),
         ({"variant": "HC"}, "variant is 'HC'; expected one of mhc, hc"),
+        ({"backend": "triton", "num_streams": 3}, "'triton', which has kernels for 1, 2, 4, 8 str"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of auto, triton, torch"),
         ({"variant": "hc", "sinkhorn_iterations": 5}, "sinkhorn_iterations is 5, .* default, 20"),
         ({"variant": "hc", "convention": "deepseek_v4"}, "is 'deepseek_v4', which variant 'hc'"),
         ({"variant": "hc", "init": "zero"}, "init is 'zero', .* leave it at its default, 'resid"),
-        ({"recompute": 0}, "recompute is 0; expected None, 'auto' or a number of layers"),
+        (
+            {"recompute": 0},
+            r"recompute is 0; expected a number of layers, .* None \(--mhc-recompute off\)",
+        ),
         ({"recompute": True}, "recompute is True; expected"),
         ({"recompute": "full"}, "recompute is 'full'; expected"),
         ({"recompute": 2.0}, "recompute is 2.0; expected"),
@@ -217,6 +222,34 @@ def test_naming_our_spec_turns_mhc_on() -> None:
     assert args.mhc and config_from_arguments(args).num_streams == 8
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--spec megatron_mhc.specs gpt_layer_spec",
+            "names nothing: give --spec megatron_mhc.spec",
+        ),
+        ("--mhc --spec megatron_mhc.spec gpt_layer_specs", "gpt_layer_specs names nothing: give"),
+        ("--spec megatron_mhc.spec hybrid_stack_spec", "no --hybrid-layer-pattern says which"),
+    ],
+)
+def test_a_spec_of_ours_that_makes_no_model_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_arguments(parse(*flags.split()))
+
+
+def test_an_unknown_flag_is_told_from_one_that_it_is_near(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = add_mhc_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    suggest(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--mhc", "--mhc-num-stream=2", "--mhc-quux", "4"])
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --mhc-num-stream=2 --mhc-quux 4; near are" in said
+    assert "--mhc-num-streams" in said
+
+
 def test_settings_without_mhc_are_refused() -> None:
     with pytest.raises(
         ValueError, match="--mhc-num-streams, --mhc-overlap-p2p given without --mhc"
@@ -276,6 +309,10 @@ def test_a_variable_beside_the_flags_is_refused(monkeypatch: pytest.MonkeyPatch)
     # of a run without mHC the variable says nothing
     prepare_arguments(parse())
     monkeypatch.delenv("MHC_NUM_STREAMS")
+    monkeypatch.setenv("MHC_NUM_STREAM", "8")
+    with pytest.raises(ValueError, match=r"MHC_NUM_STREAM set .* give --mhc-num-streams"):
+        prepare_arguments(parse("--mhc"))
+    monkeypatch.delenv("MHC_NUM_STREAM")
     monkeypatch.setenv("MHC_HOME", "/not/of/ours")
     prepare_arguments(parse("--mhc"))
 
