@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_mhc.patches import PatchError
 from megatron_mhc.patches.supported_versions import check_release
 
 from .start.flags import add_mhc_arguments
+from .start.refusals import REFUSALS, NotMegatronError
 
 USAGE = (
     "[torchrun ...] -m megatron_mhc.run [--cpu] SCRIPT [the script's and Megatron's flags] --mhc"
@@ -24,10 +24,6 @@ Runs an unmodified Megatron script (pretrain_gpt.py, say) that has learnt the fl
   python -m megatron_mhc.run --cpu pretrain_gpt.py <flags> --mhc
 
 Without --mhc the script runs as it always does."""
-
-
-class NotMegatronError(RuntimeError):
-    """The script ended without asking Megatron for its arguments, or without a layer with mHC."""
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -71,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m megatron_mhc.run`.
 
     Raises:
-        SystemExit: bad usage, flags that mHC refuses, a patch that cannot
-            be made, or no GPU and no --cpu.
+        SystemExit: bad usage, or no GPU and no --cpu.
         UnsupportedMegatronError: Megatron-Core is missing or of a release that is not supported.
+        FlagsError: mHC refuses the run's flags.
+        DenseModelError: Megatron built a model without mHC.
+        PatchError: something that a patch changes is not there.
         NotMegatronError: the script is not one of Megatron's, or built a model without mHC that
             no check of Megatron's training saw.
     """
@@ -93,18 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"megatron_mhc.run: there is no CUDA device here; {where} {options.script} to train on"
             " the CPU"
         )
-    from .start.activate import FlagsError, activate
+    from .start.activate import activate
 
-    try:
-        activate()
-    except PatchError as error:
-        sys.exit(f"megatron_mhc.run: {error}")
+    activate()
     _alone()
     sys.argv = [options.script, *rest]
     try:
         runpy.run_path(options.script, run_name="__main__")
-    except FlagsError as error:
-        sys.exit(f"megatron_mhc.run: {error}")
     except SystemExit as end:
         if end.code in (None, 0) and not _came_from_megatron(end):
             _last_word(options.script)
@@ -139,5 +132,13 @@ def _last_word(script: str) -> None:
         )
 
 
+def _in_a_sentence() -> None:
+    """`main`; what is refused is printed without a traceback."""
+    try:
+        main()
+    except REFUSALS as error:
+        sys.exit(f"megatron_mhc.run: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    _in_a_sentence()

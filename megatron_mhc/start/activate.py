@@ -45,11 +45,8 @@ from megatron_mhc.patches.training import (
 )
 
 from . import banner, flags
+from .refusals import FlagsError
 from .suggestions import near, suggest
-
-
-class FlagsError(ValueError):
-    """What mHC refuses of a run's flags; the runner prints it as a sentence."""
 
 
 class _Seen:
@@ -98,8 +95,10 @@ def _check_built_model(chunks: list[torch.nn.Module], trained: bool) -> None:
     args = flags.megatron_arguments()
     if not getattr(args, "mhc", False):
         return
-    config, source = flags.active_config()
-    if not banner.check_model(chunks, config, trained=trained) or seen.banner is not None:
+    with _refusing():
+        config, source = flags.active_config()
+        has_sites = banner.check_model(chunks, config, trained=trained)
+    if not has_sites or seen.banner is not None:
         return
     sites = Sites.of(args)
     counts = (sites.built, formulas.parameters_of(config, sites, args.hidden_size))

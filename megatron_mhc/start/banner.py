@@ -13,9 +13,7 @@ from megatron_mhc.costs.recompute_plan import Plan
 from megatron_mhc.costs.sites import Sites
 from megatron_mhc.kernels.triton import tiles
 
-
-class DenseModelError(RuntimeError):
-    """mHC was asked for and a model came out with ordinary residual connections."""
+from .refusals import DenseModelError
 
 
 def _recompute(mhc: MHCConfig, plan: Plan | None, reference: bool, dtype: torch.dtype) -> str:

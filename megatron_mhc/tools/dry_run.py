@@ -28,6 +28,7 @@ from megatron_mhc.model.parameters import is_hyper_connection
 from megatron_mhc.patches.supported_versions import is_installed, megatron_core_version
 from megatron_mhc.start.environment import config_from_environment
 from megatron_mhc.start.flags import HYBRID_SPEC, SPEC, config_from_arguments, flags_of
+from megatron_mhc.start.refusals import FlagsError
 from megatron_mhc.start.settings import VARIABLES
 from megatron_mhc.start.suggestions import near
 
@@ -37,10 +38,6 @@ from .stage_bytes import bytes_of_states, bytes_of_streams, layers_of, sites_pas
 from .stage_model import build, pretended, whole_sizes
 
 GIB = 2**30
-
-
-class FlagsError(ValueError):
-    """Megatron or mHC refuses the flags."""
 
 
 def _reason(error: Exception) -> str:

@@ -78,7 +78,10 @@ def test_the_runner_says_that_the_reference_gives_no_bf16_streams_back() -> None
         (["--mhc-num-streams", "0"], "megatron_mhc.run: num_streams is 0; expected an int"),
         (["--mhc-sinkhorn-iterations", "0"], "megatron_mhc.run: sinkhorn_iterations is 0"),
         (["--mhc-convention", "v4"], "argument --mhc-convention: invalid choice: 'v4'"),
-        (["--mhc-backend", "triton"], "ValueError: backend is 'triton', but Triton needs a CUDA"),
+        (
+            ["--mhc-backend", "triton"],
+            "megatron_mhc.run: backend is 'triton', but Triton needs a CUDA",
+        ),
         (
             ["--fp32-residual-connection", "--bf16"],
             "run: mHC does not work with these settings: --fp32-residual-connection: the",
@@ -90,7 +93,7 @@ def test_bad_flags_stop_before_training(flags: list[str], message: str) -> None:
     assert result.returncode != 0
     assert message in result.stdout
     assert not losses(result.stdout)
-    assert ("Traceback" in result.stdout) == ("triton" in flags), "that one has built a model"
+    assert "Traceback" not in result.stdout
 
 
 HETEROGENEOUS = [

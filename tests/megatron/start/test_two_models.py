@@ -45,5 +45,5 @@ REFUSED = {
 def test_what_would_train_ordinary_layers_by_accident_is_refused(models: str) -> None:
     status, printed = forked_run(1, TWO_MODELS, *TINY, "--mhc", MODELS=models)
     assert status != 0 and not losses(printed)
-    message = printed.split("DenseModelError: mHC was asked for, but ")[-1].replace("module.", "")
+    message = printed.split("megatron_mhc.run: mHC was asked for, but ")[-1].replace("module.", "")
     assert REFUSED[models] in message, printed[-3000:]

@@ -123,5 +123,5 @@ def test_a_model_that_came_out_dense_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "dense.py").write_text(DENSE)
     result = forked_python(*RUNNER, str(tmp_path / "dense.py"), *TINY, "--mhc")
     assert result.returncode != 0 and not losses(result.stdout)
-    assert "DenseModelError: mHC was asked for, but these layers have none: " in result.stdout
+    assert "megatron_mhc.run: mHC was asked for, but these layers have none: " in result.stdout
     assert "module.decoder.layers.0, module.decoder.layers.1" in result.stdout
