@@ -82,6 +82,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
         flags.check_arguments(args)
 
 
+def _refuse_yaml(args: Any) -> None:
+    with _refusing():
+        flags.refuse_yaml(args)
+
+
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
     try:
@@ -226,7 +231,7 @@ def plugin_patches() -> tuple[Patch, ...]:
         arguments_patch(_add_arguments),
         checkpoint_arguments_patch(flags.take_from_checkpoint),
         validation_patch(_prepare_arguments, _check_arguments),
-        yaml_patch(flags.refuse_yaml),
+        yaml_patch(_refuse_yaml),
         *built_model_patches(_check_built_model),
         metrics_patch(monitor.observe),
         *spec_function_patches(),

@@ -22,4 +22,4 @@ def test_mhc_beside_yaml_is_refused(
     file = tmp_path / "settings.yaml"
     file.write_text(f"use_checkpoint_args: false\n{yaml}\n")
     status, printed = forked_run(1, SCRIPT, "--yaml-cfg", str(file), *flags)
-    assert status == 1 and f"ValueError: {message}" in printed, printed[-2000:]
+    assert status == 1 and f"megatron_mhc.run: {message}" in printed, printed[-2000:]
