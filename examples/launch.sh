@@ -64,7 +64,7 @@ on_gpus() {
     fi
     RUNNER+=(-m megatron_mhc.run)
     [ "${CHECK:-0}" = 1 ] || "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null ||
-        fail "no CUDA device here: examples/gpt/tiny.sh and examples/moe/tiny.sh train on the CPU," \
+        fail "no CUDA device here that the torch of $PYTHON sees: examples/gpt/tiny.sh and examples/moe/tiny.sh train on the CPU," \
             "CHECK=1 looks at the flags"
     [ "${CHECK:-0}" = 1 ] || "$PYTHON" -c 'import transformer_engine' 2>/dev/null ||
         fail "no Transformer Engine, which these flags want: $PYTHON -m pip install wheel pybind11 ninja &&" \

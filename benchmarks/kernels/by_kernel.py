@@ -74,8 +74,8 @@ def medians(kernels: list[tuple[float, float, str]], runs: int) -> dict[str, flo
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def beside(own: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    """How much longer each kernel takes in `own` than in `other`, where it may not be; the largest
-    difference first."""
+def longer_than(other: dict[str, float], own: dict[str, float]) -> dict[str, float]:
+    """How much longer each kernel takes in `own` than in `other`, of which one may not have it; the
+    largest difference first."""
     longer = {name: own.get(name, 0.0) - other.get(name, 0.0) for name in own | other}
     return dict(sorted(longer.items(), key=lambda item: -abs(item[1])))

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import command_line, gpt, plotting
 from benchmarks.common.timing import events
 from benchmarks.common.turns import in_turn, ratio
-from benchmarks.kernels.by_kernel import beside, kernel_times
+from benchmarks.kernels.by_kernel import kernel_times, longer_than
 from benchmarks.model.gpt import build, loss_of, random_tokens
 from megatron_mhc import MHCConfig
 from megatron_mhc.metrics import strict_json
@@ -122,8 +122,8 @@ def by_kernel(cases: dict[str, Case], steps: int = 5) -> dict[str, dict[str, Any
     """Print and return what the GPU does in a step of each model, milliseconds.
 
     Returns:
-        Of each model `kernels_ms`, sums, and `beyond_ordinary_ms`, of each kernel that takes more
-        or less than in the ordinary model.
+        Of each model `kernels_ms`, sums, and `beyond_ordinary_ms`, how much longer each kernel (and
+        the time between them) takes than in the ordinary model.
     """
     launched: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(steps):
@@ -138,7 +138,7 @@ def by_kernel(cases: dict[str, Case], steps: int = 5) -> dict[str, dict[str, Any
         row = {"all": total + gaps, "between": gaps, "more": more, "ordinary's": total - more}
         sums = {column: time / 1000 for column, time in row.items()}
         print(f"{name:16}" + "".join(f"{key:>12} {ms:8.3f}" for key, ms in sums.items()))
-        beyond = {kernel: time / 1000 for kernel, time in beside(own, ordinary).items()}
+        beyond = {kernel: time / 1000 for kernel, time in longer_than(ordinary, own).items()}
         for kernel, ms in itertools.islice(beyond.items(), PRINTED if name != "ordinary" else 0):
             print(f"{ms:+20.3f} ms  {kernel[:90]}")
         rows[name] = {"kernels_ms": sums, "beyond_ordinary_ms": beyond}

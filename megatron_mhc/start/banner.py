@@ -112,14 +112,14 @@ def check_model(chunks: Iterable[torch.nn.Module], mhc: MHCConfig, *, trained: b
         MHCLayer.is_any_built = True
     if trained and not layers and stages == 1 and not MHCLayer.is_any_built:
         raise DenseModelError(
-            "mHC was asked for, and the model has no layers at all (those of a HybridModel are what"
-            " --hybrid-layer-pattern names: give it)"
+            "mHC was asked for, and the model has none of Megatron's layers. A HybridModel's are"
+            " what --hybrid-layer-pattern names: give it. A model of another kind has no place for"
+            " mHC"
         )
-    if trained and not wide and not MHCLayer.is_any_built and (dense or stages == 1):
+    if trained and dense and not wide and not MHCLayer.is_any_built:
         raise DenseModelError(
-            "mHC was asked for, but "
-            + (f"these layers have none: {', '.join(dense)}" if dense else "no layer has a site")
-            + ", and no other model of this process has it. The script builds its model without"
+            f"mHC was asked for, but these layers have none: {', '.join(dense)}"
+            ", and no other model of this process has it. The script builds its model without"
             " args.spec: use a GPT script that honours --spec, or put with_mhc around the spec"
             " where the script makes it. If an ordinary model is to be trained too, build the one"
             " with mHC first"

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """ "; near are --a, --b" for a flag that is spelled much alike some of these; else nothing."""
+    """What is spelled much alike of `known`, as the end of a sentence: `; near are --a, --b`; else
+    an empty string."""
     found = difflib.get_close_matches(word.partition("=")[0], known)
     return f"; near are {', '.join(found)}" if found else ""
 

@@ -102,6 +102,11 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+    if {"-h", "--help"} & {*flags}:  # with 0.19.2 Megatron's own help ends in a ValueError
+        raise FlagsError(
+            "behind --args stand a run's flags; doctor --help lists those in front of it, python -m"
+            " megatron_mhc.run --help mHC's"
+        )
     said = io.StringIO()
     before, sys.argv = sys.argv, ["doctor --args", *flags]
     try:

@@ -32,7 +32,7 @@ class Assumptions(NamedTuple):
     step_ms: float | None = None
 
 
-FLAGS = ("--card", "--link", "--mfu", "--step-ms")
+FLAGS = tuple("--" + name.replace("_", "-") for name in Assumptions._fields)
 """What `add_assumptions` adds."""
 
 

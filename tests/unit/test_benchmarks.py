@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from benchmarks.common import spans
 from benchmarks.common.turns import in_turn, ratio
 from benchmarks.kernels import site_tiles, sites_plot, tune
-from benchmarks.kernels.by_kernel import beside, medians
+from benchmarks.kernels.by_kernel import longer_than, medians
 from benchmarks.pipeline import timeline
 from tests.megatron.common.launch import forked_python
 
@@ -126,7 +126,7 @@ def test_times_of_a_sites_kernels_are_medians_over_equal_steps() -> None:
 
 def test_kernels_are_told_by_how_much_longer_they_take() -> None:
     own, ordinary = {"site": 3.0, "gemm": 10.5}, {"gemm": 10.0, "residual": 4.0}
-    told = list(beside(own, ordinary).items())
+    told = list(longer_than(ordinary, own).items())
     assert told == [("residual", -4.0), ("site", 3.0), ("gemm", 0.5)]
 
 

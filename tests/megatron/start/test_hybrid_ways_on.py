@@ -108,7 +108,10 @@ def test_a_script_that_builds_a_gpt_is_told() -> None:
     ("flags", "says"),
     [
         (["--mhc"], "gpt_layer_spec, .* the model is a HybridModel: give --hybrid-layer-pattern"),
-        ([*HYBRID_SPEC, "--mhc"], "has no layers at all .*--hybrid-layer-pattern names: give it"),
+        (
+            [*HYBRID_SPEC, "--mhc"],
+            "has none of Megatron's layers. .* --hybrid-layer-pattern names: give it",
+        ),
         (OURS, "makes a HybridModel's layers, and no --hybrid-layer-pattern says which"),
     ],
     ids=["--mhc", "Megatron's spec", "ours"],

@@ -247,6 +247,7 @@ def test_a_dry_run_of_ones_own_flags_says_why_not(flags: list[str], says: str) -
         (["pretrain.py", "--mhc"], "behind --args stand a run's flags alone, without the script"),
         (["--mhc", "--num-layer", "2"], "arguments: --num-layer 2; near are --num-layers"),
         (["--mhc", "--mhc-num-stream", "2"], "; near are --mhc-num-streams"),
+        (["--help"], "doctor --help lists those in front of it"),
     ],
 )
 def test_words_that_are_no_flags_are_told_in_a_sentence(words: list[str], says: str) -> None:

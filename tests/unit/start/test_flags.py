@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 
 import pytest
 
@@ -245,9 +246,8 @@ def test_an_unknown_flag_is_told_from_one_that_it_is_near(
     suggest(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--mhc", "--mhc-num-stream=2", "--mhc-quux", "4"])
-    said = capsys.readouterr().err
-    assert "unrecognized arguments: --mhc-num-stream=2 --mhc-quux 4; near are" in said
-    assert "--mhc-num-streams" in said
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"--mhc-num-stream=2 --mhc-quux 4; near are --mhc-num-streams\b", last), last
 
 
 def test_settings_without_mhc_are_refused() -> None:
